@@ -1,0 +1,1366 @@
+/**
+ * The driver's tests, in the order of its sections: by value, then real scripts through the real SSH code in a
+ * container, then the compiled program as GitLab Runner calls it.
+ */
+import { spawn, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import * as fs from "node:fs";
+import { join } from "node:path";
+import { PassThrough, Writable } from "node:stream";
+import { DescribeNetworkInterfacesCommand, EC2Client } from "@aws-sdk/client-ec2";
+import {
+  DescribeTasksCommand,
+  ECSClient,
+  ListTasksCommand,
+  RunTaskCommand,
+  type RunTaskCommandInput,
+  StopTaskCommand,
+  type Task,
+} from "@aws-sdk/client-ecs";
+import { configureSync, getLogger, type LogRecord } from "@logtape/logtape";
+import { mockClient } from "aws-sdk-client-mock";
+import fc from "fast-check";
+import { utils } from "ssh2";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from "vitest";
+import {
+  type Config,
+  type Connection,
+  type Context,
+  cleanup,
+  configAnswer,
+  connect,
+  endSessionProgram,
+  exitCode,
+  explainStop,
+  Failure,
+  findShells,
+  formatRecord,
+  interpreterOf,
+  isTransient,
+  keyPairOf,
+  MarkFilter,
+  makeKeyPair,
+  managerId,
+  type Outcome,
+  openDirectory,
+  parseCommandLine,
+  pollPause,
+  prepare,
+  readConfig,
+  readJob,
+  readRecord,
+  remoteProgram,
+  retry,
+  run,
+  runScript,
+  runTaskInput,
+  ScriptFailure,
+  type SshTarget,
+  type TaskRecord,
+  writeRecord,
+} from "./fargate.ts";
+import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
+import { driver, fargate, start } from "./fixtures/process.ts";
+import { startProxy } from "./fixtures/proxy.ts";
+import { Runner } from "./fixtures/runner.ts";
+import { type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
+import { type TaskHosts, taskHosts } from "./fixtures/tasks.ts";
+import { makeRepository, makeWorld, projectRoot, scratchDirectory, type World } from "./fixtures/world.ts";
+
+const scratch = scratchDirectory("test");
+const repository = makeRepository(scratch.path);
+let hosts: TaskHosts;
+let directories = 0;
+
+beforeAll(async () => {
+  const made = await taskHosts({ mounts: [scratch.path], packages: ["busybox"] });
+  hosts = made.hosts;
+  if (made.fallback) console.log(`the tests of containers run against the embedded SSH server: ${made.fallback}`);
+});
+afterAll(async () => {
+  await hosts?.close();
+  scratch.close();
+});
+
+/** A new directory of this test's own. */
+function directory(): string {
+  const path = join(scratch.path, String(directories++));
+  fs.mkdirSync(path);
+  return path;
+}
+
+/** A test whose task runs in a container where there is Docker; the run's last lines count them. */
+function taskTest(name: string, body: () => Promise<void>, timeout?: number): void {
+  test(
+    name,
+    async ({ task }) => {
+      task.meta.hosts = hosts.kind;
+      await body();
+    },
+    timeout,
+  );
+}
+
+const configFile = (name: string) => fs.readFileSync(join(projectRoot, "fixtures", "config", `${name}.toml`), "utf8");
+const thrown = (call: () => unknown): Error => {
+  try {
+    call();
+  } catch (error) {
+    return error as Error;
+  }
+  throw new Error("nothing was thrown");
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// 2. Failures
+// ---------------------------------------------------------------------------------------------------------
+
+describe("failures", () => {
+  test("end with the exit codes that the runner gave, else with 1 and 2", () => {
+    const env = { BUILD_FAILURE_EXIT_CODE: "71", SYSTEM_FAILURE_EXIT_CODE: "72" };
+    expect([exitCode("build", env), exitCode("system", env)]).toEqual([71, 72]);
+    for (const bad of [undefined, "", "0", "256", "-1", "1.5", "x"])
+      expect([
+        exitCode("build", { BUILD_FAILURE_EXIT_CODE: bad }),
+        exitCode("system", { SYSTEM_FAILURE_EXIT_CODE: bad }),
+      ]).toEqual([1, 2]);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 3. Configuration
+// ---------------------------------------------------------------------------------------------------------
+
+describe("configuration", () => {
+  const read = (name: string, options = {}, env = {}) => readConfig(configFile(name), `${name}.toml`, options, env);
+
+  test.each(["manual", "guide-2020", "guide", "guide-private"])("the documented file %s is accepted", (name) => {
+    const { config, warnings } = read(name);
+    expect(warnings).toEqual([]);
+    expect(config.SSH.Username).toBe("root");
+    expect(config.SSH.Port).toBe(22);
+    expect(config.Fargate.EnablePublicIP).toBe(name === "guide" || name === "guide-2020");
+  });
+
+  test("the official driver's looser spellings mean the same", () => {
+    const loose = read("loose");
+    const exact = read("manual").config;
+    expect(loose.config).toEqual({ ...exact, LogLevel: "warning", LogFormat: "text-simple" });
+    expect(loose.warnings).toEqual([
+      expect.stringMatching(/^loose\.toml: unknown key SomethingOfOurs; the nearest known one is /),
+      "loose.toml: unknown key Fargate.Plattform; the nearest known one is Fargate.PlatformVersion",
+      expect.stringMatching(/^loose\.toml: unknown key Other; the nearest known one is /),
+    ]);
+  });
+
+  test("a key that stands twice in different spellings counts as its exact spelling says", () => {
+    const twice = configFile("guide").replace("Port = 22", "port = 1\nPort = 2\nPORT = 3");
+    expect(readConfig(twice, "x", {}, {}).config.SSH.Port).toBe(2);
+  });
+
+  test("every setting reaches the configuration", () => {
+    const { config, warnings } = read("full");
+    expect(warnings).toEqual([]);
+    expect(config).toEqual({
+      LogLevel: "debug",
+      LogFormat: "json",
+      LogFile: "/var/log/fargate.log",
+      Fargate: {
+        Cluster: "arn:aws:ecs:eu-west-1:123456789012:cluster/ci",
+        Region: "eu-west-1",
+        Subnets: ["subnet-1", "subnet-2"],
+        SecurityGroups: ["sg-1", "sg-2"],
+        TaskDefinition: "build",
+        EnablePublicIP: true,
+        UsePublicIP: false,
+        PlatformVersion: "1.4.0",
+        CapacityProviderStrategy: [
+          { CapacityProvider: "FARGATE_SPOT", Weight: 3 },
+          { CapacityProvider: "FARGATE", Weight: 1, Base: 1 },
+        ],
+        EnableExecuteCommand: true,
+        PropagateTags: "TASK_DEFINITION",
+        StartTimeout: 300,
+        Tags: { team: "ci", "cost centre": "42" },
+      },
+      TaskMetadata: { Directory: "/var/lib/fargate" },
+      SSH: {
+        Username: "worker",
+        Port: 2222,
+        PrivateKeyPath: "/etc/gitlab-runner/id_ed25519",
+        KeyType: "rsa",
+        ConnectTimeout: 60,
+        KeepAliveInterval: 5,
+      },
+    });
+  });
+
+  test("option beats variable beats file", () => {
+    const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "from-variable", CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.3.0" };
+    const options = { TaskDefinition: "from-option", PlatformVersion: "LATEST", LogLevel: "ERROR", LogFormat: "JSON" };
+    const chosen = ({ config: { Fargate, LogLevel, LogFormat } }: { config: Config }) => [
+      Fargate.TaskDefinition,
+      Fargate.PlatformVersion,
+      LogLevel,
+      LogFormat,
+    ];
+    expect(chosen(read("manual"))).toEqual(["fargateExecutor:1", undefined, "info", "text"]);
+    expect(chosen(read("manual", {}, env))).toEqual(["from-variable", "1.3.0", "info", "text"]);
+    expect(chosen(read("manual", options, env))).toEqual(["from-option", "LATEST", "error", "json"]);
+    const empty = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "", CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "" };
+    expect(chosen(read("manual", { TaskDefinition: "" }, empty))).toEqual(chosen(read("manual")));
+  });
+
+  test("a variable may name the task definition that the file leaves out", () => {
+    const file = configFile("manual").replace(/.*TaskDefinition.*\n/, "");
+    const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "from-variable" };
+    expect(readConfig(file, "x", {}, env).config.Fargate.TaskDefinition).toBe("from-variable");
+    expect(thrown(() => readConfig(file, "x", {}, {})).message).toContain("Fargate.TaskDefinition is missing");
+  });
+
+  test("all problems are reported at once: the key, what is wrong, what is expected", () => {
+    const { message } = thrown(() => read("bad"));
+    const [head, ...problems] = message.split("\n");
+    expect(head).toBe("bad.toml cannot be used:");
+    const keys = problems.map((line) => line.trim().split(/[ :]/)[0]);
+    expect(keys.sort()).toEqual(
+      [
+        "LogLevel",
+        "LogFormat",
+        "Fargate.Cluster",
+        "Fargate.Region",
+        "Fargate.Subnet",
+        "Fargate.SecurityGroups",
+        "Fargate.TaskDefinition",
+        "Fargate.EnablePublicIP",
+        "Fargate.CapacityProviderStrategy",
+        "Fargate.Tags.a",
+        "Fargate.PropagateTags",
+        "Fargate.StartTimeout",
+        "TaskMetadata.Directory",
+        "SSH.Username",
+        "SSH.Port",
+        "SSH.KeyType",
+        "SSH.ConnectTimeout",
+        "SSH.KeepAliveInterval",
+      ].sort(),
+    );
+    expect(problems).toContain("  Fargate.Cluster is missing; expected: the name or ARN of the ECS cluster");
+    expect(problems).toContain("  SSH.Port is 70000; expected: the port of the task's SSH server, 1 to 65535");
+    for (const line of problems) expect(line).toMatch(/; expected: \S|: give either|: cannot be given/);
+  });
+
+  test("LaunchType and CapacityProviderStrategy exclude each other", () => {
+    const file = `${configFile("full")}`.replace("[Fargate]", '[Fargate]\nLaunchType = "FARGATE"');
+    expect(thrown(() => readConfig(file, "x", {}, {})).message).toContain(
+      "Fargate.LaunchType: cannot be given together with CapacityProviderStrategy",
+    );
+  });
+
+  test("a syntax error is given with line and column", () => {
+    const { message } = thrown(() => readConfig('[Fargate]\n  Cluster = "x"\n  Region = \n', "f.toml", {}, {}));
+    expect(message).toMatch(/^f\.toml, line 3, column \d+: not TOML: /);
+    expect(message).not.toContain("\n");
+  });
+
+  test("a byte order mark and Windows line ends do no harm", () => {
+    const file = `\uFEFF${configFile("manual").replaceAll("\n", "\r\n")}`;
+    expect(readConfig(file, "x", {}, {})).toEqual(read("manual"));
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 4. Logging
+// ---------------------------------------------------------------------------------------------------------
+
+describe("logging", () => {
+  const record = (level: LogRecord["level"], message: unknown[], properties = {}): LogRecord => ({
+    category: ["fargate"],
+    level,
+    message,
+    rawMessage: "",
+    properties,
+    timestamp: Date.UTC(2026, 0, 2, 3, 4, 5, 678),
+  });
+
+  test("text carries the time, text-simple does not, json is one object a line", () => {
+    const info = record("info", ["the task is ", "RUNNING", ""], { status: "RUNNING" });
+    expect(formatRecord(info, "text")).toBe("2026-01-02T03:04:05Z the task is RUNNING\n");
+    expect(formatRecord(info, "text-simple")).toBe("the task is RUNNING\n");
+    expect(JSON.parse(formatRecord(info, "json"))).toEqual({
+      time: "2026-01-02T03:04:05Z",
+      level: "info",
+      msg: "the task is RUNNING",
+      status: "RUNNING",
+    });
+    expect(formatRecord(record("warning", ["x"]), "text-simple")).toBe("warning: x\n");
+    expect(formatRecord(record("fatal", ["x"]), "text-simple")).toBe("error: x\n");
+  });
+
+  test("text from outside cannot end a line, nor control a terminal", () => {
+    const hostile = "a\nb\r\u001b[0Ksection_start:1:x\u0085\u2028\u202e";
+    for (const format of ["text", "text-simple", "json"] as const) {
+      const line = formatRecord(record("info", ["", hostile, ""], { hostile }), format);
+      expect(line.endsWith("\n")).toBe(true);
+      // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
+      expect(line.slice(0, -1)).not.toMatch(/[\u0000-\u001f\u007f-\u009f]/);
+    }
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 5. The job
+// ---------------------------------------------------------------------------------------------------------
+
+describe("the job's identity", () => {
+  const variables = {
+    CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: "abc12345",
+    CUSTOM_ENV_CI_PROJECT_URL: "https://gitlab.example.com/group/project",
+    CUSTOM_ENV_CI_PIPELINE_ID: "20",
+    CUSTOM_ENV_CI_JOB_ID: "300",
+  };
+  const response = (changes: object = {}) => {
+    const path = join(directory(), "response.json");
+    const body = { ...gitlabJob().response, ...changes };
+    fs.writeFileSync(path, JSON.stringify(body));
+    return path;
+  };
+  const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
+
+  test("without a response it is the official driver's", () => {
+    const hash = sha256("https://gitlab.example.com/group/project-20-300");
+    expect(readJob(variables)?.stem).toBe(`abc12345-${hash}`);
+  });
+
+  test("a response outweighs every variable but the label", () => {
+    const JOB_RESPONSE_FILE = response();
+    const stem = `t0ken-${sha256(JSON.stringify(["https://gitlab.example.com", 42, 4711]))}`;
+    const env = { ...variables, CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: "t0ken", JOB_RESPONSE_FILE };
+    expect(readJob(env)).toEqual({ stem, hash: stem.slice(6), title: "job 4711 of project 42" });
+    for (const name of Object.keys(variables))
+      if (name !== "CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN") expect(readJob({ ...env, [name]: "other" })?.stem).toBe(stem);
+  });
+
+  test.each(["", "../../etc/x", "a/b", "a".repeat(33), "a\u0000b", "é"])("the label %j is not used", (token) => {
+    const JOB_RESPONSE_FILE = response();
+    for (const env of [{ ...variables }, { ...variables, JOB_RESPONSE_FILE }])
+      expect(readJob({ ...env, CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: token })?.stem).toMatch(/^job-[0-9a-f]{64}$/);
+  });
+
+  test("host, project and id each make another job, the token in the address does not", () => {
+    const stemOf = (changes: object) => readJob({ JOB_RESPONSE_FILE: response(changes) })?.stem;
+    const address = (url: string) => ({ git_info: { ...gitlabJob().response.git_info, repo_url: url } });
+    const own = stemOf(address("https://gitlab-ci-token:one@gitlab.example.com/a/b.git"));
+    expect(stemOf(address("https://gitlab-ci-token:two@gitlab.example.com/a/b.git"))).toBe(own);
+    const others = [
+      stemOf(address("https://gitlab-ci-token:one@gitlab.example.org/a/b.git")),
+      stemOf(address("http://gitlab-ci-token:one@gitlab.example.com/a/b.git")),
+      stemOf(address("https://gitlab-ci-token:one@gitlab.example.com:8443/a/b.git")),
+      stemOf({ id: 1 }),
+      stemOf({ job_info: { ...gitlabJob().response.job_info, project_id: 1 } }),
+      own,
+    ];
+    expect(new Set(others).size).toBe(others.length);
+  });
+
+  test("a response that cannot be read is a failure, and no token of it is shown", () => {
+    const broken = join(directory(), "response.json");
+    fs.writeFileSync(broken, '{"token": "secret-token-1"');
+    for (const [path, why] of [
+      [broken, "it is not JSON"],
+      [join(broken, "..", "none.json"), "ENOENT"],
+      [response({ git_info: { repo_url: "secret-token-2" } }), "git_info.repo_url"],
+      [response({ id: "4711" }), "id is missing or not as expected"],
+    ]) {
+      const { message } = thrown(() => readJob({ ...variables, JOB_RESPONSE_FILE: path }));
+      expect(message).toContain(why);
+      expect(message).not.toContain("secret-token");
+    }
+  });
+
+  test("config's answer has the documented shape", () => {
+    expect(configAnswer(undefined)).toBe('{"driver":{"name":"fargate","version":"dev (HEAD)"},"hostname":""}');
+    expect(JSON.parse(configAnswer(readJob(variables)))).toMatchObject({ hostname: readJob(variables)?.stem });
+    expect(readJob({})).toBeUndefined();
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 6. Task record
+// ---------------------------------------------------------------------------------------------------------
+
+const someRecord: TaskRecord = {
+  Version: 1,
+  TaskARN: "arn:aws:ecs:us-east-2:123456789012:task/test-cluster/0123456789abcdef0123456789abcdef",
+  ContainerIP: "10.0.0.1",
+  PrivateKey: Buffer.from("key").toString("base64"),
+  Cluster: "test-cluster",
+  Region: "us-east-2",
+  StartedBy: "fargate-0123456789ab-0123456789abcdef0123456789abcdef",
+  ClientTokens: ["one"],
+  Unanswered: false,
+  HostKey: "",
+  Interpreter: "bash",
+  LoginShell: "bash",
+  CreatedAt: 1,
+};
+
+describe("the task record", () => {
+  test("comes back as written, for its owner alone, and leaves nothing beside it", () => {
+    const path = join(directory(), "records", "x.json");
+    openDirectory(join(path, ".."));
+    expect(readRecord(path)).toBeUndefined();
+    writeRecord(path, { ...someRecord, TaskARN: "" });
+    writeRecord(path, someRecord);
+    expect(readRecord(path)).toEqual(someRecord);
+    expect(fs.statSync(path).mode & 0o777).toBe(0o600);
+    expect(fs.statSync(join(path, "..")).mode & 0o777).toBe(0o700);
+    expect(fs.readdirSync(join(path, ".."))).toEqual(["x.json"]);
+    // The official driver's fields, under its names.
+    expect(JSON.parse(fs.readFileSync(path, "utf8"))).toMatchObject({
+      TaskARN: someRecord.TaskARN,
+      ContainerIP: someRecord.ContainerIP,
+      PrivateKey: someRecord.PrivateKey,
+    });
+  });
+
+  test("one that is damaged, of another version or cannot be written is a failure that shows no key", () => {
+    const path = join(directory(), "x.json");
+    for (const content of ["", '{"PrivateKey": "c2VjcmV0"', '{"PrivateKey": "c2VjcmV0", "Version": 2}', "[]"]) {
+      fs.writeFileSync(path, content);
+      const { message } = thrown(() => readRecord(path));
+      expect(message).toContain(path);
+      expect(message).not.toContain("c2VjcmV0");
+    }
+    expect(thrown(() => writeRecord(join(path, "y.json"), someRecord)).message).toContain("cannot be written");
+    expect(thrown(() => openDirectory(join(path, "y"))).message).toContain("cannot be made");
+  });
+
+  test("one manager has one identity, however many ask for it first", async () => {
+    const where = directory();
+    const script = `import {managerId} from ${JSON.stringify(join(projectRoot, "fargate.ts"))}; console.log(managerId(process.argv[1]))`;
+    const asked = Array.from({ length: 8 }, () => start([process.execPath, "-e", script, where]).finished);
+    const ids = (await Promise.all(asked)).map(({ stdout }) => stdout.toString().trim());
+    expect(new Set(ids).size).toBe(1);
+    expect(ids[0]).toMatch(/^[0-9a-f]{12}$/);
+    expect(managerId(where)).toBe(ids[0]);
+    expect(managerId(directory())).not.toBe(ids[0]);
+    expect(fs.readdirSync(where)).toEqual([".manager-id"]);
+    fs.writeFileSync(join(where, ".manager-id"), "../x\n");
+    expect(thrown(() => managerId(where)).message).toContain("12 hex digits");
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 7. Keys
+// ---------------------------------------------------------------------------------------------------------
+
+describe("keys", () => {
+  test.each([
+    ["ed25519", "ssh-ed25519"],
+    ["rsa", "ssh-rsa"],
+  ] as const)("%s: the public half belongs to the private one, and no two are alike", async (type, name) => {
+    const [one, other] = await Promise.all([makeKeyPair(type), makeKeyPair(type)]);
+    expect(one.publicKey).toMatch(new RegExp(`^${name} [A-Za-z0-9+/=]+$`));
+    expect(one.publicKey).not.toBe(other.publicKey);
+    expect((await keyPairOf(one.privateKey)).publicKey).toBe(one.publicKey);
+    // As OpenSSH sees it.
+    const path = join(directory(), "key");
+    fs.writeFileSync(path, one.privateKey, { mode: 0o600 });
+    const { status, stdout } = spawnSync("ssh-keygen", ["-y", "-f", path], { encoding: "utf8" });
+    if (status !== null) expect(stdout.trim()).toBe(one.publicKey);
+  });
+
+  test("what is no private key is refused", async () => {
+    const { public: publicKey } = utils.generateKeyPairSync("ed25519");
+    for (const text of ["", "nonsense", publicKey]) await expect(keyPairOf(text)).rejects.toThrow(Failure);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 8. ECS
+// ---------------------------------------------------------------------------------------------------------
+
+describe("RunTask's input", () => {
+  const identity = { startedBy: "fargate-a-b", clientToken: "token" };
+  const input = (name: string, change: (config: Config) => void = () => {}) => {
+    const { config } = readConfig(configFile(name), name, {}, {});
+    change(config);
+    return runTaskInput(config, identity, { SSH_PUBLIC_KEY: "ssh-ed25519 AAAA" });
+  };
+  const official = {
+    cluster: "test-cluster",
+    taskDefinition: "test-task:1",
+    count: 1,
+    networkConfiguration: {
+      awsvpcConfiguration: {
+        subnets: ["subnet-xxxxxx"],
+        securityGroups: ["sg-xxxxxxxxxxxxx"],
+        assignPublicIp: "ENABLED",
+      },
+    },
+    overrides: {
+      containerOverrides: [
+        { name: "ci-coordinator", environment: [{ name: "SSH_PUBLIC_KEY", value: "ssh-ed25519 AAAA" }] },
+      ],
+    },
+  };
+
+  test("is the official driver's for its file, plus startedBy and clientToken", () => {
+    expect(input("guide")).toEqual({ ...official, ...identity });
+  });
+
+  test.each<[string, (config: Config) => void, Partial<RunTaskCommandInput>]>([
+    ["PlatformVersion", (c) => (c.Fargate.PlatformVersion = "1.4.0"), { platformVersion: "1.4.0" }],
+    ["LaunchType", (c) => (c.Fargate.LaunchType = "FARGATE"), { launchType: "FARGATE" }],
+    [
+      "CapacityProviderStrategy, always with a weight",
+      (c) => (c.Fargate.CapacityProviderStrategy = [{ CapacityProvider: "FARGATE_SPOT", Weight: 1 }]),
+      { capacityProviderStrategy: [{ capacityProvider: "FARGATE_SPOT", weight: 1 }] },
+    ],
+    [
+      "Base",
+      (c) => (c.Fargate.CapacityProviderStrategy = [{ CapacityProvider: "FARGATE", Weight: 0, Base: 2 }]),
+      { capacityProviderStrategy: [{ capacityProvider: "FARGATE", weight: 0, base: 2 }] },
+    ],
+    ["EnableExecuteCommand", (c) => (c.Fargate.EnableExecuteCommand = true), { enableExecuteCommand: true }],
+    ["Tags", (c) => (c.Fargate.Tags = { a: "b" }), { tags: [{ key: "a", value: "b" }] }],
+    ["PropagateTags", (c) => (c.Fargate.PropagateTags = "TASK_DEFINITION"), { propagateTags: "TASK_DEFINITION" }],
+  ])("%s adds itself and nothing else", (_, change, added) => {
+    expect(input("guide", change)).toEqual({ ...official, ...identity, ...added });
+  });
+
+  test("lists of subnets and security groups, private addresses, no override", () => {
+    const { networkConfiguration } = input("full", (c) => (c.Fargate.EnablePublicIP = false));
+    expect(networkConfiguration?.awsvpcConfiguration).toEqual({
+      subnets: ["subnet-1", "subnet-2"],
+      securityGroups: ["sg-1", "sg-2"],
+      assignPublicIp: "DISABLED",
+    });
+    const { config } = readConfig(configFile("guide"), "guide", {}, {});
+    expect(runTaskInput(config, identity, undefined)).not.toHaveProperty("overrides");
+  });
+});
+
+describe("calls to AWS", () => {
+  test("only what may pass is tried again, until the time is up", async () => {
+    let time = 0;
+    let calls = 0;
+    const attempt = (again: boolean, succeedAt = Number.POSITIVE_INFINITY) =>
+      retry(
+        async () => {
+          time += 1_000;
+          if (++calls >= succeedAt) return calls;
+          throw new Error(`call ${calls}`);
+        },
+        { until: 5_000, again: () => again, now: () => time },
+      );
+    await expect(attempt(true, 3)).resolves.toBe(3);
+    [time, calls] = [0, 0];
+    await expect(attempt(false)).rejects.toThrow("call 1");
+    [time, calls] = [0, 0];
+    await expect(attempt(true)).rejects.toThrow(/call [45]/);
+  });
+
+  test("a signal ends the repetitions with its reason", async () => {
+    const stop = new AbortController();
+    const endless = retry(() => Promise.reject(new Error("again")), {
+      until: Number.POSITIVE_INFINITY,
+      again: () => true,
+      now: Date.now,
+      signal: stop.signal,
+    });
+    stop.abort(new Failure("system", "stopped"));
+    await expect(endless).rejects.toThrow("stopped");
+  });
+
+  test.each<[string, object, boolean]>([
+    ["throttling", { name: "ThrottlingException", $metadata: { httpStatusCode: 400 } }, true],
+    ["EC2's throttling", { name: "RequestLimitExceeded", $metadata: { httpStatusCode: 503 } }, true],
+    ["a server error", { name: "ServerException", $metadata: { httpStatusCode: 500 } }, true],
+    ["a lost answer", { name: "TypeError", code: "ECONNRESET", $metadata: {} }, true],
+    ["a time-out", { name: "TimeoutError", $metadata: {} }, true],
+    ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false],
+    ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false],
+    ["no credentials", { name: "CredentialsProviderError", $metadata: {} }, false],
+    ["a bug of ours", { name: "TypeError" }, false],
+  ])("%s", (_, error, transient) => {
+    expect(isTransient(Object.assign(new Error("x"), error))).toBe(transient);
+  });
+
+  test("polling is quick at first, slower later, and slow once the address is known", () => {
+    expect(pollPause(0, false, 0.5)).toBe(500);
+    expect(pollPause(20, false, 0.5)).toBe(2_000);
+    expect(pollPause(60, false, 0.5)).toBe(5_000);
+    expect(pollPause(0, true, 0.5)).toBe(5_000);
+    expect([pollPause(60, true, 0), pollPause(60, true, 1)]).toEqual([3_750, 6_250]);
+  });
+
+  test("why a task stopped is told in AWS's words, with each container's exit", () => {
+    expect(
+      explainStop({
+        stopCode: "EssentialContainerExited",
+        stoppedReason: "Essential container in task exited",
+        containers: [
+          { name: "ci-coordinator", exitCode: 137, reason: "OutOfMemoryError: Container killed due to memory usage" },
+          { name: "side", reason: "CannotPullContainerError: no such image" },
+          { name: "quiet" },
+        ],
+      }),
+    ).toBe(
+      "EssentialContainerExited: Essential container in task exited; container ci-coordinator: exit code 137, " +
+        "OutOfMemoryError: Container killed due to memory usage; container side: no exit code, " +
+        "CannotPullContainerError: no such image",
+    );
+    expect(explainStop({})).toBe("ECS gave no reason");
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 8 to 10 with ECS mocked: what prepare and cleanup ask of AWS, and what they do with its answers
+// ---------------------------------------------------------------------------------------------------------
+
+describe("prepare and cleanup, with ECS mocked", () => {
+  const ecs = mockClient(ECSClient);
+  const ec2 = mockClient(EC2Client);
+  const arn = someRecord.TaskARN;
+  let logged: string[];
+  let stop: AbortController;
+  let records: string;
+  let server: SshServer | undefined;
+
+  beforeEach(() => {
+    ecs.reset();
+    ec2.reset();
+    logged = [];
+    stop = new AbortController();
+    records = join(directory(), "records");
+    server = undefined;
+    configureSync({
+      reset: true,
+      sinks: { test: (record) => void logged.push(formatRecord(record, "text-simple").trimEnd()) },
+      loggers: [
+        { category: "fargate", sinks: ["test"], lowestLevel: "info" },
+        { category: ["logtape", "meta"], sinks: [] },
+      ],
+    });
+    ecs.on(StopTaskCommand).resolves({});
+    ecs.on(ListTasksCommand).resolves({ taskArns: [] });
+  });
+  afterEach(() => server?.close());
+
+  function contextOf(change: (config: Config) => void = () => {}): Context {
+    const { config } = readConfig(configFile("guide"), "guide", {}, {});
+    config.TaskMetadata.Directory = records;
+    config.Fargate.EnablePublicIP = false;
+    config.SSH.Username = "worker";
+    change(config);
+    const hash = "0123456789abcdef".repeat(4);
+    const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2" };
+    const sink = new PassThrough();
+    sink.resume();
+    const log = getLogger("fargate");
+    return { config, job, log, env: {}, stop: stop.signal, now: Date.now, stdout: sink, stderr: sink };
+  }
+
+  const recordFile = () => join(records, `label-${"0123456789abcdef".repeat(4)}.json`);
+  const inputs = (command: Parameters<typeof ecs.commandCalls>[0]) =>
+    ecs.commandCalls(command).map((call) => call.args[0].input);
+  const awsError = (name: string, message: string, status = 400) =>
+    Object.assign(new Error(message), { name, $metadata: { httpStatusCode: status } });
+  const taskIn = (lastStatus: string, address?: string): Task => ({
+    taskArn: arn,
+    lastStatus,
+    desiredStatus: "RUNNING",
+    attachments: [
+      {
+        type: "ElasticNetworkInterface",
+        details: address
+          ? [
+              { name: "networkInterfaceId", value: "eni-1" },
+              { name: "privateIPv4Address", value: address },
+            ]
+          : [{ name: "subnetId", value: "subnet-1" }],
+      },
+    ],
+  });
+  /** RunTask starts an SSH server that takes the key of its override; DescribeTasks goes through these states. */
+  function taskGoesThrough(context: Context, ...states: (Task | undefined)[]): void {
+    ecs.on(RunTaskCommand).callsFake(async (input: RunTaskCommandInput) => {
+      const key = input.overrides?.containerOverrides?.[0]?.environment?.[0]?.value as string;
+      server = await startSshServer({
+        address: "127.0.0.1",
+        port: context.config.SSH.Port,
+        authorizedKey: key,
+        username: "worker",
+        home: directory(),
+      });
+      context.config.SSH.Port = server.port;
+      return { tasks: [{ taskArn: arn, lastStatus: "PROVISIONING" }] };
+    });
+    let at = 0;
+    ecs.on(DescribeTasksCommand).callsFake(() => {
+      const state = states[Math.min(at++, states.length - 1)];
+      return state ? { tasks: [state] } : { tasks: [], failures: [{ arn, reason: "MISSING" }] };
+    });
+  }
+
+  test("a task unknown at first, then provisioning, is logged in to as soon as its address is known", async () => {
+    const context = contextOf((config) => (config.SSH.Port = 0));
+    taskGoesThrough(context, undefined, taskIn("PROVISIONING"), taskIn("PENDING", "127.0.0.1"));
+    await prepare(context);
+    expect(inputs(RunTaskCommand)).toHaveLength(1);
+    const record = readRecord(recordFile());
+    expect(record).toMatchObject({ TaskARN: arn, ContainerIP: "127.0.0.1", Unanswered: false, Interpreter: "bash" });
+    expect(record?.StartedBy).toMatch(/^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/);
+    const [{ clientToken, startedBy }] = inputs(RunTaskCommand) as [RunTaskCommandInput];
+    expect(record?.ClientTokens).toEqual([clientToken]);
+    expect(startedBy).toBe(record?.StartedBy);
+    const pinned = utils.parseKey(server?.hostKey as string);
+    expect(record?.HostKey).toBe((pinned as { getPublicSSH(): Buffer }).getPublicSSH().toString("base64"));
+    expect(logged.map((line) => line.replace(/\d+ s/, "N s"))).toEqual([
+      "Starting a task of test-task:1 on cluster test-cluster",
+      `Task ${arn.split("/").at(-1)} is PROVISIONING (N s)`,
+      `Task ${arn.split("/").at(-1)} is PENDING (N s)`,
+      "Ready: logged in to 127.0.0.1 as worker (N s)",
+    ]);
+    expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
+  });
+
+  test("the record is on disk, with the token, before RunTask is called", async () => {
+    let found: TaskRecord | undefined;
+    ecs.on(RunTaskCommand).callsFake((input: RunTaskCommandInput) => {
+      found = readRecord(recordFile());
+      expect(found?.ClientTokens).toEqual([input.clientToken]);
+      throw awsError("AccessDeniedException", "not authorized to perform: ecs:RunTask");
+    });
+    await expect(prepare(contextOf())).rejects.toThrow(
+      "ecs:RunTask was refused: AccessDeniedException: not authorized to perform: ecs:RunTask; " +
+        "allow ecs:RunTask in the IAM policy of the runner's host",
+    );
+    expect(found).toMatchObject({ TaskARN: "", Unanswered: true });
+    expect(fs.existsSync(recordFile())).toBe(false);
+    // A refusal is an answer: there is nothing to look for.
+    expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
+  });
+
+  test("an answer with failures and no task gives their reasons", async () => {
+    ecs.on(RunTaskCommand).resolves({ tasks: [], failures: [{ reason: "RESOURCE:ENI", detail: "none left" }] });
+    await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask started no task: RESOURCE:ENI none left");
+    expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
+  });
+
+  test("RunTask is repeated with the same token while it is throttled", async () => {
+    const throttled = awsError("ThrottlingException", "Rate exceeded");
+    ecs
+      .on(RunTaskCommand)
+      .rejectsOnce(throttled)
+      .rejectsOnce(throttled)
+      .resolves({ failures: [{ reason: "x" }] });
+    await expect(prepare(contextOf())).rejects.toThrow("started no task: x");
+    const tokens = (inputs(RunTaskCommand) as RunTaskCommandInput[]).map(({ clientToken }) => clientToken);
+    expect(tokens).toHaveLength(3);
+    expect(new Set(tokens).size).toBe(1);
+  });
+
+  test.each([
+    ["stopped", { lastStatus: "STOPPED", desiredStatus: "STOPPED" }],
+    ["about to stop", { lastStatus: "PENDING", desiredStatus: "STOPPED" }],
+    ["going down", { lastStatus: "DEPROVISIONING", desiredStatus: "RUNNING" }],
+  ])("a task that is %s before it is ready is a failure that says why, and is stopped", async (_, state) => {
+    const context = contextOf((config) => (config.SSH.Port = 0));
+    taskGoesThrough(context, taskIn("PROVISIONING"), {
+      ...taskIn("x"),
+      ...state,
+      stopCode: "TaskFailedToStart",
+      stoppedReason: "CannotPullContainerError: no such image",
+    });
+    await expect(prepare(context)).rejects.toThrow(
+      "the task stopped before it was ready: TaskFailedToStart: CannotPullContainerError: no such image",
+    );
+    expect(inputs(StopTaskCommand)).toEqual([{ cluster: "test-cluster", task: arn, reason: "job 1 of project 2" }]);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("StartTimeout and ConnectTimeout end the wait, and say what the last login came to", async () => {
+    const late = contextOf((config) => (config.Fargate.StartTimeout = 1));
+    ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
+    ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("PENDING")] });
+    await expect(prepare(late)).rejects.toThrow("the task was not ready within StartTimeout (1 s): it is PENDING");
+    const closed = await startProxy({ host: "127.0.0.1", port: 1 });
+    await closed.close();
+    const refusing = contextOf((config) => {
+      config.SSH.ConnectTimeout = 1;
+      config.SSH.Port = closed.port;
+    });
+    ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("RUNNING", "127.0.0.1")] });
+    await expect(prepare(refusing)).rejects.toThrow(
+      /the task runs, but no login worked within ConnectTimeout \(1 s\); the last attempt to log in: worker@127\.0\.0\.1:\d+: .*ECONNREFUSED/,
+    );
+    expect(inputs(StopTaskCommand)).toHaveLength(2);
+  });
+
+  test("with UsePublicIP the address comes from EC2, once the interface has one", async () => {
+    const context = contextOf((config) => {
+      config.Fargate.EnablePublicIP = true;
+      config.SSH.Port = 0;
+    });
+    taskGoesThrough(context, taskIn("PENDING", "192.0.2.1"));
+    ec2
+      .on(DescribeNetworkInterfacesCommand)
+      .resolvesOnce({ NetworkInterfaces: [{}] })
+      .resolves({ NetworkInterfaces: [{ Association: { PublicIp: "127.0.0.1" } }] });
+    await prepare(context);
+    expect(readRecord(recordFile())?.ContainerIP).toBe("127.0.0.1");
+    expect(ec2.commandCalls(DescribeNetworkInterfacesCommand).map((call) => call.args[0].input)).toEqual([
+      { NetworkInterfaceIds: ["eni-1"] },
+      { NetworkInterfaceIds: ["eni-1"] },
+    ]);
+  });
+
+  test("told to stop while it waits, it stops the task", async () => {
+    const context = contextOf();
+    ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
+    ecs.on(DescribeTasksCommand).callsFake(() => {
+      stop.abort(new Failure("system", "stopped by SIGTERM"));
+      return { tasks: [taskIn("PENDING")] };
+    });
+    await expect(prepare(context)).rejects.toThrow("stopped by SIGTERM");
+    expect(inputs(StopTaskCommand)).toHaveLength(1);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  const noContainer = awsError(
+    "InvalidParameterException",
+    "Override for container named ci-coordinator is not a container in the TaskDefinition.",
+  );
+  const secretOfThatName = awsError(
+    "ClientException",
+    "The secret name must be unique and not shared with any new or existing environment variables set on the " +
+      "container, such as 'SSH_PUBLIC_KEY'.",
+  );
+
+  test.each([
+    ["container", noContainer],
+    ["secret", secretOfThatName],
+  ])("an override refused for its %s is left out with PrivateKeyPath, once, under another token", async (_, error) => {
+    const key = await makeKeyPair("ed25519");
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, key.privateKey);
+    const context = contextOf((config) => (config.SSH.PrivateKeyPath = path));
+    ecs
+      .on(RunTaskCommand)
+      .rejectsOnce(error)
+      .resolves({ failures: [{ reason: "enough" }] });
+    await expect(prepare(context)).rejects.toThrow("enough");
+    const [first, second, ...more] = inputs(RunTaskCommand) as RunTaskCommandInput[];
+    expect(more).toEqual([]);
+    expect(first?.overrides?.containerOverrides?.[0]?.environment).toEqual([
+      { name: "SSH_PUBLIC_KEY", value: key.publicKey },
+    ]);
+    expect(second).not.toHaveProperty("overrides");
+    expect(second?.clientToken).not.toBe(first?.clientToken);
+  });
+
+  test("without PrivateKeyPath that refusal says how the container must be named", async () => {
+    ecs.on(RunTaskCommand).rejects(noContainer);
+    await expect(prepare(contextOf())).rejects.toThrow(
+      "the task definition must have a container named ci-coordinator",
+    );
+    expect(inputs(RunTaskCommand)).toHaveLength(1);
+  });
+
+  test("a PrivateKeyPath that cannot be used is a warning, and a key is made", async () => {
+    const context = contextOf((config) => (config.SSH.PrivateKeyPath = join(directory(), "none")));
+    ecs.on(RunTaskCommand).resolves({ failures: [{ reason: "enough" }] });
+    await expect(prepare(context)).rejects.toThrow("enough");
+    expect(logged[0]).toMatch(
+      /^warning: PrivateKeyPath .*none cannot be used: ENOENT.*a key is made for this job instead$/,
+    );
+    expect(JSON.stringify(inputs(RunTaskCommand))).toContain("ssh-ed25519 ");
+  });
+
+  test("a record that an earlier try left is cleared, with its task, before another is started", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "earlier" });
+    ecs.on(RunTaskCommand).callsFake(() => {
+      expect(inputs(StopTaskCommand)).toHaveLength(1);
+      return { failures: [{ reason: "enough" }] };
+    });
+    await expect(prepare(contextOf())).rejects.toThrow("enough");
+    expect(inputs(StopTaskCommand)).toMatchObject([{ task: "earlier" }]);
+  });
+
+  test("cleanup stops the record's task where the record says it runs, then removes the record; twice is once", async () => {
+    openDirectory(records);
+    managerId(records);
+    writeRecord(recordFile(), { ...someRecord, Cluster: "the-cluster-of-then" });
+    await cleanup(contextOf());
+    expect(inputs(StopTaskCommand)).toEqual([
+      { cluster: "the-cluster-of-then", task: arn, reason: "job 1 of project 2" },
+    ]);
+    expect(fs.existsSync(recordFile())).toBe(false);
+    await cleanup(contextOf());
+    expect(inputs(StopTaskCommand)).toHaveLength(1);
+    expect(logged).toEqual([]);
+  });
+
+  test("cleanup without a record looks for the job's tasks by startedBy alone, and stops each", async () => {
+    openDirectory(records);
+    const startedBy = `fargate-${managerId(records)}-0123456789abcdef0123456789abcdef`;
+    ecs
+      .on(ListTasksCommand)
+      .resolvesOnce({ taskArns: ["one"], nextToken: "more" })
+      .resolves({ taskArns: ["two"] });
+    await cleanup(contextOf());
+    expect(inputs(ListTasksCommand)).toEqual([
+      { cluster: "test-cluster", startedBy, nextToken: undefined },
+      { cluster: "test-cluster", startedBy, nextToken: "more" },
+    ]);
+    expect(inputs(StopTaskCommand)).toMatchObject([{ task: "one" }, { task: "two" }]);
+  });
+
+  test("cleanup where nothing was ever started asks nothing; where ListTasks is not permitted it warns", async () => {
+    await cleanup(contextOf());
+    expect(ecs.calls()).toHaveLength(0);
+    openDirectory(records);
+    managerId(records);
+    ecs.on(ListTasksCommand).rejects(awsError("AccessDeniedException", "no"));
+    await cleanup(contextOf());
+    expect(logged).toEqual([
+      expect.stringMatching(/^warning: whether a task is left could not be looked up: ecs:List/),
+    ]);
+  });
+
+  test("cleanup after an unanswered RunTask looks until the task is listed", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, CreatedAt: Date.now() / 1000 });
+    ecs
+      .on(ListTasksCommand)
+      .resolvesOnce({ taskArns: [] })
+      .resolves({ taskArns: [arn] });
+    await cleanup(contextOf());
+    expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("a damaged record is told, and its task looked for by name", async () => {
+    openDirectory(records);
+    fs.writeFileSync(recordFile(), "{");
+    ecs.on(ListTasksCommand).resolves({ taskArns: [arn] });
+    await cleanup(contextOf());
+    expect(logged).toEqual([expect.stringMatching(/^warning: the record .* cannot be used: it is not JSON; looking/)]);
+    expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("a task that ECS no longer knows counts as stopped; one that cannot be stopped keeps its record", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), someRecord);
+    ecs.on(StopTaskCommand).rejects(awsError("AccessDeniedException", "no"));
+    await expect(cleanup(contextOf())).rejects.toThrow("ecs:StopTask was refused");
+    expect(readRecord(recordFile())).toEqual(someRecord);
+    ecs.on(StopTaskCommand).rejects(awsError("InvalidParameterException", "The referenced task was not found."));
+    await cleanup(contextOf());
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 9. SSH
+// ---------------------------------------------------------------------------------------------------------
+
+describe("the marks around a script's output", () => {
+  test("are taken out wherever the stream is cut into chunks, and nothing else is", () => {
+    const mark = "fargate-0123";
+    const piece = fc.oneof(
+      fc.constantFrom("fargate-", "fargate-0123", "fargate-01234 x", "\n", " ", "fargate-0123fargate-"),
+      fc.string(),
+    );
+    fc.assert(
+      fc.property(
+        fc.array(piece),
+        fc.array(piece),
+        fc.infiniteStream(fc.integer({ min: 1, max: 9 })),
+        (a, b, sizes) => {
+          const [before, within] = [a.join(""), b.join("")].map((text) => text.replaceAll(`${mark} `, "")) as [
+            string,
+            string,
+          ];
+          const whole = Buffer.from(`${before}${mark} 77\n${within}${mark} end\n`);
+          const filter = new MarkFilter(mark);
+          const out: Buffer[] = [];
+          for (let at = 0; at < whole.length; ) {
+            const size = sizes.next().value as number;
+            out.push(...filter.push(whole.subarray(at, at + size)));
+            at += size;
+          }
+          expect(Buffer.concat([...out, filter.flush()]).toString()).toBe(before + within);
+          expect(filter.marks).toEqual(["77", "end"]);
+        },
+      ),
+      { numRuns: 500 },
+    );
+  });
+
+  test("a mark without an end is the script's own output, and is not held for ever", () => {
+    const filter = new MarkFilter("m");
+    expect(Buffer.concat(filter.push(Buffer.from(`m ${"x".repeat(200)}`))).toString()).toBe(`m ${"x".repeat(200)}`);
+    expect(Buffer.concat(filter.push(Buffer.from("y m"))).toString()).toBe("y ");
+    expect(filter.flush().toString()).toBe("m");
+  });
+});
+
+test.each([
+  ["#!/usr/bin/env bash\n", "bash"],
+  ["#!/bin/bash\n", "bash"],
+  ["#! /usr/bin/env -S bash -e\n", "bash"],
+  ["#!/usr/bin/env sh\n", "sh"],
+  ["#!/bin/sh", "sh"],
+  ["echo no first line\n", "bash"],
+  ["", "bash"],
+])("the interpreter of %j is %s", (script, name) => {
+  expect(interpreterOf(Buffer.from(script), "bash")).toBe(name);
+  expect(interpreterOf(Buffer.from(script), "sh")).toBe("sh");
+});
+
+test("a script for another interpreter is refused", () => {
+  expect(thrown(() => interpreterOf(Buffer.from("#!/usr/bin/env pwsh\n"), "bash")).message).toContain(
+    'the script is for pwsh, but only bash and sh can be used; set shell = "bash"',
+  );
+});
+
+/** What a script of a job left, seen from the driver. */
+interface Ran {
+  outcome: Outcome;
+  stdout: Buffer;
+  stderr: Buffer;
+}
+
+/** A task without ECS: a container, or the embedded server, with a key of its own, and how to log in to it. */
+async function startTask() {
+  const key = await makeKeyPair("ed25519");
+  // The address is this test process's own; containers of several tests may run at once.
+  const address = `127.78.${(process.pid >> 8) & 255}.${(directories++ % 250) + 1}`;
+  const port = 2222;
+  const host = await hosts.start({ name: "test", address, port, environment: { SSH_PUBLIC_KEY: key.publicKey } });
+  const target: SshTarget = { host: address, port, username: "root", privateKey: key.privateKey, keepAlive: 15 };
+  const never = new AbortController().signal;
+  const logIn = (to: SshTarget = target): Promise<Connection> =>
+    retry(() => connect(to, 3_000, never), { until: Date.now() + 15_000, again: () => true, now: Date.now });
+  await logIn().then(({ client }) => client.end());
+  return { host, target, logIn };
+}
+
+describe("scripts over SSH", () => {
+  let task: Awaited<ReturnType<typeof startTask>>;
+  beforeAll(async () => {
+    task = await startTask();
+    configureSync({ reset: true, sinks: {}, loggers: [{ category: ["logtape", "meta"], sinks: [] }] });
+  });
+  afterAll(() => task?.host.stop(0));
+
+  const collect = () => {
+    const chunks: Buffer[] = [];
+    const sink = new Writable({
+      write(chunk: Buffer, _, done) {
+        chunks.push(Buffer.from(chunk));
+        done();
+      },
+    });
+    return { sink, bytes: () => Buffer.concat(chunks) };
+  };
+
+  async function runIn(
+    connection: Connection,
+    script: string | Buffer,
+    { interpreter = "bash" as "bash" | "sh", loginShell = "bash", stop = new AbortController().signal } = {},
+  ): Promise<Ran> {
+    const out = collect();
+    const err = collect();
+    const outcome = await runScript(
+      connection,
+      Buffer.from(script),
+      { interpreter, loginShell },
+      {
+        stop,
+        log: getLogger("fargate"),
+        stdout: out.sink,
+        stderr: err.sink,
+      },
+    );
+    return { outcome, stdout: out.bytes(), stderr: err.bytes() };
+  }
+
+  async function runOnce(script: string | Buffer, options?: Parameters<typeof runIn>[2]): Promise<Ran> {
+    const connection = await task.logIn();
+    try {
+      return await runIn(connection, script, options);
+    } finally {
+      connection.client.end();
+    }
+  }
+  const exited = (code: number): Outcome => ({ ended: "exited", code });
+
+  taskTest("the shells of a container are found", async () => {
+    const connection = await task.logIn();
+    expect(await findShells(connection)).toEqual({ Interpreter: "bash", LoginShell: "bash" });
+    connection.client.end();
+  });
+
+  for (const code of [0, 1, 42, 137, 255])
+    taskTest(`exit code ${code} comes back`, async () => {
+      expect((await runOnce(`exit ${code}`)).outcome).toEqual(exited(code));
+    });
+
+  taskTest("death by signal n is 128 + n, of a command and of the shell itself", async () => {
+    expect((await runOnce("sh -c 'kill -TERM $$'")).outcome).toEqual(exited(143));
+    expect((await runOnce("sh -c 'kill -SEGV $$'")).outcome).toEqual(exited(139));
+    expect((await runOnce("echo before; kill -KILL $$")).outcome).toEqual(exited(137));
+  });
+
+  taskTest("both streams come back apart, byte for byte", async () => {
+    const bytes = Buffer.from(Array.from({ length: 256 }, (_, byte) => byte));
+    const octal = [...bytes].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
+    const ran = await runOnce(`printf '${octal}'; printf '%s' error >&2; printf '${octal}'`);
+    expect(ran.outcome).toEqual(exited(0));
+    expect(ran.stdout.equals(Buffer.concat([bytes, bytes]))).toBe(true);
+    expect(ran.stderr.toString()).toBe("error");
+  });
+
+  taskTest("the commands of a script find standard input empty", async () => {
+    const ran = await runOnce('read -r line; echo "$? [$line]"; cat; wc -c');
+    expect(
+      ran.stdout
+        .toString()
+        .trim()
+        .split("\n")
+        .map((line) => line.trim()),
+    ).toEqual(["1 []", "0"]);
+  });
+
+  taskTest("a process in the background does not hold the stage", async () => {
+    const ran = await runOnce("sleep 300 & (sleep 300; echo late) & echo $!; echo done");
+    expect(ran.outcome).toEqual(exited(0));
+    expect(ran.stdout.toString()).toMatch(/^\d+\ndone\n$/);
+    const pid = ran.stdout.toString().split("\n")[0];
+    // Nor is it ended: a server that one stage starts serves the next.
+    const next = await runOnce(`kill -0 ${pid} && echo lives`);
+    expect(next.stdout.toString()).toBe("lives\n");
+  });
+
+  taskTest("a script of 1 MB arrives whole, and of 20 MB", async () => {
+    for (const size of [1_000_000, 20_000_000]) {
+      const text = "0123456789".repeat(size / 10);
+      const ran = await runOnce(`x='${text}'\necho "\${#x}"; printf %s "$x" | sha256sum`);
+      const sum = createHash("sha256").update(text).digest("hex");
+      expect(ran.stdout.toString()).toBe(`${size}\n${sum}  -\n`);
+    }
+  });
+
+  taskTest("nothing of a script is left on disk, in an argument or in the environment", async () => {
+    const secret = `secret-${Math.random().toString(36).slice(2)}`;
+    // The pattern is put together in the container, so that the search does not find itself.
+    const [head, tail] = [secret.slice(0, 10), secret.slice(10)];
+    const ran = await runOnce(
+      `: ${secret}\np=${head}; p="\${p}${tail}"; cat /proc/*/cmdline /proc/*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c "$p"\n` +
+        `grep -rl "$p" "$HOME" /tmp /var/tmp /run 2>/dev/null; set | grep -c "$p$"; true`,
+    );
+    // Found in the shell's own variable p, twice by set at most; nowhere else.
+    expect(ran.stdout.toString().split("\n")[0]).toBe("0");
+    expect(ran.stdout.toString()).not.toContain("/");
+  });
+
+  for (const [shell, path] of [
+    ["bash", "/bin/bash"],
+    ["dash", "/bin/dash"],
+    ["busybox", "/usr/local/bin/ash"],
+  ] as const)
+    describe(`as ${shell} understands them`, () => {
+      beforeAll(async () => {
+        if (hosts.kind !== "container") return;
+        const setUp = `ln -sf "$(command -v busybox)" /usr/local/bin/ash && usermod --shell ${path} root`;
+        expect((await task.host.exec(setUp)).exitCode).toBe(0);
+      });
+      afterAll(async () => {
+        if (hosts.kind === "container") await task.host.exec("usermod --shell /bin/bash root");
+      });
+      const own = () => ({
+        interpreter: shell === "bash" ? ("bash" as const) : ("sh" as const),
+        loginShell: hosts.kind === "container" ? (path.split("/").at(-1) as string) : "bash",
+      });
+
+      const cases: [string, string, number, string][] = [
+        ["exit in the middle", "echo one\nexit 42\necho two\n", 42, "one\n"],
+        ["set -e", "set -e\necho one\nfalse\necho two\n", 1, "one\n"],
+        ["no newline at the end", "printf '%s' one", 0, "one"],
+        ["a here-document at the end", "cat <<'X'\none $two\nX", 0, "one $two\n"],
+        ["a comment at the end", "echo one # two", 0, "one\n"],
+        ["bytes that are not UTF-8", "printf '%s' 'Gr\u00fc\u00df'", 0, "Gr\u00fc\u00df"],
+        ["a syntax error in the middle", "echo one\nif then\necho two\n", 2, "one\n"],
+        [
+          "a function, a loop and a trap",
+          "f() { echo $1; }; trap 'f end' EXIT; for i in 1 2; do f $i; done",
+          0,
+          "1\n2\nend\n",
+        ],
+      ];
+      for (const [what, script, code, output] of cases)
+        taskTest(what, async () => {
+          const ran = await runOnce(Buffer.from(script, what.includes("UTF-8") ? "latin1" : "utf8"), own());
+          expect(ran.outcome).toEqual(exited(code));
+          expect(ran.stdout.toString(what.includes("UTF-8") ? "latin1" : "utf8")).toBe(output);
+        });
+
+      taskTest("1 MB", async () => {
+        const ran = await runOnce(`x='${"y".repeat(1_000_000)}'; echo \${#x}`, own());
+        expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("1000000\n") });
+      });
+
+      taskTest("a connection cut at 10, 50 and 99 % of a script: no command of it runs", async () => {
+        const trace = hosts.kind === "container" ? "/tmp/began" : join(directory(), "began");
+        const script = `echo began >>${trace}\n: '${"x".repeat(1_000_000)}'\n`;
+        const began = async () => (await task.host.exec(`cat ${trace} 2>/dev/null; rm -f ${trace}`)).output;
+        const over = async (cutAfter?: number) => {
+          const proxy = await startProxy(task.target, cutAfter === undefined ? {} : { cutAfter });
+          try {
+            const connection = await task.logIn({ ...task.target, host: "127.0.0.1", port: proxy.port });
+            return { ...(await runIn(connection, script, own())), sent: proxy.sent };
+          } finally {
+            await proxy.close();
+          }
+        };
+        const whole = await over();
+        expect(whole.outcome).toEqual(exited(0));
+        expect(await began()).toBe("began\n");
+        for (const part of [0.1, 0.5, 0.99]) {
+          const cut = await over(Math.floor(whole.sent * part));
+          expect(cut.outcome.ended).toBe("lost");
+          // The remote shell has noticed when it has ended; it would have run the script by then.
+          const shells = `ps -e 2>/dev/null || cat /proc/[0-9]*/cmdline | tr '\\0' ' '`;
+          await expect.poll(async () => (await task.host.exec(shells)).output).not.toContain("FARGATE_SCRIPT=$(cat");
+          expect(await began()).toBe("");
+        }
+      });
+    });
+
+  taskTest("an interpreter that is not the login shell gets the script all the same", async () => {
+    const ran = await runOnce('echo "$0 ${BASH_VERSION:+bash}"', { interpreter: "sh", loginShell: "bash" });
+    expect(ran.stdout.toString().trim()).toBe("sh");
+    const other = await runOnce('echo "$0 ${BASH_VERSION:+bash}"', { interpreter: "bash", loginShell: "fish" });
+    expect(other.stdout.toString()).toBe("bash bash\n");
+  });
+
+  taskTest("200 MB of output come through a slow reader in bounded memory", async () => {
+    const connection = await task.logIn();
+    let bytes = 0;
+    let queued = 0;
+    const slow = new Writable({
+      highWaterMark: 65_536,
+      write(chunk: Buffer, _, done) {
+        bytes += chunk.length;
+        queued = Math.max(queued, slow.writableLength);
+        setImmediate(done);
+      },
+    });
+    const outcome = await runScript(
+      connection,
+      Buffer.from("head -c 200000000 /dev/zero"),
+      { interpreter: "bash", loginShell: "bash" },
+      { stop: new AbortController().signal, log: getLogger("fargate"), stdout: slow, stderr: new PassThrough() },
+    );
+    connection.client.end();
+    expect(outcome).toEqual(exited(0));
+    expect(bytes).toBe(200_000_000);
+    // What waits in this process: the sink's buffer and what one packet brings beyond it.
+    expect(queued).toBeLessThan(1_000_000);
+  });
+
+  for (const [what, script] of [
+    ["a sleeping command", "sleep 600"],
+    ["a loop that ignores TERM", "trap '' TERM; while :; do sleep 1; done"],
+    ["a command in a group of its own", "timeout 600 sleep 600"],
+    ["children in the background", "sleep 600 & sleep 600 & wait"],
+  ] as const)
+    taskTest(`told to stop, it ends ${what} before it returns`, async () => {
+      const id = `token-${Math.random().toString(36).slice(2)}`;
+      const stop = new AbortController();
+      const connection = await task.logIn();
+      const out = collect();
+      const running = runScript(
+        connection,
+        Buffer.from(`export FARGATE_TEST=${id}; echo ready; ${script}`),
+        { interpreter: "bash", loginShell: "bash" },
+        { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+      );
+      const marked = `grep -lz '^FARGATE_TEST=${id}$' /proc/[0-9]*/environ 2>/dev/null | wc -l`;
+      await expect.poll(async () => Number((await task.host.exec(marked)).output)).toBeGreaterThan(0);
+      stop.abort(new Failure("system", "stopped by SIGTERM"));
+      await expect(running).rejects.toThrow("stopped by SIGTERM");
+      expect(Number((await task.host.exec(marked)).output)).toBe(0);
+    });
+
+  taskTest("what another stage left in the background survives that", async () => {
+    const { stdout } = await runOnce("sleep 300 >/dev/null 2>&1 & echo $!");
+    const stop = new AbortController();
+    const out = collect();
+    const running = runScript(
+      await task.logIn(),
+      Buffer.from("echo ready; sleep 600"),
+      { interpreter: "bash", loginShell: "bash" },
+      { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+    );
+    await expect.poll(() => out.bytes().toString()).toBe("ready\n");
+    stop.abort(new Failure("system", "stopped"));
+    await expect(running).rejects.toThrow("stopped");
+    expect((await runOnce(`kill -0 ${stdout.toString().trim()}`)).outcome).toEqual(exited(0));
+  });
+
+  taskTest("both types of key log in", async () => {
+    const rsa = await makeKeyPair("rsa");
+    const file = hosts.kind === "container" ? "/root/.ssh/authorized_keys" : undefined;
+    if (file) await task.host.exec(`echo '${rsa.publicKey}' >>${file}`);
+    const server = file
+      ? undefined
+      : await startSshServer({ address: "127.0.0.1", port: 0, authorizedKey: rsa.publicKey, home: directory() });
+    const target = server ? { ...task.target, host: server.address, port: server.port } : task.target;
+    const connection = await task.logIn({ ...target, privateKey: rsa.privateKey });
+    expect((await runIn(connection, "exit 3")).outcome).toEqual(exited(3));
+    connection.client.end();
+    await server?.close();
+  });
+
+  taskTest("another host key than the pinned one is refused, and a wrong key or user", async () => {
+    const never = new AbortController().signal;
+    const { hostKey, client } = await task.logIn();
+    client.end();
+    await expect(
+      connect({ ...task.target, hostKey }, 3_000, never).then(({ client }) => client.end()),
+    ).resolves.toBeDefined();
+    const changed = Buffer.from(hostKey);
+    changed[changed.length - 1] = (changed.at(-1) as number) ^ 1;
+    await expect(connect({ ...task.target, hostKey: changed }, 3_000, never)).rejects.toThrow(
+      "the server's key is not the one seen when the task was prepared",
+    );
+    const other = await makeKeyPair("ed25519");
+    await expect(connect({ ...task.target, privateKey: other.privateKey }, 3_000, never)).rejects.toThrow(
+      "the server refused the key",
+    );
+  });
+
+  taskTest("a connection that breaks in the middle of a script is told as lost", async () => {
+    const proxy = await startProxy(task.target);
+    const connection = await task.logIn({ ...task.target, host: "127.0.0.1", port: proxy.port });
+    const out = collect();
+    const running = runScript(
+      connection,
+      Buffer.from("echo ready; sleep 600"),
+      { interpreter: "bash", loginShell: "bash" },
+      { stop: new AbortController().signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+    );
+    await expect.poll(() => out.bytes().toString()).toBe("ready\n");
+    proxy.cut();
+    expect(await running).toMatchObject({ ended: "lost", begun: true });
+    await proxy.close();
+  });
+});
