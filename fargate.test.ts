@@ -29,7 +29,6 @@ import {
   cleanup,
   configAnswer,
   connect,
-  endSessionProgram,
   exitCode,
   explainStop,
   Failure,
@@ -49,12 +48,9 @@ import {
   readConfig,
   readJob,
   readRecord,
-  remoteProgram,
   retry,
-  run,
   runScript,
   runTaskInput,
-  ScriptFailure,
   type SshTarget,
   type TaskRecord,
   writeRecord,
@@ -1158,17 +1154,34 @@ describe("scripts over SSH", () => {
     }
   });
 
-  taskTest("nothing of a script is left on disk, in an argument or in the environment", async () => {
-    const secret = `secret-${Math.random().toString(36).slice(2)}`;
-    // The pattern is put together in the container, so that the search does not find itself.
-    const [head, tail] = [secret.slice(0, 10), secret.slice(10)];
-    const ran = await runOnce(
-      `: ${secret}\np=${head}; p="\${p}${tail}"; cat /proc/*/cmdline /proc/*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c "$p"\n` +
-        `grep -rl "$p" "$HOME" /tmp /var/tmp /run 2>/dev/null; set | grep -c "$p$"; true`,
-    );
-    // Found in the shell's own variable p, twice by set at most; nowhere else.
-    expect(ran.stdout.toString().split("\n")[0]).toBe("0");
-    expect(ran.stdout.toString()).not.toContain("/");
+  taskTest("nothing of a script is on disk, in an argument or in the environment while it runs", async () => {
+    const places = hosts.kind === "container" ? "/root /tmp /var /run /etc /dev/shm" : "$HOME/nowhere";
+    /** How many processes and files show the text; the bracket keeps the search from finding itself. */
+    const found = async (text: string) => {
+      const pattern = `[${text[0]}]${text.slice(1)}`;
+      const shown = `cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c '${pattern}'`;
+      const { output } = await task.host.exec(`${shown}; grep -rl '${pattern}' ${places} 2>/dev/null | wc -l`);
+      return output.trim().split(/\s+/).map(Number);
+    };
+    for (const [plant, expected] of [
+      [(secret: string) => `: ${secret}`, (counts: number[]) => expect(counts).toEqual([0, 0])],
+      // The search itself must be able to find something.
+      [(secret: string) => `export X=${secret}`, ([shown]: number[]) => expect(shown).toBeGreaterThan(0)],
+    ] as const) {
+      const secret = `secret-${Math.random().toString(36).slice(2)}`;
+      const stop = new AbortController();
+      const out = collect();
+      const running = runScript(
+        await task.logIn(),
+        Buffer.from(`${plant(secret)}\necho ready; sleep 600`),
+        { interpreter: "bash", loginShell: "bash" },
+        { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+      );
+      await expect.poll(() => out.bytes().toString()).toBe("ready\n");
+      expected(await found(secret));
+      stop.abort(new Failure("system", "stopped"));
+      await expect(running).rejects.toThrow("stopped");
+    }
   });
 
   for (const [shell, path] of [
@@ -1362,5 +1375,631 @@ describe("scripts over SSH", () => {
     proxy.cut();
     expect(await running).toMatchObject({ ended: "lost", begun: true });
     await proxy.close();
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 10. Stages, by the compiled program
+// ---------------------------------------------------------------------------------------------------------
+
+describe("the compiled program", () => {
+  let world: World;
+  beforeAll(async () => {
+    world = await makeWorld({ hosts, secrets: { SSH_PUBLIC_KEY: "set below" }, timing: { hideDescribe: 300 } });
+  });
+  // What a failed test left must not fail the next.
+  afterEach(async () => {
+    for (const { taskArn } of world.aws.running())
+      await world.aws.stopTask(taskArn, { stopCode: "UserInitiated", stoppedReason: "test over", graceSeconds: 0 });
+    fs.rmSync(world.records, { recursive: true, force: true });
+  });
+  afterAll(() => world?.close());
+  let jobs = 1000;
+
+  /** A job of its own, and a runner for it. */
+  function makeRunner({
+    config = world.configure(),
+    job = {},
+    ...options
+  }: {
+    config?: string;
+    job?: Parameters<typeof gitlabJob>[0];
+    environment?: Record<string, string>;
+    gracefulKillTimeout?: number;
+    without?: string[];
+    onOutput?: (stage: string, stream: "stdout" | "stderr", chunk: Buffer) => void;
+  } = {}) {
+    const where = directory();
+    const buildsDir = hosts.kind === "container" ? "/builds" : join(where, "builds");
+    const made = gitlabJob({ id: jobs++, source: repository.bundle, sha: repository.sha, buildsDir, ...job });
+    const environment = { ...world.aws.environment, ...options.environment };
+    return new Runner({ ...options, driver: [driver, "--config", config], environment, job: made, directory: where });
+  }
+  /** How many calls of each kind there have been since. */
+  const callsSince = (since: number) => {
+    const counts: Record<string, number> = {};
+    for (const { operation } of world.aws.calls.slice(since)) counts[operation] = (counts[operation] ?? 0) + 1;
+    return counts;
+  };
+  const nothingLeft = () => {
+    expect(world.aws.running().map(({ taskArn }) => taskArn)).toEqual([]);
+    expect(
+      fs.existsSync(world.records) ? fs.readdirSync(world.records).filter((name) => name !== ".manager-id") : [],
+    ).toEqual([]);
+  };
+  /** Environment of a stage called by hand, for a job without a runner. */
+  const byHand = () => {
+    const { environment, response } = gitlabJob({ id: jobs++ });
+    const where = directory();
+    fs.writeFileSync(join(where, "response.json"), JSON.stringify(response));
+    return {
+      ...world.aws.environment,
+      ...environment,
+      JOB_RESPONSE_FILE: join(where, "response.json"),
+      BUILD_EXIT_CODE_FILE: join(where, "exit-code"),
+    };
+  };
+  const scriptFile = (text: string) => {
+    const path = join(directory(), "script.sh");
+    fs.writeFileSync(path, text);
+    return path;
+  };
+
+  for (const form of ["17.9", "19.x"] as const)
+    for (const shell of ["bash", "sh"] as const)
+      taskTest(`a whole job, scripts of GitLab Runner ${form} for ${shell}`, async () => {
+        const since = world.aws.calls.length;
+        const runner = makeRunner({
+          job: {
+            form,
+            shell,
+            script: ["git log -1 --format=%H", proofOfArrival(awkwardVariables), "echo to stderr >&2"],
+            afterScript: ['echo "after: $CI_JOB_STATUS"'],
+          },
+        });
+        const result = await runner.runJob();
+        const trace = result.trace.toString();
+        expect({ status: result.status, trace }).toMatchObject({ status: "success" });
+        expect(trace).toContain(`\n${repository.sha}\n`);
+        expect(trace).toContain("to stderr");
+        expect(trace).toContain("after: success");
+        const { RunTask, StopTask, ListTasks } = callsSince(since);
+        expect({ RunTask, StopTask, ListTasks }).toEqual({ RunTask: 1, StopTask: 1, ListTasks: undefined });
+        nothingLeft();
+        // run and cleanup say nothing of their own.
+        for (const { stage, stderr } of result.stages)
+          if (stage === "cleanup" || stage === "prepare_script") expect(stderr.toString()).toBe("");
+      });
+
+  taskTest("what prepare tells, and what RunTask is asked, with the guide's settings", async () => {
+    const since = world.aws.calls.length;
+    const runner = makeRunner({ config: world.configure({ Fargate: { Subnet: "subnet-1", SecurityGroup: "sg-1" } }) });
+    const [config, prepared] = (await runner.prepare()).slice(-2);
+    expect(config?.stdout.toString()).toMatch(
+      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"t3_Fixtur-[0-9a-f]{64}"\}\n$/,
+    );
+    expect(prepared?.stdout.toString()).toBe("");
+    const time = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\dZ";
+    const lines = prepared?.stderr.toString().trimEnd().split("\n") ?? [];
+    expect(lines[0]).toMatch(new RegExp(`^${time} Starting a task of test-task:1 on cluster test-cluster$`));
+    expect(lines.at(-1)).toMatch(new RegExp(`^${time} Ready: logged in to 127\\.\\S+ as \\w+ \\(\\d+ s\\)$`));
+    for (const line of lines.slice(1, -1))
+      expect(line).toMatch(new RegExp(`^${time} Task [0-9a-f]{32} is [A-Z]+ \\(\\d+ s\\)$`));
+    expect(lines.length).toBeGreaterThan(2);
+    const runTask = world.aws.calls.slice(since).find((call) => call.operation === "RunTask");
+    expect(runTask?.input).toEqual({
+      cluster: "test-cluster",
+      taskDefinition: "test-task:1",
+      count: 1,
+      networkConfiguration: {
+        awsvpcConfiguration: { subnets: ["subnet-1"], securityGroups: ["sg-1"], assignPublicIp: "DISABLED" },
+      },
+      overrides: {
+        containerOverrides: [
+          {
+            name: "ci-coordinator",
+            environment: [{ name: "SSH_PUBLIC_KEY", value: expect.stringMatching(/^ssh-ed25519 /) }],
+          },
+        ],
+      },
+      startedBy: expect.stringMatching(/^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/),
+      clientToken: expect.stringMatching(/^[0-9a-f-]{36}$/),
+    });
+    expect((await runner.cleanup()).exitCode).toBe(0);
+    expect((await runner.cleanup()).exitCode).toBe(0);
+    nothingLeft();
+  });
+
+  taskTest("a failing job ends with its exit code, and its after_script runs", async () => {
+    const result = await makeRunner({
+      job: { script: ["echo before", "(exit 42)", "echo never"], afterScript: ['echo "after: $CI_JOB_STATUS"'] },
+    }).runJob();
+    expect(result).toMatchObject({ status: "build-failure", exitCode: 42 });
+    const trace = result.trace.toString();
+    expect(trace).toContain("\nbefore\n");
+    expect(trace).toContain("after: failed");
+    expect(trace).not.toContain("\nnever\n");
+    const failed = result.stages.find(({ stage }) => stage === "build_script");
+    expect(failed).toMatchObject({ exitCode: 1, buildExitCode: 42 });
+    expect(failed?.stderr.toString()).toBe("");
+    nothingLeft();
+  });
+
+  taskTest("an older runner without an exit code file gets the build failure alone", async () => {
+    const result = await makeRunner({ job: { script: ["exit 42"] }, without: ["BUILD_EXIT_CODE_FILE"] }).runJob();
+    expect(result).toMatchObject({ status: "build-failure", exitCode: 1 });
+    nothingLeft();
+  });
+
+  taskTest("by hand: five runs, a script of 300 KB, exit codes in the file and gone from it", async () => {
+    const env = { ...byHand(), BUILD_FAILURE_EXIT_CODE: "11", SYSTEM_FAILURE_EXIT_CODE: "12" };
+    const config = world.configure();
+    const custom = (...args: string[]) => fargate(["custom", ...args, "--config", config], { env });
+    const codeFile = () =>
+      fs.existsSync(env.BUILD_EXIT_CODE_FILE) ? fs.readFileSync(env.BUILD_EXIT_CODE_FILE, "utf8") : "";
+    expect(await custom("prepare")).toMatchObject({ code: 0 });
+    expect(await custom("run", scriptFile("exit 42"), "build_script")).toMatchObject({ code: 11, stderr: "" });
+    expect(codeFile()).toBe("42");
+    const large = `#!/usr/bin/env bash\nx='${"z".repeat(300_000)}'\necho "\${#x}"\n`;
+    expect(await custom("run", scriptFile(large), "step_x")).toMatchObject({
+      code: 0,
+      stdout: Buffer.from("300000\n"),
+    });
+    expect(codeFile()).toBe("");
+    expect(await custom("run", scriptFile("kill -KILL $BASHPID"), "build_script")).toMatchObject({ code: 11 });
+    expect(codeFile()).toBe("137");
+    expect(await custom("r", scriptFile("exit 0"), "any_name_will_do")).toMatchObject({ code: 0 });
+    const unreadable = await custom("run", "/does/not/exist", "build_script");
+    expect(unreadable).toMatchObject({
+      code: 12,
+      stderr: expect.stringContaining("the script of build_script cannot be read"),
+    });
+    expect(codeFile()).toBe("");
+    expect(await custom("cleanup")).toMatchObject({ code: 0, stderr: "" });
+    const late = await custom("run", scriptFile("true"), "after_script");
+    expect(late).toMatchObject({ code: 12, stderr: expect.stringContaining("there is no task for this job") });
+    nothingLeft();
+  });
+
+  taskTest("cancelled in the user's script: it is ended, and after_script runs in the same task", async () => {
+    let ready: () => void = () => {};
+    const began = new Promise<void>((resolve) => {
+      ready = resolve;
+    });
+    const runner = makeRunner({
+      job: {
+        script: ["echo pid $$", "timeout 900 sleep 900"],
+        afterScript: [
+          'echo "after: $CI_JOB_STATUS"',
+          "ls /proc/*/cmdline | wc -l",
+          "grep -lz '^900$' /proc/[0-9]*/cmdline | wc -l",
+        ],
+      },
+      onOutput: (stage, _, chunk) => {
+        if (stage === "build_script" && chunk.includes("timeout 900")) ready();
+      },
+    });
+    const whole = runner.runJob();
+    await began;
+    await runner.cancel();
+    const result = await whole;
+    expect(result.status).toBe("canceled");
+    const cancelled = result.stages.find(({ stage }) => stage === "build_script");
+    expect(cancelled).toMatchObject({ exitCode: 2, stderr: expect.anything() });
+    expect(cancelled?.stderr.toString()).toMatch(/error: stopped by SIGTERM\n$/);
+    const after = result.stages.find(({ stage }) => stage === "after_script")?.stdout.toString() ?? "";
+    expect(after).toContain("after: canceled");
+    expect(after.trimEnd().split("\n").at(-1)).toBe("0");
+    nothingLeft();
+  });
+
+  taskTest("cancelled in prepare: the task is stopped before the driver ends", async () => {
+    const held = world.aws.inject({ operation: "RunTask", do: { address: "refusing" } });
+    const process = start([driver, "--config", world.configure(), "custom", "prepare"], { env: byHand() });
+    await process.shows("Task ");
+    process.process.kill("SIGTERM");
+    const { code, stderr } = await process.finished;
+    expect({ code, stderr }).toMatchObject({ code: 2, stderr: expect.stringMatching(/error: stopped by SIGTERM\n$/) });
+    expect(held.used).toBe(1);
+    nothingLeft();
+  });
+
+  taskTest("with no more than the official driver's permissions a whole job passes", async () => {
+    world.aws.permissions = new Set(["ecs:RunTask", "ecs:StopTask", "ecs:DescribeTasks", "iam:PassRole"]);
+    onTestFinished(() => {
+      delete world.aws.permissions;
+    });
+    const runner = makeRunner({ job: { script: ["true"] } });
+    expect(await runner.runJob()).toMatchObject({ status: "success" });
+    // A second cleanup has no record and may not look: one warning.
+    const again = await runner.cleanup();
+    expect(again.exitCode).toBe(0);
+    expect(again.stderr.toString().match(/warning: .*ecs:ListTasks was refused: AccessDeniedException/g)).toHaveLength(
+      1,
+    );
+    nothingLeft();
+  });
+
+  taskTest("public addresses are asked of EC2, private ones are not", async () => {
+    const since = world.aws.calls.length;
+    const config = world.configure({ Fargate: { EnablePublicIP: true } });
+    expect(await makeRunner({ config, job: { script: ["true"] } }).runJob()).toMatchObject({ status: "success" });
+    expect(callsSince(since).DescribeNetworkInterfaces).toBeGreaterThan(0);
+    const then = world.aws.calls.length;
+    const privately = world.configure({ Fargate: { EnablePublicIP: true, UsePublicIP: false } });
+    expect(await makeRunner({ config: privately, job: { script: ["true"] } }).runJob()).toMatchObject({
+      status: "success",
+    });
+    expect(callsSince(then).DescribeNetworkInterfaces).toBeUndefined();
+    nothingLeft();
+  });
+
+  for (const definition of ["legacy-task", "secret-task:1"])
+    taskTest(`the guide of 2020, whose key comes from a secret of ${definition}`, async () => {
+      const key = await makeKeyPair("rsa");
+      const path = join(directory(), "id_rsa");
+      fs.writeFileSync(path, key.privateKey, { mode: 0o600 });
+      const other = await makeWorld({ hosts, secrets: { SSH_PUBLIC_KEY: key.publicKey } });
+      onTestFinished(() => other.close());
+      const config = other.configure({ Fargate: { TaskDefinition: definition }, SSH: { PrivateKeyPath: path } });
+      const runner = makeRunner({ config, environment: other.aws.environment, job: { script: ["true"] } });
+      expect(await runner.runJob()).toMatchObject({ status: "success" });
+      const [refused, started] = other.aws.callsTo("RunTask");
+      expect(refused?.status).toBe(400);
+      expect(started?.input).not.toHaveProperty("overrides");
+      expect(other.aws.running()).toEqual([]);
+    });
+
+  taskTest(
+    "a job's variable names the task definition; one that does not take the key is told how to be",
+    async () => {
+      const legacy = await makeRunner({
+        job: { variables: { FARGATE_TASK_DEFINITION: "legacy-task" }, script: ["true"] },
+      }).prepare();
+      const text = legacy.map(({ stderr }) => stderr.toString()).join("");
+      expect(text).toContain("the task definition must have a container named ci-coordinator");
+      nothingLeft();
+    },
+    90_000,
+  );
+
+  taskTest("settings that users of the official driver ask for reach ECS", async () => {
+    const config = world.configure({
+      Fargate: {
+        Subnet: undefined,
+        Subnets: ["subnet-1", "subnet-2"],
+        SecurityGroup: undefined,
+        SecurityGroups: ["sg-1", "sg-2"],
+        CapacityProviderStrategy: [{ CapacityProvider: "FARGATE_SPOT", Weight: 1 }],
+        Tags: { team: "ci" },
+        PropagateTags: "TASK_DEFINITION",
+        PlatformVersion: "1.4.0",
+      },
+      SSH: { KeyType: "rsa" },
+    });
+    const runner = makeRunner({ config });
+    expect((await runner.prepare()).at(-1)).toMatchObject({ stage: "prepare", exitCode: 0 });
+    const [task] = world.aws.running();
+    expect(task).toMatchObject({ capacityProviderName: "FARGATE_SPOT", tags: [{ key: "team", value: "ci" }] });
+    expect((await runner.cleanup()).exitCode).toBe(0);
+    nothingLeft();
+  });
+
+  taskTest("connections that are refused or reset are made again", async () => {
+    const env = byHand();
+    expect(await fargate(["--config", world.configure(), "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    const [task] = world.aws.running();
+    const address = task?.address as string;
+    const port = Number(/Port = (\d+)/.exec(fs.readFileSync(world.configure(), "utf8"))?.[1]);
+    const proxy = await startProxy({ host: address, port }, { host: address, refuse: 2 });
+    onTestFinished(() => proxy.close());
+    const config = world.configure({ SSH: { Port: proxy.port } });
+    const ran = await fargate(["--config", config, "custom", "run", scriptFile("echo once"), "x"], { env });
+    expect(ran).toMatchObject({ code: 0, stdout: Buffer.from("once\n"), stderr: "" });
+    expect(proxy.connections).toBe(3);
+    // Nobody answers for as long as ConnectTimeout allows: the task lives, and that is said, too.
+    await proxy.close();
+    const gone = world.configure({ SSH: { Port: proxy.port, ConnectTimeout: 1 } });
+    const failed = await fargate(["--config", gone, "custom", "run", scriptFile("echo never"), "x"], { env });
+    expect(failed).toMatchObject({ code: 2, stdout: Buffer.from("") });
+    expect(failed.stderr).toMatch(
+      /error: x did not begin: \w+@127\.\S+: .*ECONNREFUSED.*; ECS says that the task is RUNNING\n$/,
+    );
+    expect(await fargate(["--config", world.configure(), "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
+    nothingLeft();
+  });
+
+  taskTest("a task that stops under a script: the log says why", async () => {
+    const env = byHand();
+    const config = world.configure();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    const script = scriptFile("echo running; sleep 600");
+    const running = start([driver, "--config", config, "custom", "run", script, "build_script"], { env });
+    await running.shows("running");
+    const [task] = world.aws.running();
+    const cause = { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted.", graceSeconds: 0 };
+    await world.aws.stopTask(task?.taskArn as string, cause);
+    const { code, stderr } = await running.finished;
+    expect(code).toBe(2);
+    expect(stderr).toMatch(
+      /error: the connection to the container was lost while build_script ran: .*; the task stopped: SpotInterruption: Your Spot Task was interrupted\./,
+    );
+    expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
+    nothingLeft();
+  });
+
+  taskTest("200 MB of output in bounded memory", async () => {
+    const env = byHand();
+    const config = world.configure();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    const script = scriptFile("head -c 200000000 /dev/zero");
+    const child = spawn(driver, ["--config", config, "custom", "run", script, "x"], {
+      env,
+      stdio: ["ignore", "pipe", "inherit"],
+    });
+    let bytes = 0;
+    let peak = 0;
+    child.stdout.on("data", (chunk: Buffer) => {
+      bytes += chunk.length;
+      // Peak resident set in kB. A slow reader: the driver must wait for it.
+      const status = fs.readFileSync(`/proc/${child.pid}/status`, "utf8");
+      peak = Math.max(peak, Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0));
+      child.stdout.pause();
+      setImmediate(() => child.stdout.resume());
+    });
+    expect(await new Promise((done) => child.on("close", done))).toBe(0);
+    expect(bytes).toBe(200_000_000);
+    expect(peak / 1024).toBeGreaterThan(20);
+    expect(peak / 1024).toBeLessThan(250); // it has 65 MB before the first byte comes
+    await fargate(["--config", config, "custom", "cleanup"], { env });
+  });
+
+  taskTest("a reader that goes away ends the stage and the script", async () => {
+    const env = byHand();
+    const config = world.configure();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    const script = scriptFile("while :; do echo line; done");
+    const child = spawn(driver, ["--config", config, "custom", "run", script, "x"], {
+      env,
+      stdio: ["ignore", "pipe", "ignore"],
+    });
+    await new Promise((shown) => child.stdout.once("data", shown));
+    child.stdout.destroy();
+    expect(await new Promise((done) => child.on("close", done))).toBe(2);
+    await fargate(["--config", config, "custom", "cleanup"], { env });
+    nothingLeft();
+  });
+
+  test("a .env, bunfig.toml or node_modules in the working directory has no say", async () => {
+    const hostile = directory();
+    const marker = join(hostile, "executed");
+    const evil = `require("node:fs").appendFileSync(${JSON.stringify(marker)}, process.argv.join(" ") + "\\n");`;
+    const put = (path: string, text: string) => {
+      fs.mkdirSync(join(hostile, path, ".."), { recursive: true });
+      fs.writeFileSync(join(hostile, path), text);
+    };
+    put(".env", "AWS_ENDPOINT_URL=http://127.0.0.1:1\nCUSTOM_ENV_CI_JOB_ID=666\n");
+    put("bunfig.toml", 'preload = ["./evil.js"]\n');
+    put("evil.js", evil);
+    put("tsconfig.json", '{"compilerOptions": {"paths": {"ssh2": ["./evil.js"], "@aws-sdk/*": ["./evil.js"]}}}');
+    put("package.json", '{"imports": {"#x": "./evil.js"}}');
+    for (const name of ["cpu-features", "ssh2", "aws-crt", "@aws-sdk/signature-v4-crt", "@aws-sdk/client-ecs"])
+      put(`node_modules/${name}/index.js`, evil);
+    put("crypto/build/Release/sshcrypto.node", "");
+    const env = byHand();
+    const config = world.configure();
+    for (const stage of [["prepare"], ["run", scriptFile("true"), "x"], ["cleanup"]])
+      expect(await fargate(["--config", config, "custom", ...stage], { env, cwd: hostile })).toMatchObject({ code: 0 });
+    expect(fs.existsSync(marker)).toBe(false);
+    // From source: as documented it works, plainly it refuses to go on (and only bun itself has run the preload).
+    // From source: what bun itself reads first is a reason to do nothing.
+    const source = join(projectRoot, "fargate.ts");
+    const documented = [process.execPath, "--no-env-file", "--config=/dev/null", source, "custom", "config"];
+    const aliased = await start(documented, { env, cwd: hostile }).finished;
+    expect(aliased).toMatchObject({
+      code: 2,
+      stderr: expect.stringContaining("from tsconfig.json here; run it elsewhere"),
+    });
+    fs.rmSync(join(hostile, "tsconfig.json"));
+    expect(await start(documented, { env, cwd: hostile }).finished).toMatchObject({ code: 0, stderr: "" });
+    expect(fs.existsSync(marker)).toBe(false);
+    const plain = await start([process.execPath, source, "custom", "prepare"], { env, cwd: hostile }).finished;
+    expect(plain).toMatchObject({
+      code: 2,
+      stderr: expect.stringContaining("bun takes settings from .env, bunfig.toml here"),
+    });
+    nothingLeft();
+  });
+
+  taskTest("bun fargate.ts custom ... works as the compiled program does", async () => {
+    const env = byHand();
+    const source = [process.execPath, join(projectRoot, "fargate.ts"), "--config", world.configure(), "custom"];
+    const custom = (...args: string[]) => start([...source, ...args], { env, cwd: directory() }).finished;
+    expect((await custom("config")).stdout.toString()).toMatch(/"version":"dev \(HEAD\)"/);
+    expect(await custom("prepare")).toMatchObject({ code: 0 });
+    expect(await custom("run", scriptFile("echo hello"), "x")).toMatchObject({
+      code: 0,
+      stdout: Buffer.from("hello\n"),
+    });
+    expect(await custom("cleanup")).toMatchObject({ code: 0 });
+    nothingLeft();
+  });
+
+  test("requests go through HTTP_PROXY, and past it with NO_PROXY", async () => {
+    const config = world.configure();
+    const env = { ...byHand(), AWS_ENDPOINT_URL: "http://ecs.example.test", HTTP_PROXY: world.aws.url };
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
+    const past = { ...byHand(), HTTP_PROXY: "http://127.0.0.1:1", NO_PROXY: "127.0.0.1" };
+    expect(await fargate(["--config", config, "custom", "prepare"], { env: past })).toMatchObject({ code: 0 });
+    expect(await fargate(["--config", config, "custom", "cleanup"], { env: past })).toMatchObject({ code: 0 });
+    nothingLeft();
+  });
+
+  test("LogFile takes the log, in its format; what ends a stage is on standard error as well", async () => {
+    const file = join(directory(), "fargate.log");
+    const config = world.configure({ top: { LogFile: file, LogFormat: "json", LogLevel: "debug" } });
+    const env = byHand();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0, stderr: "" });
+    expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0, stderr: "" });
+    const failed = await fargate(["--config", config, "custom", "run", "/none", "x"], { env });
+    expect(failed.stderr).toMatch(/^\{.*"msg":"the script of x cannot be read.*\}\n$/);
+    const lines = fs
+      .readFileSync(file, "utf8")
+      .trimEnd()
+      .split("\n")
+      .map((line) => JSON.parse(line));
+    expect(lines.map(({ level }) => level)).toContain("debug");
+    expect(lines.map(({ msg }) => msg)).toContain("Starting a task of test-task:1 on cluster test-cluster");
+    expect(lines.at(-2)).toMatchObject({ level: "fatal", line: expect.stringContaining("cannot be read") });
+    expect(fs.readFileSync(file, "utf8")).not.toContain("PRIVATE KEY");
+    const nowhere = world.configure({ top: { LogFile: "/does/not/exist/x.log" } });
+    const warned = await fargate(["--config", nowhere, "custom", "cleanup"], { env });
+    expect(warned).toMatchObject({
+      code: 0,
+      stderr: expect.stringContaining("LogFile /does/not/exist/x.log cannot be"),
+    });
+  });
+
+  test("unknown keys are a warning in prepare, and in prepare only", async () => {
+    const config = world.configure({ Fargate: { Clutser: "x" } });
+    const env = byHand();
+    const warning = "warning: .*unknown key Fargate\\.Clutser; the nearest known one is Fargate\\.Cluster\n";
+    expect((await fargate(["--config", config, "custom", "prepare"], { env })).stderr).toMatch(new RegExp(warning));
+    expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).toBe("");
+    nothingLeft();
+  });
+
+  test("a bad configuration starts no task and lists every problem", async () => {
+    const since = world.aws.calls.length;
+    const config = join(projectRoot, "fixtures", "config", "bad.toml");
+    const bad = await fargate(["--config", config, "custom", "prepare"], { env: byHand() });
+    expect(bad.code).toBe(2);
+    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(19);
+    const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
+    expect(none.stderr).toMatch(/error: the configuration file config\.toml cannot be read: ENOENT/);
+    const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
+    expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID");
+    expect([none.code, jobless.code]).toEqual([2, 2]);
+    expect(world.aws.calls.length).toBe(since);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 13. Command line
+// ---------------------------------------------------------------------------------------------------------
+
+describe("the command line", () => {
+  test.each([
+    ["custom config", "config", []],
+    ["c co", "config", []],
+    ["custom prepare", "prepare", []],
+    ["c p", "prepare", []],
+    ["custom run script stage", "run", ["script", "stage"]],
+    ["c r script stage", "run", ["script", "stage"]],
+    ["custom cleanup", "cleanup", []],
+    ["c cl", "cleanup", []],
+  ])("%s", (line, stage, operands) => {
+    expect(parseCommandLine(line.split(" "))).toEqual({ stage, operands, config: "config.toml", options: {} });
+  });
+
+  test("options are taken before and after the commands", () => {
+    const options = ["--config", "x.toml", "--log-level=warn", "--log-format", "json", "--log-file", "y.log"];
+    options.push("--task-def", "build:7", "--platform-version", "1.4.0");
+    const expected = {
+      stage: "run",
+      operands: ["script", "stage"],
+      config: "x.toml",
+      options: {
+        LogLevel: "warn",
+        LogFormat: "json",
+        LogFile: "y.log",
+        TaskDefinition: "build:7",
+        PlatformVersion: "1.4.0",
+      },
+    };
+    const words = ["custom", "run", "script", "stage"];
+    for (let at = 0; at <= words.length; at++)
+      expect(parseCommandLine([...words.slice(0, at), ...options, ...words.slice(at)])).toEqual(expected);
+    expect(parseCommandLine(["--debug", "custom", "prepare"])?.options).toEqual({ LogLevel: "debug" });
+    expect(parseCommandLine(["custom", "prepare", "--debug", "--log-level", "warn"])?.options).toEqual({
+      LogLevel: "debug",
+    });
+  });
+
+  test("help and version at every level, with no configuration and no job", async () => {
+    const nowhere = directory();
+    for (const level of [
+      [],
+      ["custom"],
+      ...["config", "prepare", "run", "cleanup"].map((stage) => ["custom", stage]),
+    ]) {
+      for (const flag of ["--help", "-h"]) {
+        const help = await fargate([...level, flag], { cwd: nowhere });
+        expect(help).toMatchObject({ code: 0, stderr: "" });
+        expect(help.stdout.toString()).toMatch(/^Usage: fargate/);
+        for (const option of [
+          "--config",
+          "--debug",
+          "--log-level",
+          "--log-format",
+          "--log-file",
+          "--task-def",
+          "--platform-version",
+        ])
+          expect(help.stdout.toString()).toContain(option);
+      }
+      for (const flag of ["--version", "-v"]) {
+        const version = await fargate([...level, flag], { cwd: nowhere });
+        expect(version).toMatchObject({ code: 0, stderr: "" });
+        expect(version.stdout.toString()).toMatch(/^fargate \d+\.\d+\.\d+ \(\S+\)\n$/);
+      }
+    }
+  });
+
+  test("config answers with no configuration file and no job", async () => {
+    const answer = await fargate(["custom", "config"], { cwd: directory() });
+    expect(answer).toMatchObject({ code: 0, stderr: "" });
+    expect(answer.stdout.toString()).toMatch(
+      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":""\}\n$/,
+    );
+  });
+
+  test.each([
+    ["custom foo", "fargate custom: unknown command 'foo'; known: config, prepare, run, cleanup"],
+    ["foo", "fargate: unknown command 'foo'; known: custom"],
+    [
+      "custom run a b --colour",
+      "fargate custom run: unknown option '--colour'; known: --version, --config, --debug, --log-level, " +
+        "--log-format, --log-file, --task-def, --platform-version",
+    ],
+    [
+      "custom run a",
+      "fargate custom run: missing required argument 'stage'; known: fargate custom run [options] <script> <stage>",
+    ],
+    [
+      "custom prepare a",
+      "fargate custom prepare: too many arguments for 'prepare'. Expected 0 arguments but got 1; known: " +
+        "fargate custom prepare [options]",
+    ],
+  ])("%s: one line that says what is wrong and what is known", async (line, message) => {
+    const { code, stdout, stderr } = await fargate(line.split(" "), { env: { SYSTEM_FAILURE_EXIT_CODE: "77" } });
+    expect({ code, stdout: stdout.toString() }).toEqual({ code: 77, stdout: "" });
+    expect(stderr.replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
+  });
+
+  test("without a command the help is no success", async () => {
+    for (const line of [[], ["custom"]]) {
+      const { code, stdout, stderr } = await fargate(line);
+      expect({ code, stdout: stdout.toString() }).toEqual({ code: 2, stdout: "" });
+      expect(stderr).toMatch(/^Usage: fargate[\s\S]*error: no command was given\n$/);
+    }
+  });
+
+  test("heavy packages are loaded by the stages that need them, not at start", () => {
+    const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
+    const atStart = [...source.matchAll(/^import (?!type )[^;]*? from "([^"]+)"/gm)].map(([, name]) => name as string);
+    expect(atStart).toContain("commander");
+    for (const name of atStart) expect(name).not.toMatch(/^(@aws-sdk|@smithy|ssh2)/);
   });
 });

@@ -1829,15 +1829,19 @@ function readConfigFile(path: string): string {
 }
 
 /**
- * Run from source, bun has loaded .env and bunfig.toml of the working directory before this line, unless told not to;
- * a checkout could so redirect signed requests. The compiled program is built without that.
+ * Run from source, bun has taken .env, bunfig.toml and tsconfig.json of the working directory into account before this
+ * line: a checkout could so redirect signed requests. Nothing is done then. The compiled program takes none of them.
  */
 function refuseForeignSettings(): void {
-  if (typeof BUILD_VERSION === "string" || process.execArgv.includes("--no-env-file")) return;
-  const found = fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
-  if (found.length === 0) return;
+  if (typeof BUILD_VERSION === "string") return;
+  const told = process.execArgv.includes("--no-env-file");
+  const own = process.cwd() === import.meta.dir;
+  const foreign = (name: string) =>
+    (!told && /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name)) || (!own && /^[jt]sconfig\.json$/.test(name));
+  const found = fs.readdirSync(".").filter(foreign).join(", ");
+  if (!found) return;
   const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
-  process.stderr.write(`error: bun would take settings from ${found.join(", ")} here; call it as: ${call}\n`);
+  process.stderr.write(`error: bun takes settings from ${found} here; run it elsewhere, and as: ${call}\n`);
   process.exit(exitCode("system", process.env));
 }
 
