@@ -266,9 +266,11 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown
   if (!isTable(value)) return value;
   const folded: Table = {};
   for (const [key, item] of Object.entries(value)) {
-    const name = key in entries ? key : Object.keys(entries).find((n) => n.toLowerCase() === key.toLowerCase());
+    const name = Object.hasOwn(entries, key)
+      ? key
+      : Object.keys(entries).find((n) => n.toLowerCase() === key.toLowerCase());
     if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
-    else if (key === name || !(name in value))
+    else if (key === name || !Object.hasOwn(value, name))
       folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
   }
   return folded;
@@ -729,6 +731,15 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
   await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
 }
 
+/** @throws {Failure} when a promise takes longer than `ms` */
+async function within<T>(ms: number, promise: Promise<T>, what: string): Promise<T> {
+  const over = new AbortController();
+  const late = sleep(ms, over.signal).then(() => {
+    throw new Failure("system", `${what} within ${Math.round(ms / 1000)} s`);
+  });
+  return Promise.race([promise, late]).finally(() => over.abort());
+}
+
 /** What the SDK throws; without a status no answer came. */
 type AwsError = { name?: string; $metadata?: { httpStatusCode?: number } };
 
@@ -937,7 +948,7 @@ export interface Connection {
   readonly hostKey: Buffer;
 }
 
-/** Why no connection came about; `refused` is final, `unreachable` may pass. */
+/** Why no connection came about; `unreachable` may pass, the others are final. */
 export class SshFailure extends Failure {
   constructor(
     readonly why: "unreachable" | "login" | "host-key",
@@ -1073,28 +1084,41 @@ export function logIn(
   });
 }
 
-/** Opens a channel that executes a command in the login user's shell. */
-function execute(connection: Connection, command: string): Promise<ClientChannel> {
+/** Opens a channel that executes a command in the login user's shell; `signal` ends the connection until it is open. */
+function execute(connection: Connection, command: string, signal?: AbortSignal): Promise<ClientChannel> {
+  const { client } = connection;
   return new Promise((resolve, reject) => {
-    const lost = () => reject(new SshFailure("unreachable", "the connection was lost"));
-    connection.client.once("close", lost);
-    connection.client.exec(command, (error, channel) => {
-      connection.client.removeListener("close", lost);
+    const abort = () => client.destroy();
+    const done = () => {
+      client.removeListener("close", lost);
+      signal?.removeEventListener("abort", abort);
+    };
+    const lost = () => {
+      done();
+      reject(signal?.aborted ? signal.reason : new SshFailure("unreachable", "the connection was lost"));
+    };
+    client.once("close", lost);
+    signal?.addEventListener("abort", abort);
+    client.exec(command, (error, channel) => {
+      done();
       if (error) reject(new SshFailure("unreachable", `the server opened no channel: ${reasonOf(error)}`));
       else resolve(channel);
     });
   });
 }
 
-/** Runs a short command of our own and returns at most 64 KiB of its standard output. */
+/** Runs a short command of our own and returns at most 64 KiB of its standard output, within 10 s. */
 async function ask(connection: Connection, command: string): Promise<string> {
-  const channel = await execute(connection, command);
-  let output = "";
-  channel.stderr.resume();
-  channel.on("data", (chunk: Buffer) => {
-    if (output.length < 65_536) output += chunk.toString("latin1");
-  });
-  return new Promise((resolve) => channel.on("close", () => resolve(output)));
+  const answer = async () => {
+    const channel = await execute(connection, command);
+    let output = "";
+    channel.stderr.resume();
+    channel.on("data", (chunk: Buffer) => {
+      if (output.length < 65_536) output += chunk.toString("latin1");
+    });
+    return new Promise<string>((resolve) => channel.on("close", () => resolve(output)));
+  };
+  return within(10_000, answer(), "the container did not answer");
 }
 
 /** Which shells a container has. `sh -c` so that the question is understood by any login shell. */
@@ -1235,22 +1259,15 @@ export async function runScript(
   connection.client.on("error", (error) => {
     lostReason = reasonOf(error);
   });
-  const channel = await execute(connection, command);
+  const channel = await execute(connection, command, stop);
   // Standard output has a mark at the beginning and one at the end, standard error one at the end.
-  const out = {
-    source: channel as Readable,
-    sink: stdout,
+  const stream = (source: Readable, sink: Writable, marks: number) => ({
+    ...{ source, sink, marks },
     filter: new MarkFilter(mark),
-    marks: 2,
     paused: false,
-  };
-  const err = {
-    source: channel.stderr as Readable,
-    sink: stderr,
-    filter: new MarkFilter(mark),
-    marks: 1,
-    paused: false,
-  };
+  });
+  const out = stream(channel, stdout, 2);
+  const err = stream(channel.stderr, stderr, 1);
   const streams = [out, err];
   const over = ({ filter, marks }: typeof out) => filter.marks.length >= marks;
 
@@ -1317,10 +1334,7 @@ export async function runScript(
     const onStop = async () => {
       if (session !== undefined) {
         log.debug("ending the script's session {session}", { session });
-        const answer = await Promise.race([
-          ask(connection, `exec sh -c '${endSessionProgram(session)}'`).catch(reasonOf),
-          delay(10_000, "no answer"),
-        ]);
+        const answer = await ask(connection, `exec sh -c '${endSessionProgram(session)}'`).catch(reasonOf);
         if (!/^fargate-left\s*$/m.test(answer))
           log.warn("the script may still run in the container: {answer}", { answer: answer.trim() });
       }
@@ -1347,8 +1361,11 @@ export function configAnswer(job: Job | undefined): string {
   return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: job?.stem ?? "" });
 }
 
+/** `own`: the operator's, which stays where it is and is not copied into the record. */
+type ChosenKey = KeyPair & { own: boolean };
+
 /** The operator's own key where it can be read, else one made for this job. */
-async function chooseKey({ config, log }: Context): Promise<KeyPair & { own: boolean }> {
+async function chooseKey({ config, log }: Context): Promise<ChosenKey> {
   const path = config.SSH.PrivateKeyPath;
   if (path) {
     try {
@@ -1368,66 +1385,15 @@ const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must
 
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
 export async function prepare(context: Context): Promise<void> {
-  const { config, log, now, stop } = context;
+  const { config, log, now } = context;
   openDirectory(config.TaskMetadata.Directory);
   await release(context); // a try before this one may have died without its cleanup
-  const aws = new Aws(config.Fargate.Region, context);
   const key = await chooseKey(context);
+  const aws = new Aws(config.Fargate.Region, context);
+  const record = newRecord(context, key);
   const begun = now();
-  const deadline = begun + config.Fargate.StartTimeout * 1000;
-  const record: TaskRecord = {
-    Version: RECORD_VERSION,
-    TaskARN: "",
-    ContainerIP: "",
-    PrivateKey: key.own ? "" : Buffer.from(key.privateKey).toString("base64"),
-    Cluster: config.Fargate.Cluster,
-    Region: config.Fargate.Region,
-    StartedBy: startedBy(context),
-    ClientTokens: [],
-    Unanswered: false,
-    HostKey: "",
-    Interpreter: "sh",
-    LoginShell: "",
-    CreatedAt: Math.floor(begun / 1000),
-  };
-  /** The record says so before the call and after its answer: a task whose answer is lost can be found. */
-  const runTask = async (environment?: Record<string, string>) => {
-    stop.throwIfAborted();
-    const clientToken = randomUUID();
-    record.ClientTokens.push(clientToken);
-    record.Unanswered = true;
-    writeRecord(recordPath(context), record);
-    const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
-    try {
-      const task = await Promise.race([
-        aws.runTask(input, { until: deadline, signal: stop }),
-        afterStop(stop, ANSWER_GRACE),
-      ]);
-      record.TaskARN = task.taskArn as string;
-    } catch (error) {
-      record.Unanswered = stop.aborted || isTransient(error instanceof Failure ? error.cause : error);
-      throw error;
-    }
-    record.Unanswered = false;
-    writeRecord(recordPath(context), record);
-  };
-
-  log.info("Starting a task of {definition} on cluster {cluster}", {
-    definition: config.Fargate.TaskDefinition,
-    cluster: config.Fargate.Cluster,
-  });
   try {
-    await runTask({ SSH_PUBLIC_KEY: key.publicKey }).catch((failure: Error) => {
-      if (!OVERRIDE_REFUSED.test(failure.message)) throw failure;
-      if (!key.own)
-        throw new Failure(
-          "system",
-          `${failure.message}: the task definition must have a container named ${CONTAINER}, with an SSH server and ` +
-            "without a secret named SSH_PUBLIC_KEY; or give PrivateKeyPath, the key that its containers accept",
-        );
-      log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it as it is");
-      return runTask();
-    });
+    await startTask(context, aws, record, key, begun);
     const { host, connection } = await untilReady(context, aws, record, key, begun);
     record.ContainerIP = host;
     record.HostKey = connection.hostKey.toString("base64");
@@ -1440,12 +1406,77 @@ export async function prepare(context: Context): Promise<void> {
       seconds: Math.round((now() - begun) / 1000),
     });
   } catch (error) {
-    // An answer that a stopped prepare could not wait for: cleanup, which follows, has the time to find the task.
-    writeRecord(recordPath(context), record);
-    if (!(record.Unanswered && stop.aborted))
-      await release(context).catch((failure) => log.error("{reason}", { reason: reasonOf(failure) }));
+    await abandon(context, aws, record).catch((failure) => log.error("{reason}", { reason: reasonOf(failure) }));
     throw error;
   }
+}
+
+function newRecord(context: Context, key: ChosenKey): TaskRecord {
+  const { config, now } = context;
+  return {
+    Version: RECORD_VERSION,
+    TaskARN: "",
+    ContainerIP: "",
+    PrivateKey: key.own ? "" : Buffer.from(key.privateKey).toString("base64"),
+    Cluster: config.Fargate.Cluster,
+    Region: config.Fargate.Region,
+    StartedBy: startedBy(context),
+    ClientTokens: [],
+    Unanswered: false,
+    HostKey: "",
+    Interpreter: "sh",
+    LoginShell: "",
+    CreatedAt: Math.floor(now() / 1000),
+  };
+}
+
+/**
+ * Starts the task, with the public key where its definition takes one, and notes it in the record. The record says so
+ * before the call and after its answer, so that a task whose answer is lost can be found.
+ */
+async function startTask(context: Context, aws: Aws, record: TaskRecord, key: ChosenKey, begun: number): Promise<void> {
+  const { config, log, stop } = context;
+  const until = begun + config.Fargate.StartTimeout * 1000;
+  const runTask = async (environment?: Record<string, string>) => {
+    stop.throwIfAborted();
+    const clientToken = randomUUID();
+    record.ClientTokens.push(clientToken);
+    record.Unanswered = true;
+    writeRecord(recordPath(context), record);
+    const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
+    try {
+      const task = await Promise.race([aws.runTask(input, { until, signal: stop }), afterStop(stop, ANSWER_GRACE)]);
+      record.TaskARN = task.taskArn as string;
+      record.Unanswered = false;
+    } catch (error) {
+      record.Unanswered = stop.aborted || isTransient(error instanceof Failure ? error.cause : error);
+      throw error;
+    }
+    writeRecord(recordPath(context), record);
+  };
+
+  log.info("Starting a task of {definition} on cluster {cluster}", {
+    definition: config.Fargate.TaskDefinition,
+    cluster: config.Fargate.Cluster,
+  });
+  await runTask({ SSH_PUBLIC_KEY: key.publicKey }).catch((failure: Error) => {
+    if (!OVERRIDE_REFUSED.test(failure.message)) throw failure;
+    if (!key.own)
+      throw new Failure(
+        "system",
+        `${failure.message.replace(/\.$/, "")}; the task definition must have a container named ${CONTAINER}, with an ` +
+          "SSH server and without a secret named SSH_PUBLIC_KEY; or give PrivateKeyPath, a key that the container accepts",
+      );
+    log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it as it is");
+    return runTask();
+  });
+}
+
+/** Ends what a failed prepare has begun. The record in memory knows more than the one on disk when the disk is full. */
+async function abandon(context: Context, aws: Aws, record: TaskRecord): Promise<void> {
+  if (record.Unanswered && context.stop.aborted) return; // there is no time to look for it; cleanup, which follows, has
+  await stopRecorded(context, aws, record);
+  fs.rmSync(recordPath(context), { force: true });
 }
 
 /** How long a stopped prepare waits for RunTask's answer, in ms. */
@@ -1545,7 +1576,7 @@ const CONNECT_CUT = 10_000;
 
 /** The `run` stage: runs a script of the job in its task. */
 export async function run(context: Context, scriptPath: string, stage: string): Promise<void> {
-  const { config, env, log, now, stop } = context;
+  const { env, log } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
   let script: Buffer;
@@ -1558,43 +1589,56 @@ export async function run(context: Context, scriptPath: string, stage: string): 
   const record = readRecord(path);
   if (!record?.ContainerIP)
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
-  const interpreter = interpreterOf(script, record.Interpreter);
-  const privateKey = record.PrivateKey
-    ? Buffer.from(record.PrivateKey, "base64").toString()
-    : (await chooseKey(context)).privateKey;
-  const target = sshTarget(config, record.ContainerIP, privateKey, Buffer.from(record.HostKey, "base64"));
-
-  // A script of which no command can have run is sent again over a new connection; any other never.
-  const until = now() + config.SSH.ConnectTimeout * 1000;
-  class NotBegun extends Error {}
-  const attempt = async (): Promise<Outcome> => {
-    const connection = await connect(target, CONNECT_CUT, stop);
-    const outcome = await runScript(connection, script, { interpreter, loginShell: record.LoginShell }, context);
-    connection.client.end();
-    if (outcome.ended === "lost" && !outcome.begun) throw new NotBegun(outcome.reason);
-    return outcome;
-  };
-  const again = (error: unknown) => {
-    const passes = error instanceof NotBegun || (error instanceof SshFailure && error.why === "unreachable");
-    if (passes) log.debug("{stage}: {reason}; trying again", { stage, reason: reasonOf(error) });
-    return passes;
-  };
-  let outcome: Outcome;
-  try {
-    outcome = await retry(attempt, { until, again, now, signal: stop });
-  } catch (error) {
-    if (stop.aborted) throw error;
-    throw new Failure("system", `${stage} did not begin: ${reasonOf(error)}${await explainLoss(context, record)}`);
-  }
-  if (outcome.ended === "lost")
+  const outcome = await runInTask(context, record, script, stage);
+  if (outcome.ended === "lost") {
+    const why = await explainLoss(context, record);
     throw new Failure(
       "system",
-      `the connection to the container was lost while ${stage} ran: ${outcome.reason}${await explainLoss(context, record)}`,
+      `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${why}`,
     );
+  }
   log.debug("{stage} ended with exit code {code}", { stage, code: outcome.code });
   if (outcome.code === 0) return;
   if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(outcome.code));
   throw new ScriptFailure(outcome.code);
+}
+
+/** Connects and runs the script; one of which no command can have run is sent again, any other never. */
+async function runInTask(context: Context, record: TaskRecord, script: Buffer, stage: string): Promise<Outcome> {
+  const { config, log, now, stop } = context;
+  const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
+  const hostKey = Buffer.from(record.HostKey, "base64");
+  const target = sshTarget(config, record.ContainerIP, privateKeyOf(record, config), hostKey);
+  const attempt = async (): Promise<Outcome> => {
+    const connection = await connect(target, CONNECT_CUT, stop);
+    const outcome = await runScript(connection, script, shells, context);
+    connection.client.end();
+    if (outcome.ended === "lost" && !outcome.begun) throw new SshFailure("unreachable", outcome.reason);
+    return outcome;
+  };
+  const again = (error: unknown) => {
+    const passes = error instanceof SshFailure && error.why === "unreachable";
+    if (passes) log.debug("{stage}: {reason}; trying again", { stage, reason: reasonOf(error) });
+    return passes;
+  };
+  try {
+    return await retry(attempt, { until: now() + config.SSH.ConnectTimeout * 1000, again, now, signal: stop });
+  } catch (error) {
+    if (stop.aborted || !(error instanceof SshFailure)) throw error;
+    const why = error.why === "unreachable" ? `; ${await explainLoss(context, record)}` : "";
+    throw new Failure("system", `${stage} did not begin: ${reasonOf(error)}${why}`);
+  }
+}
+
+/** The key that prepare logged in with: the job's own from its record, else the operator's from its file. */
+function privateKeyOf(record: TaskRecord, config: Config): string {
+  if (record.PrivateKey) return Buffer.from(record.PrivateKey, "base64").toString();
+  const path = config.SSH.PrivateKeyPath ?? "";
+  try {
+    return fs.readFileSync(path, "utf8");
+  } catch (error) {
+    throw new Failure("system", `PrivateKeyPath ${path}, which prepare used, cannot be read: ${reasonOf(error)}`);
+  }
 }
 
 /** The script itself failed; its own output says why, so nothing is added to the job log. */
@@ -1604,7 +1648,7 @@ export class ScriptFailure extends Failure {
   }
 }
 
-/** What ECS says of a task whose connection is gone; its answer may lag some seconds behind the loss. */
+/** What ECS says of a task whose connection is gone, within 10 s; its answer may lag some seconds behind the loss. */
 async function explainLoss(context: Context, record: TaskRecord): Promise<string> {
   const { now, stop } = context;
   const aws = new Aws(record.Region, context);
@@ -1612,18 +1656,18 @@ async function explainLoss(context: Context, record: TaskRecord): Promise<string
   try {
     for (;;) {
       const task = await aws.describeTask(record.Cluster, record.TaskARN, { until, signal: stop });
-      if (task && isEnding(task)) return `; the task stopped: ${explainStop(task)}`;
-      if (!task) return "; ECS no longer knows the task";
-      if (now() + 1_500 > until) return `; ECS says that the task is ${task.lastStatus}`;
+      if (!task) return "ECS no longer knows the task";
+      if (isEnding(task)) return `the task stopped: ${explainStop(task)}`;
+      if (now() + 1_500 > until) return `ECS says that the task is ${task.lastStatus}`;
       await sleep(1_500, stop);
     }
   } catch (error) {
     stop.throwIfAborted();
-    return `; why is not known: ${reasonOf(error)}`;
+    return `why is not known: ${reasonOf(error)}`;
   }
 }
 
-/** How long cleanup tries to stop a task, in ms: half of the runner's own grace at shutdown would lose one. */
+/** How long a task that does not let itself be stopped is tried again, in ms. */
 const STOP_FOR = 60_000;
 /** How long after RunTask a task may be missing from ListTasks, in ms; lists are eventually consistent. */
 const LIST_LAG = 30_000;
@@ -1650,22 +1694,27 @@ export async function cleanup(context: Context): Promise<void> {
  * @throws {Failure} when the task could not be stopped; the record stays
  */
 async function release(context: Context): Promise<boolean> {
-  const { job, log, now } = context;
   const path = recordPath(context);
   let record: TaskRecord | undefined;
   try {
     record = readRecord(path);
     if (!record) return false;
   } catch (error) {
-    log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
+    context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
   }
   const { Region, Cluster } = record ?? context.config.Fargate;
   const aws = new Aws(Region, context);
-  if (record?.TaskARN) await aws.stopTask(Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR });
-  else if (!record || record.Unanswered)
-    await stopByName(context, aws, Cluster, record ? record.CreatedAt * 1000 + LIST_LAG : 0);
+  if (record) await stopRecorded(context, aws, record);
+  else await stopByName(context, aws, Cluster, 0);
   fs.rmSync(path, { force: true });
   return true;
+}
+
+/** Stops the task of a record; one that may have been started without an answer is looked for. */
+async function stopRecorded(context: Context, aws: Aws, record: TaskRecord): Promise<void> {
+  const { job, now } = context;
+  if (record.TaskARN) await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR });
+  else if (record.Unanswered) await stopByName(context, aws, record.Cluster, record.CreatedAt * 1000 + LIST_LAG);
 }
 
 /** Stops every task that carries this job's startedBy; looks again until `until` (epoch ms) while there is none. */
@@ -1789,6 +1838,13 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stopFor(`stopped by ${signal}`));
   for (const stream of [process.stdout, process.stderr])
     stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
+  const crash = (error: unknown) => {
+    // bun would end with 1, which the runner takes for the job's own failure.
+    log.fatal("{reason}", { reason: `this is a bug of the driver: ${reasonOf(error)}` });
+    log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
+    process.exit(exitCode("system", env));
+  };
+  process.on("uncaughtException", crash).on("unhandledRejection", crash);
   try {
     const request = parseCommandLine(argv);
     if (!request) return 0;
