@@ -88,10 +88,11 @@ function directory(): string {
 }
 
 /** A test whose task runs in a container where there is Docker; the run's last lines count them. */
-function taskTest(name: string, body: () => Promise<void>, timeout?: number): void {
+function taskTest(name: string, body: () => Promise<void>, { timeout = 60_000, containerOnly = false } = {}): void {
   test(
     name,
-    async ({ task }) => {
+    async ({ task, skip }) => {
+      if (containerOnly && hosts.kind !== "container") skip("it needs a container");
       task.meta.hosts = hosts.kind;
       await body();
     },
@@ -1230,6 +1231,8 @@ describe("scripts over SSH", () => {
       afterAll(async () => {
         if (hosts.kind === "container") await task.host.exec("usermod --shell /bin/bash root");
       });
+      // Without a container there is no login shell to change.
+      const options = { containerOnly: shell !== "bash" };
       const own = () => ({
         interpreter: shell === "bash" ? ("bash" as const) : ("sh" as const),
         loginShell: hosts.kind === "container" ? (path.split("/").at(-1) as string) : "bash",
@@ -1251,42 +1254,54 @@ describe("scripts over SSH", () => {
         ],
       ];
       for (const [what, script, code, output] of cases)
-        taskTest(what, async () => {
-          const ran = await runOnce(Buffer.from(script, what.includes("UTF-8") ? "latin1" : "utf8"), own());
-          expect(ran.outcome).toEqual(exited(code));
-          expect(ran.stdout.toString(what.includes("UTF-8") ? "latin1" : "utf8")).toBe(output);
-        });
+        taskTest(
+          what,
+          async () => {
+            const ran = await runOnce(Buffer.from(script, what.includes("UTF-8") ? "latin1" : "utf8"), own());
+            expect(ran.outcome).toEqual(exited(code));
+            expect(ran.stdout.toString(what.includes("UTF-8") ? "latin1" : "utf8")).toBe(output);
+          },
+          options,
+        );
 
-      taskTest("1 MB", async () => {
-        const ran = await runOnce(`x='${"y".repeat(1_000_000)}'; echo \${#x}`, own());
-        expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("1000000\n") });
-      });
+      taskTest(
+        "1 MB",
+        async () => {
+          const ran = await runOnce(`x='${"y".repeat(1_000_000)}'; echo \${#x}`, own());
+          expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("1000000\n") });
+        },
+        options,
+      );
 
-      taskTest("a connection cut at 10, 50 and 99 % of a script: no command of it runs", async () => {
-        const trace = hosts.kind === "container" ? "/tmp/began" : join(directory(), "began");
-        const script = `echo began >>${trace}\n: '${"x".repeat(1_000_000)}'\n`;
-        const began = async () => (await task.host.exec(`cat ${trace} 2>/dev/null; rm -f ${trace}`)).output;
-        const over = async (cutAfter?: number) => {
-          const proxy = await startProxy(task.target, cutAfter === undefined ? {} : { cutAfter });
-          try {
-            const connection = await task.logIn({ ...task.target, host: "127.0.0.1", port: proxy.port });
-            return { ...(await runIn(connection, script, own())), sent: proxy.sent };
-          } finally {
-            await proxy.close();
+      taskTest(
+        "a connection cut at 10, 50 and 99 % of a script: no command of it runs",
+        async () => {
+          const trace = hosts.kind === "container" ? "/tmp/began" : join(directory(), "began");
+          const script = `echo began >>${trace}\n: '${"x".repeat(1_000_000)}'\n`;
+          const began = async () => (await task.host.exec(`cat ${trace} 2>/dev/null; rm -f ${trace}`)).output;
+          const over = async (cutAfter?: number) => {
+            const proxy = await startProxy(task.target, cutAfter === undefined ? {} : { cutAfter });
+            try {
+              const connection = await task.logIn({ ...task.target, host: "127.0.0.1", port: proxy.port });
+              return { ...(await runIn(connection, script, own())), sent: proxy.sent };
+            } finally {
+              await proxy.close();
+            }
+          };
+          const whole = await over();
+          expect(whole.outcome).toEqual(exited(0));
+          expect(await began()).toBe("began\n");
+          for (const part of [0.1, 0.5, 0.99]) {
+            const cut = await over(Math.floor(whole.sent * part));
+            expect(cut.outcome.ended).toBe("lost");
+            // The remote shell has noticed when it has ended; it would have run the script by then.
+            const shells = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '";
+            await expect.poll(async () => (await task.host.exec(shells)).output).not.toContain("FARGATE_SCRIPT=$(cat");
+            expect(await began()).toBe("");
           }
-        };
-        const whole = await over();
-        expect(whole.outcome).toEqual(exited(0));
-        expect(await began()).toBe("began\n");
-        for (const part of [0.1, 0.5, 0.99]) {
-          const cut = await over(Math.floor(whole.sent * part));
-          expect(cut.outcome.ended).toBe("lost");
-          // The remote shell has noticed when it has ended; it would have run the script by then.
-          const shells = `ps -e 2>/dev/null || cat /proc/[0-9]*/cmdline | tr '\\0' ' '`;
-          await expect.poll(async () => (await task.host.exec(shells)).output).not.toContain("FARGATE_SCRIPT=$(cat");
-          expect(await began()).toBe("");
-        }
-      });
+        },
+        options,
+      );
     });
 
   taskTest("an interpreter that is not the login shell gets the script all the same", async () => {
@@ -1692,7 +1707,7 @@ describe("the compiled program", () => {
       expect(text).toContain("the task definition must have a container named ci-coordinator");
       nothingLeft();
     },
-    90_000,
+    { timeout: 90_000 },
   );
 
   taskTest("settings that users of the official driver ask for reach ECS", async () => {
