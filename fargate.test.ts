@@ -154,7 +154,16 @@ describe("configuration", () => {
 
   test("a key that stands twice in different spellings counts as its exact spelling says", () => {
     const twice = configFile("guide").replace("Port = 22", "port = 1\nPort = 2\nPORT = 3");
-    expect(readConfig(twice, "x", {}, {}).config.SSH.Port).toBe(2);
+    const { config, warnings } = readConfig(twice, "x", {}, {});
+    expect(config.SSH.Port).toBe(2);
+    expect(warnings).toEqual([
+      "x: SSH.port has no effect beside SSH.Port",
+      "x: SSH.PORT has no effect beside SSH.Port",
+    ]);
+  });
+
+  test("port 0 is no port given", () => {
+    expect(readConfig(configFile("guide").replace("Port = 22", "Port = 0"), "x", {}, {}).config.SSH.Port).toBe(22);
   });
 
   test("every setting reaches the configuration", () => {
@@ -500,6 +509,14 @@ describe("keys", () => {
     if (status !== null) expect(stdout.trim()).toBe(one.publicKey);
   });
 
+  test("a thousand ed25519 keys are whole, also those that begin with a zero byte", async () => {
+    for (let n = 0; n < 1_000; n++) {
+      const { publicKey } = await makeKeyPair("ed25519");
+      // 4 + 11 bytes of the name, 4 of the length, 32 of the key.
+      expect(Buffer.from(publicKey.split(" ")[1] as string, "base64").length).toBe(51);
+    }
+  });
+
   test("what is no private key is refused", async () => {
     const { public: publicKey } = utils.generateKeyPairSync("ed25519");
     for (const text of ["", "nonsense", publicKey]) await expect(keyPairOf(text)).rejects.toThrow(Failure);
@@ -609,6 +626,7 @@ describe("calls to AWS", () => {
     ["a server error", { name: "ServerException", $metadata: { httpStatusCode: 500 } }, true],
     ["a lost answer", { name: "TypeError", code: "ECONNRESET", $metadata: {} }, true],
     ["a time-out", { name: "TimeoutError", $metadata: {} }, true],
+    ["an answer that broke off", { name: "TypeError", $metadata: { httpStatusCode: 200 } }, true],
     ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false],
     ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false],
     ["no credentials", { name: "CredentialsProviderError", $metadata: {} }, false],
@@ -792,6 +810,39 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(new Set(tokens).size).toBe(1);
   });
 
+  test("an answer of RunTask that broke off is asked for again with the same token", async () => {
+    const broken = awsError("TypeError", "ECONNRESET\n  Deserialization error: to see the raw response, ...", 200);
+    ecs
+      .on(RunTaskCommand)
+      .rejectsOnce(broken)
+      .resolves({ failures: [{ reason: "x" }] });
+    await expect(prepare(contextOf())).rejects.toThrow("started no task: x");
+    const tokens = (inputs(RunTaskCommand) as RunTaskCommandInput[]).map(({ clientToken }) => clientToken);
+    expect(tokens).toEqual([tokens[0], tokens[0]]);
+    // Where it stays so, the record says that there may be a task, and it is looked for.
+    ecs.on(RunTaskCommand).rejects(broken);
+    ecs.on(ListTasksCommand).resolves({ taskArns: [arn] });
+    const short = contextOf((config) => (config.Fargate.StartTimeout = 1));
+    await expect(prepare(short)).rejects.toThrow(/^ecs:RunTask got no answer: ECONNRESET$/);
+    expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
+  });
+
+  test("a login counts at once, also while DescribeTasks does not answer or is refused", async () => {
+    for (const later of [() => new Promise(() => {}), () => Promise.reject(awsError("ClientException", "no"))]) {
+      const context = contextOf((config) => (config.SSH.Port = 0));
+      taskGoesThrough(context, taskIn("PENDING", "127.0.0.1"));
+      let polls = 0;
+      const first = { tasks: [taskIn("PENDING", "127.0.0.1")] };
+      // sshd is late: the server begins when DescribeTasks has been asked once more.
+      const begin = context.config.SSH;
+      ecs.on(DescribeTasksCommand).callsFake(() => (polls++ === 0 ? first : later()));
+      await prepare(context);
+      expect(begin.Port).toBeGreaterThan(0);
+      expect(readRecord(recordFile())?.ContainerIP).toBe("127.0.0.1");
+      await server?.close();
+    }
+  });
+
   test.each([
     ["stopped", { lastStatus: "STOPPED", desiredStatus: "STOPPED" }],
     ["about to stop", { lastStatus: "PENDING", desiredStatus: "STOPPED" }],
@@ -837,6 +888,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     taskGoesThrough(context, taskIn("PENDING", "192.0.2.1"));
     ec2
       .on(DescribeNetworkInterfacesCommand)
+      .rejectsOnce(awsError("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID 'eni-1' does not exist"))
       .resolvesOnce({ NetworkInterfaces: [{}] })
       .resolves({ NetworkInterfaces: [{ Association: { PublicIp: "127.0.0.1" } }] });
     await prepare(context);
@@ -844,7 +896,19 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(ec2.commandCalls(DescribeNetworkInterfacesCommand).map((call) => call.args[0].input)).toEqual([
       { NetworkInterfaceIds: ["eni-1"] },
       { NetworkInterfaceIds: ["eni-1"] },
+      { NetworkInterfaceIds: ["eni-1"] },
     ]);
+  });
+
+  test("a task without the public address that is to be used: the failure says what is missing", async () => {
+    const context = contextOf((config) => {
+      config.Fargate.UsePublicIP = true;
+      config.SSH.ConnectTimeout = 1;
+    });
+    ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
+    ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("RUNNING", "192.0.2.1")] });
+    ec2.on(DescribeNetworkInterfacesCommand).resolves({ NetworkInterfaces: [{}] });
+    await expect(prepare(context)).rejects.toThrow("; it has no public address: see EnablePublicIP");
   });
 
   test("told to stop while it waits, it stops the task", async () => {
@@ -963,7 +1027,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
 
   test("cleanup after an unanswered RunTask looks until the task is listed", async () => {
     openDirectory(records);
-    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, CreatedAt: Date.now() / 1000 });
+    // However old the record is: RunTask may have been repeated for long.
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, CreatedAt: 1 });
     ecs
       .on(ListTasksCommand)
       .resolvesOnce({ taskArns: [] })
@@ -980,6 +1045,23 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await cleanup(contextOf());
     expect(logged).toEqual([expect.stringMatching(/^warning: the record .* cannot be used: it is not JSON; looking/)]);
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("StopTask is repeated when it is throttled, and when credentials fail for a moment", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), someRecord);
+    const noCredentials = Object.assign(new Error("Could not load"), {
+      name: "CredentialsProviderError",
+      $metadata: {},
+    });
+    ecs
+      .on(StopTaskCommand)
+      .rejectsOnce(awsError("ThrottlingException", "Rate exceeded"))
+      .rejectsOnce(noCredentials)
+      .resolves({});
+    await cleanup(contextOf());
+    expect(inputs(StopTaskCommand)).toHaveLength(3);
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
@@ -1066,6 +1148,8 @@ interface Ran {
   stderr: Buffer;
 }
 
+const never = new AbortController().signal;
+
 /** A task without ECS: a container, or the embedded server, with a key of its own, and how to log in to it. */
 async function startTask() {
   const key = await makeKeyPair("ed25519");
@@ -1074,7 +1158,6 @@ async function startTask() {
   const port = 2222;
   const host = await hosts.start({ name: "test", address, port, environment: { SSH_PUBLIC_KEY: key.publicKey } });
   const target: SshTarget = { host: address, port, username: "root", privateKey: key.privateKey, keepAlive: 15 };
-  const never = new AbortController().signal;
   const logIn = (to: SshTarget = target): Promise<Connection> =>
     retry(() => connect(to, 3_000, never), { until: Date.now() + 15_000, again: () => true, now: Date.now });
   await logIn().then(({ client }) => client.end());
@@ -1133,7 +1216,7 @@ describe("scripts over SSH", () => {
 
   taskTest("the shells of a container are found", async () => {
     const connection = await task.logIn();
-    expect(await findShells(connection)).toEqual({ Interpreter: "bash", LoginShell: "bash" });
+    expect(await findShells(connection, never)).toEqual({ Interpreter: "bash", LoginShell: "bash" });
     connection.client.end();
   });
 
@@ -1146,6 +1229,85 @@ describe("scripts over SSH", () => {
     expect((await runOnce("sh -c 'kill -TERM $$'")).outcome).toEqual(exited(143));
     expect((await runOnce("sh -c 'kill -SEGV $$'")).outcome).toEqual(exited(139));
     expect((await runOnce("echo before; kill -KILL $$")).outcome).toEqual(exited(137));
+  });
+
+  taskTest("a TERM that a script sends to its $$ is not lost", async () => {
+    expect((await runOnce("x=$(kill -s TERM $$); true")).outcome).toEqual(exited(143));
+    expect((await runOnce("(kill -s TERM $$); exit 3")).outcome).toEqual(exited(3));
+  });
+
+  taskTest("output that nobody has read yet when the script ends is not lost", async () => {
+    const connection = await task.logIn();
+    for (const redirect of ["", ">&2"]) {
+      const received: Buffer[] = [];
+      const slow = new Writable({
+        highWaterMark: 16_384,
+        write(chunk: Buffer, _, done) {
+          received.push(Buffer.from(chunk));
+          setTimeout(done, 1);
+        },
+      });
+      const rest = collect().sink;
+      const outcome = await runScript(
+        connection,
+        Buffer.from(`head -c 3000000 /dev/zero ${redirect}; exit 7`),
+        { interpreter: "bash", loginShell: "bash" },
+        { stop: never, log: getLogger("fargate"), stdout: redirect ? rest : slow, stderr: redirect ? slow : rest },
+      );
+      expect(outcome).toEqual(exited(7));
+      expect(Buffer.concat(received).length).toBe(3_000_000);
+    }
+    connection.client.end();
+  });
+
+  describe("with a login shell that does more than it should", () => {
+    const bashrc = (text: string) => task.host.exec(`printf '%s\\n' '${text}' >/root/.bashrc`);
+    afterAll(async () => {
+      if (hosts.kind === "container") await task.host.exec("rm -f /root/.bashrc");
+    });
+
+    taskTest(
+      "set -x in .bashrc: nothing of the script's output is taken for a mark",
+      async () => {
+        await bashrc("set -x; echo noise");
+        const ran = await runOnce("echo out; echo err >&2; exit 5");
+        expect(ran.outcome).toEqual(exited(5));
+        expect(ran.stdout.toString()).toBe("noise\nout\n");
+        expect(ran.stderr.toString()).toMatch(/^err$/m);
+      },
+      { containerOnly: true },
+    );
+
+    taskTest(
+      "one that hangs ends with SIGTERM, also before the script",
+      async () => {
+        await bashrc("sleep 600");
+        const stop = new AbortController();
+        const connection = await task.logIn();
+        const asked = findShells(connection, stop.signal);
+        const running = runIn(await task.logIn(), "true", { stop: stop.signal });
+        stop.abort(new Failure("system", "stopped by SIGTERM"));
+        await expect(asked).rejects.toThrow("stopped by SIGTERM");
+        await expect(running).rejects.toThrow("stopped by SIGTERM");
+        await bashrc("");
+      },
+      { containerOnly: true },
+    );
+
+    taskTest(
+      "a container without wc is told what it needs, at once",
+      async () => {
+        await task.host.exec("mv /usr/bin/wc /usr/bin/wc.off");
+        try {
+          await expect(runOnce("true")).rejects.toThrow(
+            "the container's shell could not take the script whole: it needs cat and wc",
+          );
+        } finally {
+          await task.host.exec("mv /usr/bin/wc.off /usr/bin/wc");
+        }
+      },
+      { containerOnly: true },
+    );
   });
 
   taskTest("both streams come back apart, byte for byte", async () => {
@@ -1296,7 +1458,9 @@ describe("scripts over SSH", () => {
             expect(cut.outcome.ended).toBe("lost");
             // The remote shell has noticed when it has ended; it would have run the script by then.
             const shells = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '";
-            await expect.poll(async () => (await task.host.exec(shells)).output).not.toContain("FARGATE_SCRIPT=$(cat");
+            await expect
+              .poll(async () => (await task.host.exec(shells)).output)
+              .not.toContain(`-eq ${Buffer.byteLength(script)} `);
             expect(await began()).toBe("");
           }
         },
@@ -1391,7 +1555,6 @@ describe("scripts over SSH", () => {
   });
 
   taskTest("another host key than the pinned one is refused, and a wrong key or user", async () => {
-    const never = new AbortController().signal;
     const { hostKey, client } = await task.logIn();
     client.end();
     await expect(
@@ -1799,6 +1962,42 @@ describe("the compiled program", () => {
     expect(peak / 1024).toBeGreaterThan(20);
     expect(peak / 1024).toBeLessThan(250); // it has 65 MB before the first byte comes
     await fargate(["--config", config, "custom", "cleanup"], { env });
+  });
+
+  taskTest("a slow reader gets every byte of both streams, and the reason of a failure after them", async () => {
+    const env = byHand();
+    const config = world.configure();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    const slowly = async (script: string, stopAfter?: number) => {
+      const command = ["--config", config, "custom", "run", scriptFile(script), "x"];
+      const child = spawn(driver, command, { env, stdio: ["ignore", "pipe", "pipe"] });
+      const read = async (stream: NodeJS.ReadableStream) => {
+        const chunks: Buffer[] = [];
+        for await (const chunk of stream) {
+          chunks.push(chunk as Buffer);
+          await new Promise((later) => setTimeout(later, 3));
+        }
+        return Buffer.concat(chunks);
+      };
+      const closed = new Promise((done) => child.on("exit", done));
+      if (stopAfter !== undefined) {
+        // Nobody reads until the driver has been told to stop and has had time to fill the pipe.
+        await new Promise((later) => setTimeout(later, stopAfter));
+        child.kill("SIGTERM");
+        await new Promise((later) => setTimeout(later, 3_000));
+      }
+      const [stdout, stderr] = await Promise.all([read(child.stdout), read(child.stderr)]);
+      return { code: await closed, stdout, stderr };
+    };
+    for (let round = 0; round < 3; round++) {
+      const { code, stdout, stderr } = await slowly("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2");
+      expect([code, stdout.length, stderr.length]).toEqual([0, 1_000_000, 1_000_000]);
+    }
+    const stopped = await slowly("head -c 1000000 /dev/zero >&2; sleep 600", 1_000);
+    expect(stopped.code).toBe(2);
+    expect(stopped.stderr.toString()).toContain("error: stopped by SIGTERM\n");
+    await fargate(["--config", config, "custom", "cleanup"], { env });
+    nothingLeft();
   });
 
   taskTest("a reader that goes away ends the stage and the script", async () => {

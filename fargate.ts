@@ -103,6 +103,10 @@ const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
     v.picklist(words.map((word) => word.toLowerCase()) as unknown as { [K in keyof T]: Lowercase<T[K]> }),
     v.description(`${meaning}: ${words.join(", ")}`),
   );
+const exactly = <const T extends readonly string[]>(words: T, meaning: string) =>
+  v.pipe(v.picklist(words), v.description(`${meaning}: ${words.join(", ")}`));
+const listOf = (item: string, most: number) =>
+  v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -121,25 +125,14 @@ export const ConfigSchema = v.object({
       Cluster: text("the name or ARN of the ECS cluster"),
       Region: text("an AWS region, such as us-east-1"),
       Subnet: v.optional(text("a subnet ID, such as subnet-0a1b2c3d")),
-      Subnets: v.optional(
-        v.pipe(v.array(text("a subnet ID")), v.minLength(1), v.maxLength(16), v.description("1 to 16 subnet IDs")),
-      ),
+      Subnets: v.optional(listOf("a subnet ID", 16)),
       SecurityGroup: v.optional(text("a security group ID, such as sg-0a1b2c3d")),
-      SecurityGroups: v.optional(
-        v.pipe(
-          v.array(text("a security group ID")),
-          v.minLength(1),
-          v.maxLength(5),
-          v.description("1 to 5 security group IDs"),
-        ),
-      ),
+      SecurityGroups: v.optional(listOf("a security group ID", 5)),
       TaskDefinition: text("family, family:revision or ARN of the task definition"),
       EnablePublicIP: v.optional(flag("whether the task gets a public address"), false),
       UsePublicIP: v.optional(flag("whether to connect to the task's public address")),
       PlatformVersion: v.optional(text("a Fargate platform version, such as 1.4.0 or LATEST")),
-      LaunchType: v.optional(
-        v.pipe(v.picklist(["FARGATE", "EC2"]), v.description("where the task runs: FARGATE, EC2")),
-      ),
+      LaunchType: v.optional(exactly(["FARGATE", "EC2"], "where the task runs")),
       CapacityProviderStrategy: v.optional(
         v.pipe(
           v.array(CapacityProviderSchema),
@@ -161,12 +154,7 @@ export const ConfigSchema = v.object({
         ),
         {},
       ),
-      PropagateTags: v.optional(
-        v.pipe(
-          v.picklist(["TASK_DEFINITION", "NONE"]),
-          v.description("whose tags the task gets beside its own: TASK_DEFINITION, NONE"),
-        ),
-      ),
+      PropagateTags: v.optional(exactly(["TASK_DEFINITION", "NONE"], "whose tags the task gets beside its own")),
       StartTimeout: v.optional(whole(1, 86_400, "seconds from RunTask until the task must be ready, 1 to 86400"), 600),
     }),
     v.forward(
@@ -215,11 +203,11 @@ export type Config = v.InferOutput<typeof ConfigSchema>;
 
 /** Options of the command line, by the name of their setting. Each beats variable and file. */
 export interface Options {
-  LogLevel?: string;
-  LogFormat?: string;
-  LogFile?: string;
-  TaskDefinition?: string;
-  PlatformVersion?: string;
+  readonly LogLevel?: string | undefined;
+  readonly LogFormat?: string | undefined;
+  readonly LogFile?: string | undefined;
+  readonly TaskDefinition?: string | undefined;
+  readonly PlatformVersion?: string | undefined;
 }
 
 type Table = Record<string, unknown>;
@@ -257,7 +245,7 @@ function nearestKey(unknown: string): string {
 
 /**
  * Gives every key the schema's spelling: the official driver's TOML library matches keys without regard to case,
- * an exact spelling first. Keys that match none are left out and reported.
+ * an exact spelling first. Keys that match none are left out, with a warning.
  */
 function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown: string[]): unknown {
   const entries = entriesOf(schema);
@@ -270,8 +258,9 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown
       ? key
       : Object.keys(entries).find((n) => n.toLowerCase() === key.toLowerCase());
     if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
-    else if (key === name || !Object.hasOwn(value, name))
-      folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
+    else if (key !== name && Object.hasOwn(value, name))
+      unknown.push(`${path}${key} has no effect beside ${path}${name}`);
+    else folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
   }
   return folded;
 }
@@ -314,11 +303,11 @@ export function readConfig(
   }
   const unknown: string[] = [];
   const folded = foldKeys(table, ConfigSchema, "", unknown) as Table;
-  // An empty text stands for a missing one, as with the official driver, in a file, an option and a variable.
+  // An empty text stands for a missing one, and port 0 for none, as with the official driver.
   const given = (...values: unknown[]) => values.find((value) => value !== undefined && value !== "");
   const part = (name: string): Table => {
     const entries = Object.entries(isTable(folded[name]) ? folded[name] : {});
-    return Object.fromEntries(entries.filter(([, value]) => value !== ""));
+    return Object.fromEntries(entries.filter(([key, value]) => value !== "" && !(key === "Port" && value === 0)));
   };
   const fargate = part("Fargate");
   const merged: Table = {
@@ -373,17 +362,33 @@ export function formatRecord(record: LogRecord, format: Config["LogFormat"]): st
 }
 
 /**
+ * Writes all of a line. Standard error may be a full pipe that does not block (bun makes it so): the runner reads it, so
+ * it is tried again for up to 5 s, and a log line is no reason to wait longer.
+ */
+function writeWhole(file: number, line: string): void {
+  let rest = Buffer.from(line);
+  for (let tries = 0; rest.length > 0; ) {
+    try {
+      rest = rest.subarray(fs.writeSync(file, rest));
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "EAGAIN" || ++tries > 500) throw error;
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 10);
+    }
+  }
+}
+
+/**
  * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
  * the job. What ends a stage is always shown on standard error too, so that the job log says why.
  */
 export function openLog(settings: LogSettings): Logger {
-  const toStandardError = (line: string) => void fs.writeSync(2, line);
+  const toStandardError = (line: string) => writeWhole(2, line);
   let write = toStandardError;
   let trouble: unknown;
   if (settings.LogFile) {
     try {
       const file = fs.openSync(settings.LogFile, "a", 0o600);
-      write = (line) => void fs.writeSync(file, line);
+      write = (line) => writeWhole(file, line);
     } catch (error) {
       trouble = error;
     }
@@ -622,7 +627,11 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
     return keyPairOf(privateKey.export({ type: "pkcs1", format: "pem" }).toString());
   }
   const { utils } = await import("ssh2");
-  return keyPairOf(utils.generateKeyPairSync("ed25519").private);
+  for (;;) {
+    const pair = await keyPairOf(utils.generateKeyPairSync("ed25519").private).catch(() => undefined);
+    // ssh2 1.17 cuts leading zero bytes off a public key: one key in 256 is malformed, and made anew.
+    if (pair) return pair;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -693,26 +702,21 @@ export function runTaskInput(
   };
 }
 
+/** How something is bounded that may be repeated: `until` in epoch ms; a signal ends it with the signal's reason. */
+export interface Limits {
+  readonly until: number;
+  readonly signal?: AbortSignal;
+}
+
 /**
  * Calls until it works, with jittered backoff.
  *
- * @param until epoch ms after which the last error is thrown
  * @param again whether an error may pass
  * @throws the last error, or the reason of `signal`
  */
 export async function retry<T>(
   call: () => Promise<T>,
-  {
-    until,
-    again,
-    now,
-    signal,
-  }: {
-    until: number;
-    again: (error: unknown) => boolean;
-    now: () => number;
-    signal?: AbortSignal;
-  },
+  { until, again, now, signal }: Limits & { again: (error: unknown) => boolean; now: () => number },
 ): Promise<T> {
   for (let wait = 100; ; wait = Math.min(wait * 2, 5_000)) {
     signal?.throwIfAborted();
@@ -731,33 +735,27 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
   await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
 }
 
-/** @throws {Failure} when a promise takes longer than `ms` */
-async function within<T>(ms: number, promise: Promise<T>, what: string): Promise<T> {
-  const over = new AbortController();
-  const late = sleep(ms, over.signal).then(() => {
-    throw new Failure("system", `${what} within ${Math.round(ms / 1000)} s`);
-  });
-  return Promise.race([promise, late]).finally(() => over.abort());
-}
-
 /** What the SDK throws; without a status no answer came. */
 type AwsError = { name?: string; $metadata?: { httpStatusCode?: number } };
 
-/** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no answer at all. */
+/** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
 export function isTransient(error: unknown): boolean {
   const { name = "", $metadata } = (error ?? {}) as AwsError;
-  const status = $metadata?.httpStatusCode;
+  const status = $metadata?.httpStatusCode ?? 0;
   if (/Throttl|TooManyRequests|RequestLimitExceeded|SlowDown/.test(name)) return true;
-  // No status: the request or its answer was lost on the way. Missing credentials look alike and do not pass.
-  return status === undefined ? $metadata !== undefined && !/Credential/.test(name) : status >= 500 || status === 429;
+  // Without a status the request or its answer was lost on the way; with one of success, the answer broke off.
+  // Missing credentials look alike.
+  if (status < 300) return $metadata !== undefined && !/Credential/.test(name);
+  return status >= 500 || status === 429;
 }
 
 /** What a call to AWS came to, as a Failure that names the call, the error and the operator's next step. */
 export function awsFailure(action: string, error: unknown): Failure {
   if (error instanceof Failure) return error;
   const { name = "Error", $metadata } = error as AwsError;
-  const answered = $metadata?.httpStatusCode !== undefined;
-  const detail = answered ? `${name}: ${reasonOf(error)}` : reasonOf(error);
+  const answered = ($metadata?.httpStatusCode ?? 0) >= 300;
+  const reason = reasonOf(error).split("\n")[0]; // the SDK adds hints for programmers
+  const detail = answered ? `${name}: ${reason}` : reason;
   const advice = /^(AccessDenied|UnauthorizedOperation)/.test(name)
     ? `; allow ${action} in the IAM policy of the runner's host`
     : /Credential/.test(name)
@@ -768,10 +766,12 @@ export function awsFailure(action: string, error: unknown): Failure {
   });
 }
 
-/** How a call to AWS is bounded: repeated while its failure may pass until `until` (epoch ms), ended by `signal`. */
-interface CallLimits {
-  readonly until: number;
-  readonly signal?: AbortSignal;
+/** Most ms for one call to AWS, from sending it to the last byte of its answer. */
+const CALL_TIMEOUT = 30_000;
+
+interface CallLimits extends Limits {
+  /** Which failures may pass; `isTransient` unless given. */
+  readonly again?: (error: unknown) => boolean;
 }
 
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
@@ -796,25 +796,31 @@ export class Aws {
    */
   async #settings() {
     const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
-    const requestHandler = new FetchHttpHandler({ requestTimeout: 30_000 });
-    return { region: this.region, maxAttempts: 1, requestHandler };
+    return { region: this.region, maxAttempts: 1, requestHandler: new FetchHttpHandler() };
   }
 
-  async #send<T>(action: string, { until, signal }: CallLimits, call: () => Promise<T>): Promise<T> {
+  async #send<T>(
+    action: string,
+    { until, signal, again = isTransient }: CallLimits,
+    call: (abort: { abortSignal: AbortSignal }) => Promise<T>,
+  ): Promise<T> {
     const { log, now } = this.context;
     const once = async () => {
       const begun = now();
+      const late = AbortSignal.timeout(CALL_TIMEOUT);
       try {
-        return await call();
+        return await call({ abortSignal: signal ? AbortSignal.any([late, signal]) : late });
       } catch (error) {
         log.debug("{action}: {reason}", { action, reason: reasonOf(error) });
-        throw error;
+        if (!late.aborted) throw error;
+        // The same shape as any other answer that did not come.
+        throw Object.assign(new Error(`no whole answer within ${CALL_TIMEOUT / 1000} s`), { $metadata: {} });
       } finally {
         log.debug("{action} took {ms} ms", { action, ms: now() - begun });
       }
     };
     try {
-      return await retry(once, { until, again: isTransient, now, ...(signal && { signal }) });
+      return await retry(once, { until, again, now, ...(signal && { signal }) });
     } catch (error) {
       throw signal?.aborted ? signal.reason : awsFailure(action, error);
     }
@@ -823,22 +829,23 @@ export class Aws {
   async #ecs<T>(
     action: string,
     limits: CallLimits,
-    call: (ecs: ECSClient, sdk: typeof import("@aws-sdk/client-ecs")) => Promise<T>,
+    call: (
+      ecs: ECSClient,
+      sdk: typeof import("@aws-sdk/client-ecs"),
+      abort: { abortSignal: AbortSignal },
+    ) => Promise<T>,
   ): Promise<T> {
     const { sdk, client } = await this.#load("ecs", async (settings) => {
       const sdk = await import("@aws-sdk/client-ecs");
       return { sdk, client: new sdk.ECSClient(settings) };
     });
-    return this.#send(`ecs:${action}`, limits, () => call(client, sdk));
+    return this.#send(`ecs:${action}`, limits, (abort) => call(client, sdk, abort));
   }
 
-  /**
-   * Starts a task; the input's clientToken makes a repetition answer with the same one. Once sent, the request is not
-   * taken back: `signal` only ends the repetitions.
-   */
+  /** Starts a task; the input's clientToken makes a repetition answer with the same one. */
   async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<Task> {
-    const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, { RunTaskCommand }) =>
-      ecs.send(new RunTaskCommand(input)),
+    const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, { RunTaskCommand }, abort) =>
+      ecs.send(new RunTaskCommand(input), abort),
     );
     const task = tasks?.[0];
     if (task?.taskArn) return task;
@@ -848,16 +855,20 @@ export class Aws {
 
   /** @returns undefined while ECS does not know the task (yet, or no more) */
   async describeTask(cluster: string, task: string, limits: CallLimits): Promise<Task | undefined> {
-    const { tasks } = await this.#ecs("DescribeTasks", limits, (ecs, { DescribeTasksCommand }) =>
-      ecs.send(new DescribeTasksCommand({ cluster, tasks: [task] }), { abortSignal: limits.signal }),
+    const { tasks } = await this.#ecs("DescribeTasks", limits, (ecs, { DescribeTasksCommand }, abort) =>
+      ecs.send(new DescribeTasksCommand({ cluster, tasks: [task] }), abort),
     );
     return tasks?.[0];
   }
 
-  /** Stops a task; one that is unknown or gone counts as stopped. `reason` holds ids only. */
-  async stopTask(cluster: string, task: string, reason: string, limits: CallLimits): Promise<void> {
-    const stop = this.#ecs("StopTask", limits, (ecs, { StopTaskCommand }) =>
-      ecs.send(new StopTaskCommand({ cluster, task, reason })),
+  /**
+   * Stops a task; one that is unknown or gone counts as stopped. Credentials may fail for a moment as well, and the
+   * runner does not repeat a cleanup. `reason` holds ids only.
+   */
+  async stopTask(cluster: string, task: string, reason: string, { until }: Limits): Promise<void> {
+    const again = (error: unknown) => isTransient(error) || /Credential/.test((error as Error).name);
+    const stop = this.#ecs("StopTask", { until, again }, (ecs, { StopTaskCommand }, abort) =>
+      ecs.send(new StopTaskCommand({ cluster, task, reason }), abort),
     );
     await stop.catch((error) => {
       if (!/task was not found/i.test(reasonOf(error))) throw error;
@@ -869,8 +880,8 @@ export class Aws {
     const arns: string[] = [];
     let nextToken: string | undefined;
     do {
-      const page = await this.#ecs("ListTasks", limits, (ecs, { ListTasksCommand }) =>
-        ecs.send(new ListTasksCommand({ cluster, startedBy, nextToken })),
+      const page = await this.#ecs("ListTasks", limits, (ecs, { ListTasksCommand }, abort) =>
+        ecs.send(new ListTasksCommand({ cluster, startedBy, nextToken }), abort),
       );
       arns.push(...(page.taskArns ?? []));
       nextToken = page.nextToken;
@@ -878,17 +889,20 @@ export class Aws {
     return arns;
   }
 
-  /** The public address of a network interface; undefined while it has none. */
+  /** The public address of a network interface; undefined while it has none, or is unknown. */
   async publicAddress(networkInterfaceId: string, limits: CallLimits): Promise<string | undefined> {
     const { sdk, client } = await this.#load("ec2", async (settings) => {
       const sdk = await import("@aws-sdk/client-ec2");
       return { sdk, client: new sdk.EC2Client(settings) };
     });
-    const { NetworkInterfaces } = await this.#send("ec2:DescribeNetworkInterfaces", limits, () =>
-      client.send(new sdk.DescribeNetworkInterfacesCommand({ NetworkInterfaceIds: [networkInterfaceId] }), {
-        abortSignal: limits.signal,
-      }),
-    );
+    const command = { NetworkInterfaceIds: [networkInterfaceId] };
+    const { NetworkInterfaces } = await this.#send("ec2:DescribeNetworkInterfaces", limits, (abort) =>
+      client.send(new sdk.DescribeNetworkInterfacesCommand(command), abort),
+    ).catch((failure: Failure) => {
+      // EC2 may learn of the interface a moment after ECS.
+      if (/InvalidNetworkInterfaceID\.NotFound/.test(failure.message)) return { NetworkInterfaces: [] };
+      throw failure;
+    });
     return NetworkInterfaces?.[0]?.Association?.PublicIp;
   }
 }
@@ -938,7 +952,7 @@ export interface SshTarget {
   readonly privateKey: string;
   /** The only server key that is accepted; undefined on first use, which pins it. */
   readonly hostKey?: Buffer;
-  /** Seconds; 0 for none. The third sign of life without an answer ends the connection. */
+  /** Seconds between signs of life; 0 for none. With two unanswered, the connection ends when the third is due. */
   readonly keepAlive: number;
 }
 
@@ -1085,20 +1099,20 @@ export function logIn(
 }
 
 /** Opens a channel that executes a command in the login user's shell; `signal` ends the connection until it is open. */
-function execute(connection: Connection, command: string, signal?: AbortSignal): Promise<ClientChannel> {
+function execute(connection: Connection, command: string, signal: AbortSignal): Promise<ClientChannel> {
   const { client } = connection;
   return new Promise((resolve, reject) => {
     const abort = () => client.destroy();
     const done = () => {
       client.removeListener("close", lost);
-      signal?.removeEventListener("abort", abort);
+      signal.removeEventListener("abort", abort);
     };
     const lost = () => {
       done();
-      reject(signal?.aborted ? signal.reason : new SshFailure("unreachable", "the connection was lost"));
+      reject(signal.aborted ? signal.reason : new SshFailure("unreachable", "the connection was lost"));
     };
     client.once("close", lost);
-    signal?.addEventListener("abort", abort);
+    signal.addEventListener("abort", abort);
     client.exec(command, (error, channel) => {
       done();
       if (error) reject(new SshFailure("unreachable", `the server opened no channel: ${reasonOf(error)}`));
@@ -1107,23 +1121,32 @@ function execute(connection: Connection, command: string, signal?: AbortSignal):
   });
 }
 
-/** Runs a short command of our own and returns at most 64 KiB of its standard output, within 10 s. */
-async function ask(connection: Connection, command: string): Promise<string> {
-  const answer = async () => {
-    const channel = await execute(connection, command);
-    let output = "";
-    channel.stderr.resume();
-    channel.on("data", (chunk: Buffer) => {
-      if (output.length < 65_536) output += chunk.toString("latin1");
-    });
-    return new Promise<string>((resolve) => channel.on("close", () => resolve(output)));
-  };
-  return within(10_000, answer(), "the container did not answer");
+/** Runs a short command of our own, within 10 s, and returns at most 64 KiB of its standard output. */
+async function ask(connection: Connection, command: string, signal: AbortSignal): Promise<string> {
+  const bound = AbortSignal.any([signal, AbortSignal.timeout(10_000)]);
+  const channel = await execute(connection, command, bound);
+  let output = "";
+  channel.stderr.resume();
+  channel.on("data", (chunk: Buffer) => {
+    if (output.length < 65_536) output += chunk.toString("latin1");
+  });
+  return new Promise((resolve, reject) => {
+    channel.on("close", () => resolve(output));
+    bound.addEventListener("abort", () =>
+      reject(
+        signal.aborted ? signal.reason : new SshFailure("unreachable", "the container did not answer within 10 s"),
+      ),
+    );
+  });
 }
 
 /** Which shells a container has. `sh -c` so that the question is understood by any login shell. */
-export async function findShells(connection: Connection): Promise<Pick<TaskRecord, "Interpreter" | "LoginShell">> {
-  const answer = await ask(connection, `exec sh -c 'echo "fargate-shells $SHELL $(command -v bash || command -v sh)"'`);
+export async function findShells(
+  connection: Connection,
+  signal: AbortSignal,
+): Promise<Pick<TaskRecord, "Interpreter" | "LoginShell">> {
+  const question = 'echo "fargate-shells $SHELL $(command -v bash || command -v sh)"';
+  const answer = await ask(connection, `exec sh -c '${question}'`, signal);
   const [, login, best] = /fargate-shells (\S*) (\S+)/.exec(answer) ?? [];
   if (!best) throw new Failure("system", "the container has neither bash nor sh for the user that logs in");
   return { Interpreter: /bash$/.test(best) ? "bash" : "sh", LoginShell: login?.split("/").at(-1) ?? "" };
@@ -1152,14 +1175,16 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
  *  - reads the whole script into a variable and compares its length, so that a cut connection runs nothing of it;
  *  - evaluates it in a subshell with empty standard input, and nothing of it in an argument, a file or the environment;
  *  - marks the end of both streams, so that a process left in the background does not hold the stage;
- *  - survives TERM and INT itself, to report what the script ended with.
+ *  - survives TERM and INT itself, to report what the script ended with; where it ended with 0 although the script
+ *    sent such a signal to its $$, which is this shell, that counts.
  */
 export function remoteProgram(bytes: number, mark: string): string {
   return [
-    `trap : TERM INT; unset FARGATE_SCRIPT; echo "${mark} $$";`,
+    `trap "FARGATE_SIGNAL=143" TERM; trap "FARGATE_SIGNAL=130" INT; unset FARGATE_SCRIPT FARGATE_SIGNAL; echo "${mark} $$";`,
     "FARGATE_SCRIPT=$(cat; echo x); FARGATE_SCRIPT=${FARGATE_SCRIPT%x};",
     `if [ "$(printf %s "$FARGATE_SCRIPT" | wc -c)" -eq ${bytes} ]; then`,
     '(eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT") </dev/null; FARGATE_SCRIPT=$?;',
+    "[ $FARGATE_SCRIPT -ne 0 ] || FARGATE_SCRIPT=${FARGATE_SIGNAL:-0};",
     `echo "${mark} end"; echo "${mark} end" >&2; exit $FARGATE_SCRIPT; fi;`,
     `echo "${mark} incomplete"; echo "${mark} incomplete" >&2; exit 1`,
   ].join(" ");
@@ -1184,21 +1209,26 @@ export function endSessionProgram(session: number): string {
     'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *};',
     `set -- \${l##*) }; [ "$4" = ${session} ] && [ "$1" != Z ] && [ "$3" != "$skip" ] && echo "$i"; done; };`,
     `kill -TERM -${session} 2>/dev/null; skip=${session}; for i in $(left); do kill -TERM "$i" 2>/dev/null; done;`,
-    'skip=; n=0; while [ -n "$(left)" ] && [ $n -lt 50 ]; do n=$((n+1)); sleep 0.1 || sleep 1; done;',
+    'skip=; n=0; while [ -n "$(left)" ] && [ $n -lt 50 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done;',
     `kill -KILL -${session} 2>/dev/null; for i in $(left); do kill -KILL "$i" 2>/dev/null; done;`,
-    'n=0; while [ -n "$(left)" ] && [ $n -lt 10 ]; do n=$((n+1)); sleep 0.1 || sleep 1; done; echo fargate-left $(left)',
+    'n=0; while [ -n "$(left)" ] && [ $n -lt 10 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done; echo fargate-left $(left)',
   ].join(" ");
 }
 
 /** Takes the marks of `remoteProgram` out of a stream, across the boundaries of its chunks. */
 export class MarkFilter {
-  /** What followed each mark on its line. */
+  /** What followed each mark on its line: a process id, `end` or `incomplete`. */
   readonly marks: string[] = [];
   #held: Buffer = Buffer.alloc(0);
   readonly #mark: Buffer;
 
   constructor(mark: string) {
     this.#mark = Buffer.from(`${mark} `);
+  }
+
+  /** Nothing that comes later is the script's. */
+  get ended(): boolean {
+    return /^(end|incomplete)$/.test(this.marks.at(-1) ?? "");
   }
 
   /** @returns the stream's own bytes, without the marks; what may be the beginning of one is held back */
@@ -1216,8 +1246,11 @@ export class MarkFilter {
         this.#held = data.subarray(data.length - keep);
         return own.filter((part) => part.length > 0);
       }
-      own.push(data.subarray(0, at));
-      this.marks.push(data.subarray(at + this.#mark.length, end).toString("latin1"));
+      const text = data.toString("latin1", at + this.#mark.length, end);
+      // Under `set -x` the shell shows the command that writes the mark, with quotes around it.
+      const mark = /^(\d+|end|incomplete)$/.test(text);
+      if (mark) this.marks.push(text);
+      own.push(data.subarray(0, mark ? at : end + 1));
       data = data.subarray(end + 1);
     }
   }
@@ -1234,6 +1267,46 @@ export class MarkFilter {
   }
 }
 
+/**
+ * Passes a stream on without its marks, byte for byte and with back-pressure.
+ *
+ * @param onMark hears of each mark
+ * @returns `over`: resolves when the script's part of the stream has been written; `silence`: when nothing has come, and
+ *   nobody was waited for, for 2 s
+ */
+function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: () => void) {
+  const over = Promise.withResolvers<void>();
+  let written: Promise<unknown> = Promise.resolve();
+  let chunks = 0;
+  const write = (part: Buffer): boolean => {
+    let room = true;
+    written = new Promise((done) => {
+      room = sink.write(part, done);
+    });
+    return room;
+  };
+  source.on("data", (chunk: Buffer) => {
+    chunks++;
+    if (filter.ended) return; // what a process in the background says after the script's end
+    const known = filter.marks.length;
+    const room = filter.push(chunk).map(write).every(Boolean);
+    if (filter.marks.length > known) onMark();
+    if (filter.ended) written.then(() => over.resolve());
+    else if (!room && !source.isPaused()) {
+      source.pause();
+      sink.once("drain", () => source.resume());
+    }
+  });
+  source.on("close", () => {
+    if (!filter.ended && filter.flush().length > 0) write(filter.flush());
+    written.then(() => over.resolve());
+  });
+  const silence = async () => {
+    for (let seen = -1; seen !== chunks || source.isPaused(); await sleep(2_000)) seen = chunks;
+  };
+  return { over: over.promise, silence };
+}
+
 /** How a script ended. */
 export type Outcome =
   | { readonly ended: "exited"; readonly code: number }
@@ -1241,11 +1314,11 @@ export type Outcome =
   | { readonly ended: "lost"; readonly begun: boolean; readonly reason: string };
 
 /**
- * Runs a script over a connection and passes its output on, byte for byte and with back-pressure. When `stop` is
- * aborted, the script and its processes are ended first.
+ * Runs a script over a connection and passes its output on. When `stop` is aborted, the script and its processes are
+ * ended first.
  *
  * @returns how it ended; death by signal n counts as 128 + n, as in a shell
- * @throws the reason of `stop`
+ * @throws {Failure} when the container's shell cannot take the script; the reason of `stop`
  */
 export async function runScript(
   connection: Connection,
@@ -1255,96 +1328,61 @@ export async function runScript(
 ): Promise<Outcome> {
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
   const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
-  let lostReason = "the connection was closed";
+  let reason = "the server closed the connection";
   connection.client.on("error", (error) => {
-    lostReason = reasonOf(error);
+    reason = reasonOf(error);
   });
   const channel = await execute(connection, command, stop);
-  // Standard output has a mark at the beginning and one at the end, standard error one at the end.
-  const stream = (source: Readable, sink: Writable, marks: number) => ({
-    ...{ source, sink, marks },
-    filter: new MarkFilter(mark),
-    paused: false,
+  const exit = new Promise<number | NodeJS.Signals | undefined>((resolve) => {
+    channel.on("exit", (code: number | null, signal?: string) => resolve(code ?? (signal as NodeJS.Signals)));
+    channel.on("close", () => resolve(undefined));
   });
-  const out = stream(channel, stdout, 2);
-  const err = stream(channel.stderr, stderr, 1);
-  const streams = [out, err];
-  const over = ({ filter, marks }: typeof out) => filter.marks.length >= marks;
+  const marks = new MarkFilter(mark);
+  let session: number | undefined;
+  const out = passOn(channel, stdout, marks, () => {
+    if (session !== undefined) return;
+    session = Number(marks.marks[0]);
+    channel.end(script);
+  });
+  const err = passOn(channel.stderr, stderr, new MarkFilter(mark), () => {});
+  const over = Promise.all([out.over, err.over]);
 
-  return new Promise<Outcome>((resolve, reject) => {
-    let exit: number | undefined;
-    let sent = false;
-    let session: number | undefined;
-    let patience: NodeJS.Timeout | undefined;
-    let settled = false;
+  const end = async (): Promise<Outcome> => {
+    const status = await exit;
+    // The shell that writes the marks was killed, and something in the background holds the channel: then the output
+    // is over when there has been none for a while. With an exit code the marks are there or will come.
+    if (typeof status === "string") await Promise.race([over, Promise.all([out.silence(), err.silence()])]);
+    else await over;
+    if (status === undefined) return { ended: "lost", begun: session !== undefined, reason };
+    if (marks.marks.at(-1) === "incomplete")
+      throw new Failure(
+        "system",
+        "the container's shell could not take the script whole: it needs cat and wc, and a script without NUL characters",
+      );
+    return { ended: "exited", code: typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0) };
+  };
 
-    const settle = async (outcome: Outcome) => {
-      if (settled) return;
-      settled = true;
-      clearTimeout(patience);
-      for (const stream of streams) if (!over(stream)) stream.sink.write(stream.filter.flush());
-      await Promise.all(streams.map(({ sink }) => new Promise((done) => sink.write("", done))));
-      if (!stop.aborted) resolve(outcome);
-    };
-    /** The script is over when its exit code and both end marks are there. */
-    const look = () => {
-      if (exit === undefined || settled) return;
-      if (streams.every(over)) {
-        if (out.filter.marks[1] === "incomplete")
-          return settle({ ended: "lost", begun: false, reason: "the script did not arrive whole" });
-        return settle({ ended: "exited", code: exit });
-      }
-      // Without marks (the shell that would have written them was killed) sshd closes the channel, unless a process in
-      // the background holds it: then the output is over once it has been silent for a while.
-      clearTimeout(patience);
-      const code = exit;
-      if (!streams.some(({ paused }) => paused)) patience = setTimeout(() => settle({ ended: "exited", code }), 2_000);
-    };
-
-    for (const stream of streams) {
-      stream.source.on("data", (chunk: Buffer) => {
-        if (over(stream)) return; // what a process in the background says after the script's end
-        for (const part of stream.filter.push(chunk)) {
-          if (stream.sink.write(part) || stream.paused) continue;
-          stream.paused = true;
-          stream.source.pause();
-          stream.sink.once("drain", () => {
-            stream.paused = false;
-            stream.source.resume();
-            look();
-          });
-        }
-        if (!sent && out.filter.marks.length > 0) {
-          sent = true;
-          session = Number(out.filter.marks[0]);
-          channel.end(script);
-        }
-        look();
-      });
+  const stopped = Promise.withResolvers<never>();
+  const onStop = async () => {
+    if (session !== undefined) {
+      log.debug("ending the script's session {session}", { session });
+      const never = new AbortController().signal;
+      const answer = await ask(connection, `exec sh -c '${endSessionProgram(session)}'`, never).catch(reasonOf);
+      if (!/^fargate-left\s*$/m.test(answer))
+        log.warn("the script may still run in the container: {answer}", { answer: answer.trim() });
     }
-    channel.on("exit", (code: number | null, signal?: string) => {
-      exit = code ?? 128 + (osConstants.signals[signal as NodeJS.Signals] ?? 0);
-      look();
-    });
-    channel.on("close", () => {
-      if (exit !== undefined) settle({ ended: "exited", code: exit });
-      else settle({ ended: "lost", begun: sent, reason: lostReason });
-    });
-
-    const onStop = async () => {
-      if (session !== undefined) {
-        log.debug("ending the script's session {session}", { session });
-        const answer = await ask(connection, `exec sh -c '${endSessionProgram(session)}'`).catch(reasonOf);
-        if (!/^fargate-left\s*$/m.test(answer))
-          log.warn("the script may still run in the container: {answer}", { answer: answer.trim() });
-      }
-      connection.client.destroy();
-      await settle({ ended: "lost", begun: sent, reason: "stopped" });
-      reject(stop.reason);
-    };
-    if (stop.aborted) onStop();
-    else stop.addEventListener("abort", onStop, { once: true });
-  });
+    connection.client.destroy();
+    await Promise.race([over, sleep(2_000)]); // what it said at last; nobody may be reading
+    stopped.reject(stop.reason);
+  };
+  stop.addEventListener("abort", onStop, { once: true });
+  if (stop.aborted) onStop();
+  try {
+    const outcome = await Promise.race([end(), stopped.promise]);
+    return stop.aborted ? await stopped.promise : outcome;
+  } finally {
+    stop.removeEventListener("abort", onStop);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1385,7 +1423,7 @@ const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must
 
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
 export async function prepare(context: Context): Promise<void> {
-  const { config, log, now } = context;
+  const { config, log, now, stop } = context;
   openDirectory(config.TaskMetadata.Directory);
   await release(context); // a try before this one may have died without its cleanup
   const key = await chooseKey(context);
@@ -1397,8 +1435,9 @@ export async function prepare(context: Context): Promise<void> {
     const { host, connection } = await untilReady(context, aws, record, key, begun);
     record.ContainerIP = host;
     record.HostKey = connection.hostKey.toString("base64");
-    Object.assign(record, await findShells(connection));
+    Object.assign(record, await findShells(connection, stop));
     connection.client.end();
+    stop.throwIfAborted();
     writeRecord(recordPath(context), record);
     log.info("Ready: logged in to {host} as {user} ({seconds} s)", {
       host,
@@ -1440,12 +1479,13 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
   const runTask = async (environment?: Record<string, string>) => {
     stop.throwIfAborted();
     const clientToken = randomUUID();
+    const again = (error: unknown) => !stop.aborted && isTransient(error);
     record.ClientTokens.push(clientToken);
-    record.Unanswered = true;
-    writeRecord(recordPath(context), record);
+    writeRecord(recordPath(context), { ...record, Unanswered: true });
+    record.Unanswered = true; // not before: without the record nothing is sent
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
     try {
-      const task = await Promise.race([aws.runTask(input, { until, signal: stop }), afterStop(stop, ANSWER_GRACE)]);
+      const task = await Promise.race([aws.runTask(input, { until, again }), afterStop(stop, ANSWER_GRACE)]);
       record.TaskARN = task.taskArn as string;
       record.Unanswered = false;
     } catch (error) {
@@ -1507,16 +1547,29 @@ async function untilReady(
   const id = record.TaskARN.split("/").at(-1);
   const over = new AbortController();
   const signal = AbortSignal.any([stop, over.signal]);
-  let login: Promise<Connection> | undefined;
-  let lastLoginFailure = "";
+  const ready = Promise.withResolvers<{ host: string; connection: Connection }>();
+  const usePublic = config.Fargate.UsePublicIP ?? config.Fargate.EnablePublicIP;
   let host: string | undefined;
   let status: string | undefined;
   let runningSince: number | undefined;
-  const usePublic = config.Fargate.UsePublicIP ?? config.Fargate.EnablePublicIP;
+  let lastFailure = "";
 
-  try {
+  const beginLogins = (address: string) => {
+    log.debug("the task's address is {address}", { address });
+    logIn(sshTarget(config, address, key.privateKey), signal, ({ message }) => {
+      if (message !== lastFailure) log.debug("no login yet: {message}", { message });
+      lastFailure = message;
+    }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
+  };
+  const describe = async () => {
+    // A login may work any moment: from then on a failure of this call is none of the task.
+    if (!host) return aws.describeTask(record.Cluster, record.TaskARN, { until: deadline, signal });
+    const call = aws.describeTask(record.Cluster, record.TaskARN, { until: now() + 10_000, signal });
+    return call.catch((failure) => log.debug("{reason}", { reason: reasonOf(failure) }));
+  };
+  const watch = async (): Promise<never> => {
     for (let polls = 0; ; polls++) {
-      const task = await aws.describeTask(record.Cluster, record.TaskARN, { until: deadline, signal });
+      const task = await describe();
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
         log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: secondsSince() });
@@ -1524,39 +1577,32 @@ async function untilReady(
       if (task && isEnding(task))
         throw new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`);
       if (status === "RUNNING") runningSince ??= now();
-
       if (task && !host) {
         const eni = interfaceDetail(task, "networkInterfaceId");
         host = usePublic
           ? eni && (await aws.publicAddress(eni, { until: deadline, signal }))
           : interfaceDetail(task, "privateIPv4Address");
-        if (host) {
-          log.debug("the task's address is {host}", { host });
-          const target = sshTarget(config, host, key.privateKey);
-          login = logIn(target, signal, (failure) => {
-            if (failure.message !== lastLoginFailure) log.debug("no login yet: {reason}", { reason: failure.message });
-            lastLoginFailure = failure.message;
-          });
-          login.catch(() => {}); // awaited below; until then its rejection is not unhandled
-        }
+        if (host) beginLogins(host);
       }
-      const pause = sleep(pollPause(polls, host !== undefined, Math.random()), signal);
-      const connection = await (login ? Promise.race([login, pause]) : pause);
-      if (connection && host) return { host, connection };
-
-      const late = lastLoginFailure && `; the last attempt to log in: ${lastLoginFailure}`;
-      if (runningSince !== undefined && now() > runningSince + config.SSH.ConnectTimeout * 1000)
+      const tried = lastFailure && `; the last attempt to log in: ${lastFailure}`;
+      const why = host ? tried : usePublic && "; it has no public address: see EnablePublicIP, and the subnet's route";
+      const { ConnectTimeout } = config.SSH;
+      if (runningSince !== undefined && now() > runningSince + ConnectTimeout * 1000)
         throw new Failure(
           "system",
-          `the task runs, but no login worked within ConnectTimeout (${config.SSH.ConnectTimeout} s)${late}`,
+          `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)${why}`,
         );
       if (now() > deadline)
         throw new Failure(
           "system",
           `the task was not ready within StartTimeout (${config.Fargate.StartTimeout} s): it is ` +
-            `${status ?? "unknown to ECS"}${late}`,
+            `${status ?? "unknown to ECS"}${why || ""}`,
         );
+      await sleep(pollPause(polls, host !== undefined, Math.random()), signal);
     }
+  };
+  try {
+    return await Promise.race([ready.promise, watch()]);
   } finally {
     over.abort(new Failure("system", "the task is no longer awaited"));
   }
@@ -1611,10 +1657,13 @@ async function runInTask(context: Context, record: TaskRecord, script: Buffer, s
   const target = sshTarget(config, record.ContainerIP, privateKeyOf(record, config), hostKey);
   const attempt = async (): Promise<Outcome> => {
     const connection = await connect(target, CONNECT_CUT, stop);
-    const outcome = await runScript(connection, script, shells, context);
-    connection.client.end();
-    if (outcome.ended === "lost" && !outcome.begun) throw new SshFailure("unreachable", outcome.reason);
-    return outcome;
+    try {
+      const outcome = await runScript(connection, script, shells, context);
+      if (outcome.ended === "lost" && !outcome.begun) throw new SshFailure("unreachable", outcome.reason);
+      return outcome;
+    } finally {
+      connection.client.end();
+    }
   };
   const again = (error: unknown) => {
     const passes = error instanceof SshFailure && error.why === "unreachable";
@@ -1669,7 +1718,7 @@ async function explainLoss(context: Context, record: TaskRecord): Promise<string
 
 /** How long a task that does not let itself be stopped is tried again, in ms. */
 const STOP_FOR = 60_000;
-/** How long after RunTask a task may be missing from ListTasks, in ms; lists are eventually consistent. */
+/** How long a task whose start was not answered is looked for, in ms; lists are eventually consistent. */
 const LIST_LAG = 30_000;
 
 /**
@@ -1712,19 +1761,23 @@ async function release(context: Context): Promise<boolean> {
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. */
 async function stopRecorded(context: Context, aws: Aws, record: TaskRecord): Promise<void> {
-  const { job, now } = context;
+  const { job, log, now } = context;
   if (record.TaskARN) await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR });
-  else if (record.Unanswered) await stopByName(context, aws, record.Cluster, record.CreatedAt * 1000 + LIST_LAG);
+  else if (record.Unanswered && (await stopByName(context, aws, record.Cluster, now() + LIST_LAG)) === 0)
+    log.warn("RunTask was not answered, and no task is listed under {name}", { name: record.StartedBy });
 }
 
-/** Stops every task that carries this job's startedBy; looks again until `until` (epoch ms) while there is none. */
-async function stopByName(context: Context, aws: Aws, cluster: string, until: number): Promise<void> {
+/**
+ * Stops every task that carries this job's startedBy; looks again until `until` (epoch ms) while there is none.
+ *
+ * @returns how many there were
+ */
+async function stopByName(context: Context, aws: Aws, cluster: string, until: number): Promise<number> {
   const { job, now } = context;
-  const name = startedBy(context);
   for (;;) {
-    const tasks = await aws.listTasks(cluster, name, { until: now() + STOP_FOR });
+    const tasks = await aws.listTasks(cluster, startedBy(context), { until: now() + STOP_FOR });
     for (const task of tasks) await aws.stopTask(cluster, task, job.title, { until: now() + STOP_FOR });
-    if (tasks.length > 0 || now() + 2_000 > until) return;
+    if (tasks.length > 0 || now() + 2_000 > until) return tasks.length;
     await sleep(2_000);
   }
 }
@@ -1743,10 +1796,9 @@ class Cli extends Command {
     let root: Command = this;
     let path = this.name();
     for (; root.parent; root = root.parent) path = `${root.parent.name()} ${path}`;
-    const known =
-      options?.code === "commander.unknownOption"
-        ? root.options.map((option) => option.long).join(", ")
-        : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
+    const known = /option/i.test(options?.code ?? "")
+      ? root.options.map((option) => option.long).join(", ")
+      : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
     const what = message
       .replace(/^error: /, "")
       .replace(/\n[\s\S]*$/, "")
@@ -1821,11 +1873,11 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
     ...(asked as Pick<Request, "stage" | "operands">),
     config: text("config") as string,
     options: {
-      ...(given.debug ? { LogLevel: "debug" } : text("logLevel") !== undefined && { LogLevel: text("logLevel") }),
-      ...(text("logFormat") !== undefined && { LogFormat: text("logFormat") }),
-      ...(text("logFile") !== undefined && { LogFile: text("logFile") }),
-      ...(text("taskDef") !== undefined && { TaskDefinition: text("taskDef") }),
-      ...(text("platformVersion") !== undefined && { PlatformVersion: text("platformVersion") }),
+      LogLevel: given.debug ? "debug" : text("logLevel"),
+      LogFormat: text("logFormat"),
+      LogFile: text("logFile"),
+      TaskDefinition: text("taskDef"),
+      PlatformVersion: text("platformVersion"),
     },
   };
 }
