@@ -1279,6 +1279,20 @@ describe("scripts over SSH", () => {
     );
 
     taskTest(
+      "set -e in .bashrc, or one that ends before the script begins",
+      async () => {
+        await bashrc("set -eu");
+        expect((await runOnce("sleep 600 & exit 3")).outcome).toEqual(exited(3));
+        expect((await runOnce("true")).outcome).toEqual(exited(0));
+        await bashrc("exit 0");
+        await expect(runOnce("true")).rejects.toThrow(
+          "the container's login shell ended with 0 before it took the script",
+        );
+      },
+      { containerOnly: true },
+    );
+
+    taskTest(
       "one that hangs ends with SIGTERM, also before the script",
       async () => {
         await bashrc("sleep 600");

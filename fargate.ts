@@ -1102,6 +1102,7 @@ export function logIn(
 function execute(connection: Connection, command: string, signal: AbortSignal): Promise<ClientChannel> {
   const { client } = connection;
   return new Promise((resolve, reject) => {
+    signal.throwIfAborted();
     const abort = () => client.destroy();
     const done = () => {
       client.removeListener("close", lost);
@@ -1132,11 +1133,9 @@ async function ask(connection: Connection, command: string, signal: AbortSignal)
   });
   return new Promise((resolve, reject) => {
     channel.on("close", () => resolve(output));
-    bound.addEventListener("abort", () =>
-      reject(
-        signal.aborted ? signal.reason : new SshFailure("unreachable", "the container did not answer within 10 s"),
-      ),
-    );
+    bound.addEventListener("abort", () => {
+      reject(signal.aborted ? signal.reason : new SshFailure("unreachable", "the container did not answer for 10 s"));
+    });
   });
 }
 
@@ -1180,7 +1179,7 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
  */
 export function remoteProgram(bytes: number, mark: string): string {
   return [
-    `trap "FARGATE_SIGNAL=143" TERM; trap "FARGATE_SIGNAL=130" INT; unset FARGATE_SCRIPT FARGATE_SIGNAL; echo "${mark} $$";`,
+    `set +e; trap "FARGATE_SIGNAL=143" TERM; trap "FARGATE_SIGNAL=130" INT; unset FARGATE_SCRIPT FARGATE_SIGNAL; echo "${mark} $$";`,
     "FARGATE_SCRIPT=$(cat; echo x); FARGATE_SCRIPT=${FARGATE_SCRIPT%x};",
     `if [ "$(printf %s "$FARGATE_SCRIPT" | wc -c)" -eq ${bytes} ]; then`,
     '(eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT") </dev/null; FARGATE_SCRIPT=$?;',
@@ -1354,6 +1353,8 @@ export async function runScript(
     if (typeof status === "string") await Promise.race([over, Promise.all([out.silence(), err.silence()])]);
     else await over;
     if (status === undefined) return { ended: "lost", begun: session !== undefined, reason };
+    if (session === undefined)
+      throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
     if (marks.marks.at(-1) === "incomplete")
       throw new Failure(
         "system",
@@ -1840,17 +1841,12 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
     "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
       "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
   );
-  const custom = program
-    .command("custom")
-    .alias("c")
-    .description("the stages of GitLab Runner's Custom executor")
-    .configureHelp({ showGlobalOptions: true });
+  const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
   const stage = (name: Request["stage"], alias: string, description: string, operands = "") =>
     custom
       .command(`${name} ${operands}`.trim())
       .alias(alias)
       .description(description)
-      .configureHelp({ showGlobalOptions: true })
       .action((...args: unknown[]) => {
         asked = { stage: name, operands: (args.at(-1) as Command).args };
       });
