@@ -704,10 +704,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     change(config);
     const hash = "0123456789abcdef".repeat(4);
     const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2" };
-    const sink = new PassThrough();
-    sink.resume();
-    const log = getLogger("fargate");
-    return { config, job, log, env: {}, stop: stop.signal, now: Date.now, stdout: sink, stderr: sink };
+    return { config, job, log: getLogger("fargate"), env: {}, stop: stop.signal, now: Date.now };
   }
 
   const recordFile = () => join(records, `label-${"0123456789abcdef".repeat(4)}.json`);

@@ -362,11 +362,11 @@ export function formatRecord(record: LogRecord, format: Config["LogFormat"]): st
 }
 
 /**
- * Writes all of a line. Standard error may be a full pipe that does not block (bun makes it so): the runner reads it, so
+ * Writes all of a text. Standard error may be a full pipe that does not block (bun makes it so): the runner reads it, so
  * it is tried again for up to 5 s, and a log line is no reason to wait longer.
  */
-function writeWhole(file: number, line: string): void {
-  let rest = Buffer.from(line);
+function writeWhole(file: number, text: string): void {
+  let rest = Buffer.from(text);
   for (let tries = 0; rest.length > 0; ) {
     try {
       rest = rest.subarray(fs.writeSync(file, rest));
@@ -651,6 +651,10 @@ export interface Context {
   readonly stop: AbortSignal;
   /** Milliseconds since the epoch. */
   readonly now: () => number;
+}
+
+/** Where the output of a script goes. */
+export interface Sinks {
   readonly stdout: Writable;
   readonly stderr: Writable;
 }
@@ -1323,7 +1327,7 @@ export async function runScript(
   connection: Connection,
   script: Buffer,
   shells: { interpreter: "bash" | "sh"; loginShell: string },
-  { stop, log, stdout, stderr }: Pick<Context, "stop" | "log" | "stdout" | "stderr">,
+  { stop, log, stdout, stderr }: Pick<Context, "stop" | "log"> & Sinks,
 ): Promise<Outcome> {
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
   const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
@@ -1622,7 +1626,7 @@ const sshTarget = (config: Config, host: string, privateKey: string, hostKey?: B
 const CONNECT_CUT = 10_000;
 
 /** The `run` stage: runs a script of the job in its task. */
-export async function run(context: Context, scriptPath: string, stage: string): Promise<void> {
+export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<void> {
   const { env, log } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
@@ -1651,7 +1655,12 @@ export async function run(context: Context, scriptPath: string, stage: string): 
 }
 
 /** Connects and runs the script; one of which no command can have run is sent again, any other never. */
-async function runInTask(context: Context, record: TaskRecord, script: Buffer, stage: string): Promise<Outcome> {
+async function runInTask(
+  context: Context & Sinks,
+  record: TaskRecord,
+  script: Buffer,
+  stage: string,
+): Promise<Outcome> {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
   const hostKey = Buffer.from(record.HostKey, "base64");
@@ -1835,6 +1844,7 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
     .option("--task-def <definition>", "TaskDefinition: family, family:revision or ARN")
     .option("--platform-version <version>", "PlatformVersion: such as 1.4.0 or LATEST")
     .configureHelp({ showGlobalOptions: true })
+    .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
     .exitOverride();
   program.addHelpText(
     "after",
@@ -1884,8 +1894,6 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   const stopping = new AbortController();
   const stopFor = (why: string) => stopping.abort(new Failure("system", why));
   for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stopFor(`stopped by ${signal}`));
-  for (const stream of [process.stdout, process.stderr])
-    stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
   const crash = (error: unknown) => {
     // bun would end with 1, which the runner takes for the job's own failure.
     log.fatal("{reason}", { reason: `this is a bug of the driver: ${reasonOf(error)}` });
@@ -1898,7 +1906,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     if (!request) return 0;
     const job = readJob(env);
     if (request.stage === "config") {
-      fs.writeSync(1, `${configAnswer(job)}\n`);
+      writeWhole(1, `${configAnswer(job)}\n`);
       return 0;
     }
     const { config, warnings } = readConfig(readConfigFile(request.config), request.config, request.options, env);
@@ -1909,11 +1917,15 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
         "system",
         "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set",
       );
-    const { stdout, stderr } = process;
-    const context: Context = { config, job, log, env, stop: stopping.signal, now: Date.now, stdout, stderr };
+    const context: Context = { config, job, log, env, stop: stopping.signal, now: Date.now };
     if (request.stage === "prepare") await prepare(context);
-    else if (request.stage === "run") await run(context, ...(request.operands as [string, string]));
-    else await cleanup(context);
+    else if (request.stage === "cleanup") await cleanup(context);
+    else {
+      const { stdout, stderr } = process; // not before: to make these streams takes half of a short stage's time
+      for (const stream of [stdout, stderr])
+        stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
+      await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
+    }
     return 0;
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error), { cause: error });
