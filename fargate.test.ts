@@ -826,15 +826,24 @@ describe("prepare and cleanup, with ECS mocked", () => {
 
   test("a login counts at once, also while DescribeTasks does not answer or is refused", async () => {
     for (const later of [() => new Promise(() => {}), () => Promise.reject(awsError("ClientException", "no"))]) {
-      const context = contextOf((config) => (config.SSH.Port = 0));
-      taskGoesThrough(context, taskIn("PENDING", "127.0.0.1"));
+      const free = await startProxy({ host: "127.0.0.1", port: 1 });
+      await free.close();
+      const context = contextOf((config) => (config.SSH.Port = free.port));
+      let authorizedKey = "";
+      ecs.on(RunTaskCommand).callsFake((input: RunTaskCommandInput) => {
+        authorizedKey = input.overrides?.containerOverrides?.[0]?.environment?.[0]?.value as string;
+        return { tasks: [{ taskArn: arn }] };
+      });
       let polls = 0;
-      const first = { tasks: [taskIn("PENDING", "127.0.0.1")] };
-      // sshd is late: the server begins when DescribeTasks has been asked once more.
-      const begin = context.config.SSH;
-      ecs.on(DescribeTasksCommand).callsFake(() => (polls++ === 0 ? first : later()));
+      ecs.on(DescribeTasksCommand).callsFake(async () => {
+        if (polls++ === 0) return { tasks: [taskIn("PENDING", "127.0.0.1")] };
+        // sshd is late: it listens only from here on.
+        const where = { address: "127.0.0.1", port: free.port, username: "worker" };
+        if (polls === 2) server = await startSshServer({ ...where, authorizedKey, home: directory() });
+        return later();
+      });
       await prepare(context);
-      expect(begin.Port).toBeGreaterThan(0);
+      expect(polls).toBe(2);
       expect(readRecord(recordFile())?.ContainerIP).toBe("127.0.0.1");
       await server?.close();
     }
