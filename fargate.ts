@@ -33,7 +33,7 @@ import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ECSClient, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
 import { configureSync, getLogger, type Logger, type LogLevel, type LogRecord } from "@logtape/logtape";
-import { Command, CommanderError } from "commander";
+import { Command, CommanderError, InvalidArgumentError } from "commander";
 import { distance } from "fastest-levenshtein";
 import { parse as parseToml, TomlError } from "smol-toml";
 import type { Client, ClientChannel } from "ssh2";
@@ -83,6 +83,15 @@ export function exitCode(kind: Failure["kind"], env: Environment): number {
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.message || ("code" in error ? String(error.code) : error.name);
+}
+
+/** Reads a file that must be there. @throws {Failure} naming it as `what` */
+function readFile(path: string, what: string): Buffer {
+  try {
+    return fs.readFileSync(path);
+  } catch (error) {
+    throw new Failure("system", `${what} ${path} cannot be read: ${reasonOf(error)}`);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -155,7 +164,10 @@ export const ConfigSchema = v.object({
         {},
       ),
       PropagateTags: v.optional(exactly(["TASK_DEFINITION", "NONE"], "whose tags the task gets beside its own")),
-      StartTimeout: v.optional(whole(1, 86_400, "seconds from RunTask until the task must be ready, 1 to 86400"), 600),
+      StartTimeout: v.optional(
+        whole(1, 86_400, "seconds from the start of a task until it must be ready, 1 to 86400"),
+        600,
+      ),
     }),
     v.forward(
       v.partialCheck(
@@ -304,21 +316,24 @@ export function readConfig(
   const unknown: string[] = [];
   const folded = foldKeys(table, ConfigSchema, "", unknown) as Table;
   // An empty text stands for a missing one, and port 0 for none, as with the official driver.
-  const given = (...values: unknown[]) => values.find((value) => value !== undefined && value !== "");
+  const given = (...values: unknown[]) =>
+    values.find((value) => value !== undefined && (typeof value !== "string" || value.trim() !== ""));
   const part = (name: string): Table => {
-    const entries = Object.entries(isTable(folded[name]) ? folded[name] : {});
+    const table = folded[name] ?? {};
+    if (!isTable(table)) return table as Table; // the schema says what is wrong with it
+    const entries = Object.entries(table);
     return Object.fromEntries(entries.filter(([key, value]) => value !== "" && !(key === "Port" && value === 0)));
   };
   const fargate = part("Fargate");
+  const overrides = {
+    TaskDefinition: given(options.TaskDefinition, env.CUSTOM_ENV_FARGATE_TASK_DEFINITION, fargate.TaskDefinition),
+    PlatformVersion: given(options.PlatformVersion, env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION, fargate.PlatformVersion),
+  };
   const merged: Table = {
     LogLevel: given(options.LogLevel, folded.LogLevel),
     LogFormat: given(options.LogFormat, folded.LogFormat),
     LogFile: given(options.LogFile, folded.LogFile),
-    Fargate: {
-      ...fargate,
-      TaskDefinition: given(options.TaskDefinition, env.CUSTOM_ENV_FARGATE_TASK_DEFINITION, fargate.TaskDefinition),
-      PlatformVersion: given(options.PlatformVersion, env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION, fargate.PlatformVersion),
-    },
+    Fargate: isTable(fargate) ? { ...fargate, ...overrides } : fargate,
     TaskMetadata: part("TaskMetadata"),
     SSH: part("SSH"),
   };
@@ -351,7 +366,7 @@ export const printable = (value: unknown): string =>
 
 /** One log line in the wanted format, with its line end. */
 export function formatRecord(record: LogRecord, format: Config["LogFormat"]): string {
-  const message = record.message.map((part, at) => (at % 2 ? printable(part) : part)).join("");
+  const message = printable(record.message.join(""));
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
   if (format === "json") {
     const object = { time, level: record.level, msg: message, ...record.properties };
@@ -709,7 +724,7 @@ export function runTaskInput(
 /** How something is bounded that may be repeated: `until` in epoch ms; a signal ends it with the signal's reason. */
 export interface Limits {
   readonly until: number;
-  readonly signal?: AbortSignal;
+  readonly signal?: AbortSignal | undefined;
 }
 
 /**
@@ -753,6 +768,14 @@ export function isTransient(error: unknown): boolean {
   return status >= 500 || status === 429;
 }
 
+/** Whether a call that failed may have taken effect: it reached AWS, and what came back does not deny it. */
+export function mayHaveWorked(error: unknown): boolean {
+  const status = (error as AwsError).$metadata?.httpStatusCode ?? 0;
+  if (status >= 300) return status >= 500;
+  const { name = "", code = "", message = "" } = error as NodeJS.ErrnoException;
+  return !/Credential|ECONNREFUSED|ConnectionRefused|ENOTFOUND|EAI_AGAIN/.test(`${name} ${code} ${message}`);
+}
+
 /** What a call to AWS came to, as a Failure that names the call, the error and the operator's next step. */
 export function awsFailure(action: string, error: unknown): Failure {
   if (error instanceof Failure) return error;
@@ -772,6 +795,9 @@ export function awsFailure(action: string, error: unknown): Failure {
 
 /** Most ms for one call to AWS, from sending it to the last byte of its answer. */
 const CALL_TIMEOUT = 30_000;
+
+/** For how long a call may fail and be tried again before the log says so, in ms. */
+const PATIENCE = 10_000;
 
 interface CallLimits extends Limits {
   /** Which failures may pass; `isTransient` unless given. */
@@ -809,16 +835,23 @@ export class Aws {
     call: (abort: { abortSignal: AbortSignal }) => Promise<T>,
   ): Promise<T> {
     const { log, now } = this.context;
+    const first = now();
+    let told = false;
     const once = async () => {
       const begun = now();
       const late = AbortSignal.timeout(CALL_TIMEOUT);
       try {
         return await call({ abortSignal: signal ? AbortSignal.any([late, signal]) : late });
       } catch (error) {
-        log.debug("{action}: {reason}", { action, reason: reasonOf(error) });
-        if (!late.aborted) throw error;
-        // The same shape as any other answer that did not come.
-        throw Object.assign(new Error(`no whole answer within ${CALL_TIMEOUT / 1000} s`), { $metadata: {} });
+        // A late answer gets the same shape as any other that did not come.
+        const lost = Object.assign(new Error(`no whole answer within ${CALL_TIMEOUT / 1000} s`), { $metadata: {} });
+        const failure = late.aborted ? lost : error;
+        log.debug("{action}: {reason}", { action, reason: reasonOf(failure) });
+        if (!told && now() > first + PATIENCE && !signal?.aborted && again(failure)) {
+          told = true;
+          log.warn("{action} still fails, and is tried again: {reason}", { action, reason: reasonOf(failure) });
+        }
+        throw failure;
       } finally {
         log.debug("{action} took {ms} ms", { action, ms: now() - begun });
       }
@@ -846,15 +879,17 @@ export class Aws {
     return this.#send(`ecs:${action}`, limits, (abort) => call(client, sdk, abort));
   }
 
-  /** Starts a task; the input's clientToken makes a repetition answer with the same one. */
-  async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<Task> {
+  /**
+   * Starts a task; the input's clientToken makes a repetition answer as before.
+   *
+   * @returns the task's ARN, or why there is none
+   */
+  async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
     const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, { RunTaskCommand }, abort) =>
       ecs.send(new RunTaskCommand(input), abort),
     );
-    const task = tasks?.[0];
-    if (task?.taskArn) return task;
-    const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" ")).join("; ");
-    throw new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`);
+    const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" "));
+    return { arn: tasks?.[0]?.taskArn, why: reasons.join("; ") || "AWS gave no reason" };
   }
 
   /** @returns undefined while ECS does not know the task (yet, or no more) */
@@ -869,9 +904,9 @@ export class Aws {
    * Stops a task; one that is unknown or gone counts as stopped. Credentials may fail for a moment as well, and the
    * runner does not repeat a cleanup. `reason` holds ids only.
    */
-  async stopTask(cluster: string, task: string, reason: string, { until }: Limits): Promise<void> {
+  async stopTask(cluster: string, task: string, reason: string, limits: Limits): Promise<void> {
     const again = (error: unknown) => isTransient(error) || /Credential/.test((error as Error).name);
-    const stop = this.#ecs("StopTask", { until, again }, (ecs, { StopTaskCommand }, abort) =>
+    const stop = this.#ecs("StopTask", { ...limits, again }, (ecs, { StopTaskCommand }, abort) =>
       ecs.send(new StopTaskCommand({ cluster, task, reason }), abort),
     );
     await stop.catch((error) => {
@@ -880,7 +915,7 @@ export class Aws {
   }
 
   /** ARNs of the tasks started under a name that are not stopped yet. */
-  async listTasks(cluster: string, startedBy: string, limits: CallLimits): Promise<string[]> {
+  async listTasks(cluster: string, startedBy: string, limits: Limits): Promise<string[]> {
     const arns: string[] = [];
     let nextToken: string | undefined;
     do {
@@ -1239,12 +1274,14 @@ export class MarkFilter {
     let data = this.#held.length > 0 ? Buffer.concat([this.#held, chunk]) : chunk;
     const own: Buffer[] = [];
     for (;;) {
-      const at = data.indexOf(this.#mark);
-      const end = at < 0 ? -1 : data.indexOf(10, at);
+      const first = data.indexOf(this.#mark);
+      const end = first < 0 ? -1 : data.indexOf(10, first);
+      // The script may write the mark itself: what counts is the last one of a line.
+      const at = first < 0 ? -1 : data.lastIndexOf(this.#mark, end < 0 ? undefined : end);
       if (end < 0) {
         // A mark's line is short: one that goes on and on is the script's own output.
-        const long = data.length - at > this.#mark.length + 64;
-        const keep = at < 0 ? this.#beginning(data) : long ? 0 : data.length - at;
+        const short = at >= 0 && data.length - at <= this.#mark.length + 64;
+        const keep = short ? data.length - at : this.#beginning(data);
         own.push(data.subarray(0, data.length - keep));
         this.#held = data.subarray(data.length - keep);
         return own.filter((part) => part.length > 0);
@@ -1430,7 +1467,7 @@ const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must
 export async function prepare(context: Context): Promise<void> {
   const { config, log, now, stop } = context;
   openDirectory(config.TaskMetadata.Directory);
-  await release(context); // a try before this one may have died without its cleanup
+  await release(context, stop); // a try before this one may have died without its cleanup
   const key = await chooseKey(context);
   const aws = new Aws(config.Fargate.Region, context);
   const record = newRecord(context, key);
@@ -1482,24 +1519,26 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
   const { config, log, stop } = context;
   const until = begun + config.Fargate.StartTimeout * 1000;
   const runTask = async (environment?: Record<string, string>) => {
-    stop.throwIfAborted();
     const clientToken = randomUUID();
-    const again = (error: unknown) => !stop.aborted && isTransient(error);
     record.ClientTokens.push(clientToken);
     writeRecord(recordPath(context), { ...record, Unanswered: true });
-    record.Unanswered = true; // not before: without the record nothing is sent
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
-    try {
-      const task = await Promise.race([aws.runTask(input, { until, again }), afterStop(stop, ANSWER_GRACE)]);
-      record.TaskARN = task.taskArn as string;
-      record.Unanswered = false;
-    } catch (error) {
-      record.Unanswered = stop.aborted || isTransient(error instanceof Failure ? error.cause : error);
-      throw error;
-    }
+    const again = (error: unknown) => {
+      record.Unanswered ||= mayHaveWorked(error);
+      return !stop.aborted && isTransient(error);
+    };
+    const call = aws.runTask(input, { until, again });
+    const late = afterStop(stop, ANSWER_GRACE, () => {
+      record.Unanswered = true;
+    });
+    const { arn, why } = await Promise.race([call, late]);
+    record.Unanswered = false;
+    if (!arn) throw new Failure("system", `ecs:RunTask started no task: ${why}`);
+    record.TaskARN = arn;
     writeRecord(recordPath(context), record);
   };
 
+  stop.throwIfAborted();
   log.info("Starting a task of {definition} on cluster {cluster}", {
     definition: config.Fargate.TaskDefinition,
     cluster: config.Fargate.Cluster,
@@ -1520,17 +1559,20 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
 /** Ends what a failed prepare has begun. The record in memory knows more than the one on disk when the disk is full. */
 async function abandon(context: Context, aws: Aws, record: TaskRecord): Promise<void> {
   if (record.Unanswered && context.stop.aborted) return; // there is no time to look for it; cleanup, which follows, has
-  await stopRecorded(context, aws, record);
-  fs.rmSync(recordPath(context), { force: true });
+  if (await stopRecorded(context, aws, record)) fs.rmSync(recordPath(context), { force: true });
 }
 
 /** How long a stopped prepare waits for RunTask's answer, in ms. */
 const ANSWER_GRACE = 5_000;
 
 /** Rejects with the signal's reason, `grace` ms after it. */
-function afterStop(signal: AbortSignal, grace: number): Promise<never> {
+function afterStop(signal: AbortSignal, grace: number, then: () => void): Promise<never> {
   return new Promise((_, reject) => {
-    signal.addEventListener("abort", () => setTimeout(() => reject(signal.reason), grace), { once: true });
+    const late = () => {
+      then();
+      reject(signal.reason);
+    };
+    signal.addEventListener("abort", () => setTimeout(late, grace), { once: true });
   });
 }
 
@@ -1622,7 +1664,7 @@ const sshTarget = (config: Config, host: string, privateKey: string, hostKey?: B
   ...(hostKey && { hostKey }),
 });
 
-/** How long one attempt to connect may take, in ms, before it is made again: a dropped packet is not waited for. */
+/** Most ms for one attempt to connect; a dropped packet is not waited for. */
 const CONNECT_CUT = 10_000;
 
 /** The `run` stage: runs a script of the job in its task. */
@@ -1630,12 +1672,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   const { env, log } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
-  let script: Buffer;
-  try {
-    script = fs.readFileSync(scriptPath);
-  } catch (error) {
-    throw new Failure("system", `the script of ${stage} cannot be read: ${reasonOf(error)}`);
-  }
+  const script = readFile(scriptPath, `the script of ${stage},`);
   const path = recordPath(context);
   const record = readRecord(path);
   if (!record?.ContainerIP)
@@ -1665,7 +1702,14 @@ async function runInTask(
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
   const hostKey = Buffer.from(record.HostKey, "base64");
   const target = sshTarget(config, record.ContainerIP, privateKeyOf(record, config), hostKey);
+  const aws = new Aws(record.Region, context);
+  let tries = 0;
+  let asked = 0;
   const attempt = async (): Promise<Outcome> => {
+    if (++tries > 2 && now() > asked + 5_000) {
+      asked = now();
+      await failIfEnded(aws, record, stage, { until: now() + 5_000, signal: stop });
+    }
     const connection = await connect(target, CONNECT_CUT, stop);
     try {
       const outcome = await runScript(connection, script, shells, context);
@@ -1689,15 +1733,17 @@ async function runInTask(
   }
 }
 
+/** A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout. */
+async function failIfEnded(aws: Aws, record: TaskRecord, stage: string, limits: Limits): Promise<void> {
+  const task = await aws.describeTask(record.Cluster, record.TaskARN, limits).catch(() => undefined);
+  if (task && isEnding(task))
+    throw new Failure("system", `${stage} did not begin: the task has stopped: ${explainStop(task)}`);
+}
+
 /** The key that prepare logged in with: the job's own from its record, else the operator's from its file. */
 function privateKeyOf(record: TaskRecord, config: Config): string {
   if (record.PrivateKey) return Buffer.from(record.PrivateKey, "base64").toString();
-  const path = config.SSH.PrivateKeyPath ?? "";
-  try {
-    return fs.readFileSync(path, "utf8");
-  } catch (error) {
-    throw new Failure("system", `PrivateKeyPath ${path}, which prepare used, cannot be read: ${reasonOf(error)}`);
-  }
+  return readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath").toString();
 }
 
 /** The script itself failed; its own output says why, so nothing is added to the job log. */
@@ -1726,7 +1772,7 @@ async function explainLoss(context: Context, record: TaskRecord): Promise<string
   }
 }
 
-/** How long a task that does not let itself be stopped is tried again, in ms. */
+/** For how long stopping a task is tried again, in ms. */
 const STOP_FOR = 60_000;
 /** How long a task whose start was not answered is looked for, in ms; lists are eventually consistent. */
 const LIST_LAG = 30_000;
@@ -1737,22 +1783,19 @@ const LIST_LAG = 30_000;
  */
 export async function cleanup(context: Context): Promise<void> {
   if (await release(context)) return;
-  if (!fs.existsSync(join(context.config.TaskMetadata.Directory, ".manager-id"))) return; // nothing was ever started
-  try {
-    await stopByName(context, new Aws(context.config.Fargate.Region, context), context.config.Fargate.Cluster, 0);
-  } catch (error) {
-    // Without a record there is most likely no task either, and ListTasks may not be permitted.
-    context.log.warn("whether a task is left could not be looked up: {reason}", { reason: reasonOf(error) });
-  }
+  const { Directory } = context.config.TaskMetadata;
+  if (!fs.existsSync(join(Directory, ".manager-id"))) return; // nothing was ever started
+  await stopByName(context, new Aws(context.config.Fargate.Region, context), context.config.Fargate.Cluster, 0);
 }
 
 /**
  * Stops what this job's record stands for, then removes the record.
  *
+ * @param signal ends it; prepare, which also begins with this, must obey SIGTERM
  * @returns false where there is no record
  * @throws {Failure} when the task could not be stopped; the record stays
  */
-async function release(context: Context): Promise<boolean> {
+async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
   const path = recordPath(context);
   let record: TaskRecord | undefined;
   try {
@@ -1763,32 +1806,51 @@ async function release(context: Context): Promise<boolean> {
   }
   const { Region, Cluster } = record ?? context.config.Fargate;
   const aws = new Aws(Region, context);
-  if (record) await stopRecorded(context, aws, record);
-  else await stopByName(context, aws, Cluster, 0);
-  fs.rmSync(path, { force: true });
+  const done = record
+    ? await stopRecorded(context, aws, record, signal)
+    : await stopByName(context, aws, Cluster, 0, signal);
+  if (done) fs.rmSync(path, { force: true });
   return true;
 }
 
-/** Stops the task of a record; one that may have been started without an answer is looked for. */
-async function stopRecorded(context: Context, aws: Aws, record: TaskRecord): Promise<void> {
-  const { job, log, now } = context;
-  if (record.TaskARN) await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR });
-  else if (record.Unanswered && (await stopByName(context, aws, record.Cluster, now() + LIST_LAG)) === 0)
-    log.warn("RunTask was not answered, and no task is listed under {name}", { name: record.StartedBy });
+/** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
+async function stopRecorded(context: Context, aws: Aws, record: TaskRecord, signal?: AbortSignal): Promise<boolean> {
+  const { job, now } = context;
+  if (!record.TaskARN) return !record.Unanswered || stopByName(context, aws, record.Cluster, now() + LIST_LAG, signal);
+  await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal });
+  return true;
 }
 
 /**
  * Stops every task that carries this job's startedBy; looks again until `until` (epoch ms) while there is none.
  *
- * @returns how many there were
+ * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
  */
-async function stopByName(context: Context, aws: Aws, cluster: string, until: number): Promise<number> {
-  const { job, now } = context;
+async function stopByName(
+  context: Context,
+  aws: Aws,
+  cluster: string,
+  until: number,
+  signal?: AbortSignal,
+): Promise<boolean> {
+  const { job, log, now } = context;
+  const name = startedBy(context);
   for (;;) {
-    const tasks = await aws.listTasks(cluster, startedBy(context), { until: now() + STOP_FOR });
-    for (const task of tasks) await aws.stopTask(cluster, task, job.title, { until: now() + STOP_FOR });
-    if (tasks.length > 0 || now() + 2_000 > until) return tasks.length;
-    await sleep(2_000);
+    const limits = { until: now() + STOP_FOR, signal };
+    let tasks: string[];
+    try {
+      tasks = await aws.listTasks(cluster, name, limits);
+    } catch (error) {
+      if (!/AccessDenied/.test(reasonOf(error))) throw error;
+      log.warn("whether a task started by {name} is left could not be looked up: {reason}", {
+        name,
+        reason: reasonOf(error),
+      });
+      return false;
+    }
+    for (const task of tasks) await aws.stopTask(cluster, task, job.title, limits);
+    if (tasks.length > 0 || now() + 2_000 > until) return true;
+    await sleep(2_000, signal);
   }
 }
 
@@ -1806,16 +1868,29 @@ class Cli extends Command {
     let root: Command = this;
     let path = this.name();
     for (; root.parent; root = root.parent) path = `${root.parent.name()} ${path}`;
-    const known = /option/i.test(options?.code ?? "")
-      ? root.options.map((option) => option.long).join(", ")
-      : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
     const what = message
       .replace(/^error: /, "")
       .replace(/\n[\s\S]*$/, "")
       .replace(/\.$/, "");
+    if (what.includes("known: ")) throw new Failure("system", `${path}: ${what}`);
+    const known = /option/i.test(options?.code ?? "")
+      ? root.options.map((option) => option.long).join(", ")
+      : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
     throw new Failure("system", `${path}: ${what}; known: ${known}`);
   }
+
+  /** Help that nobody asked for stands for a missing command; a runner must not take it for a stage that went well. */
+  override help(context?: unknown): never {
+    if ((context as { error?: boolean } | undefined)?.error) this.error("no command was given");
+    return super.help(context as never);
+  }
 }
+
+/** Takes one of some words, in any case. */
+const oneOfWords = (words: readonly string[]) => (value: string) => {
+  if (words.includes(value.trim().toLowerCase())) return value;
+  throw new InvalidArgumentError(`known: ${words.join(", ")}`);
+};
 
 /** What the command line asks for. */
 interface Request {
@@ -1838,8 +1913,8 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
     .helpOption("-h, --help", "print this help")
     .option("--config <path>", "the configuration file", "config.toml")
     .option("--debug", "the same as --log-level debug")
-    .option("--log-level <level>", `LogLevel: ${LEVELS.join(", ")}`)
-    .option("--log-format <format>", `LogFormat: ${FORMATS.join(", ")}`)
+    .option("--log-level <level>", `LogLevel: ${LEVELS.join(", ")}`, oneOfWords(LEVELS))
+    .option("--log-format <format>", `LogFormat: ${FORMATS.join(", ")}`, oneOfWords(FORMATS))
     .option("--log-file <path>", "LogFile: log to this file instead of standard error")
     .option("--task-def <definition>", "TaskDefinition: family, family:revision or ARN")
     .option("--platform-version <version>", "PlatformVersion: such as 1.4.0 or LATEST")
@@ -1852,9 +1927,9 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
       "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
   );
   const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
-  const stage = (name: Request["stage"], alias: string, description: string, operands = "") =>
-    custom
-      .command(`${name} ${operands}`.trim())
+  const stage = (name: Request["stage"], alias: string, description: string, operands: Record<string, string> = {}) =>
+    Object.entries(operands)
+      .reduce((command, [operand, meaning]) => command.argument(`<${operand}>`, meaning), custom.command(name))
       .alias(alias)
       .description(description)
       .action((...args: unknown[]) => {
@@ -1862,15 +1937,14 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
       });
   stage("config", "co", "print the driver's name and version for the runner, as JSON");
   stage("prepare", "p", "start the job's task and wait until it can be used");
-  stage("run", "r", "run a script of the job in its task", "<script> <stage>");
+  const operands = { script: "path of the script", stage: "the runner's name for it, such as build_script" };
+  stage("run", "r", "run a script of the job in its task", operands);
   stage("cleanup", "cl", "stop the job's task");
 
   try {
     program.parse(argv, { from: "user" });
   } catch (error) {
     if (!(error instanceof CommanderError)) throw error;
-    // Without a command the help goes to standard error: a runner must not take it for a stage that went well.
-    if (error.exitCode !== 0) throw new Failure("system", "no command was given");
     return undefined;
   }
   const given = program.opts<Record<string, string | true | undefined>>();
@@ -1909,7 +1983,8 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
       writeWhole(1, `${configAnswer(job)}\n`);
       return 0;
     }
-    const { config, warnings } = readConfig(readConfigFile(request.config), request.config, request.options, env);
+    const file = readFile(request.config, "the configuration file");
+    const { config, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
     if (request.stage === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
     if (!job)
@@ -1930,34 +2005,22 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error), { cause: error });
     if (!(failure instanceof ScriptFailure))
-      for (const line of failure.message.split("\n")) log.fatal("{line}", { line });
+      for (const line of failure.message.split("\n")) log.fatal(line.replace(/[{}]/g, "$&$&")); // no placeholders
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     return exitCode(failure.kind, env);
   }
 }
 
-function readConfigFile(path: string): string {
-  try {
-    return fs.readFileSync(path, "utf8");
-  } catch (error) {
-    throw new Failure("system", `the configuration file ${path} cannot be read: ${reasonOf(error)}`);
-  }
-}
-
 /**
- * Run from source, bun has taken .env, bunfig.toml and tsconfig.json of the working directory into account before this
- * line: a checkout could so redirect signed requests. Nothing is done then. The compiled program takes none of them.
+ * Run from source, bun has taken .env and bunfig.toml of the working directory into account before this line, unless it
+ * was told not to: a checkout could so redirect signed requests. Then nothing is done. The compiled program reads none.
  */
 function refuseForeignSettings(): void {
-  if (typeof BUILD_VERSION === "string") return;
-  const told = process.execArgv.includes("--no-env-file");
-  const own = process.cwd() === import.meta.dir;
-  const foreign = (name: string) =>
-    (!told && /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name)) || (!own && /^[jt]sconfig\.json$/.test(name));
-  const found = fs.readdirSync(".").filter(foreign).join(", ");
-  if (!found) return;
+  if (typeof BUILD_VERSION === "string" || process.execArgv.includes("--no-env-file")) return;
+  const found = fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
+  if (found.length === 0) return;
   const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
-  process.stderr.write(`error: bun takes settings from ${found} here; run it elsewhere, and as: ${call}\n`);
+  writeWhole(2, `error: bun takes settings from ${found.join(", ")} here; call it as: ${call}\n`);
   process.exit(exitCode("system", process.env));
 }
 
