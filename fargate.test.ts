@@ -1081,6 +1081,58 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
   });
 
+  test("told to stop, prepare sends no RunTask any more", async () => {
+    const sigterm = new Failure("system", "stopped by SIGTERM");
+    let calls = 0;
+    // Between two tries of a throttled one.
+    ecs.on(RunTaskCommand).callsFake(() => {
+      if (++calls === 2) setTimeout(() => stop.abort(sigterm), 10);
+      throw awsError("ThrottlingException", "Rate exceeded");
+    });
+    await expect(prepare(contextOf())).rejects.toThrow("stopped by SIGTERM");
+    expect(calls).toBe(2);
+    expect(fs.existsSync(recordFile())).toBe(false);
+    // Where the first was refused for its override, and would be repeated without.
+    stop = new AbortController();
+    const { privateKey } = await makeKeyPair("ed25519");
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, privateKey);
+    ecs.on(RunTaskCommand).callsFake(() => {
+      calls++;
+      stop.abort(sigterm);
+      throw noContainer;
+    });
+    await expect(prepare(contextOf((config) => (config.SSH.PrivateKeyPath = path)))).rejects.toThrow("SIGTERM");
+    expect(calls).toBe(3);
+    expect(fs.existsSync(recordFile())).toBe(false);
+    expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
+  });
+
+  test("told to stop while RunTask is under way, prepare stops the task that the answer names", async () => {
+    ecs.on(RunTaskCommand).callsFake(async () => {
+      stop.abort(new Failure("system", "stopped by SIGTERM"));
+      await new Promise((later) => setTimeout(later, 500));
+      return { tasks: [{ taskArn: arn }] };
+    });
+    await expect(prepare(contextOf())).rejects.toThrow("stopped by SIGTERM");
+    expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("told to stop while it looks for a task whose start was not answered, prepare leaves that to cleanup", async () => {
+    ecs
+      .on(RunTaskCommand)
+      .rejectsOnce(awsError("ServerException", "x", 500))
+      .rejects(awsError("ClientException", "no"));
+    ecs.on(ListTasksCommand).callsFake(() => {
+      stop.abort(new Failure("system", "stopped by SIGTERM"));
+      return { taskArns: [] };
+    });
+    await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask was refused: ClientException: no");
+    expect(readRecord(recordFile())).toMatchObject({ TaskARN: "", Unanswered: true });
+    expect(logged).toHaveLength(1); // that it starts a task
+  });
+
   test("told to stop while it clears what an earlier try left, prepare ends and starts nothing", async () => {
     openDirectory(records);
     writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true });
@@ -1103,6 +1155,11 @@ describe("prepare and cleanup, with ECS mocked", () => {
       .resolvesOnce({ taskArns: [] })
       .resolves({ taskArns: [arn] });
     await cleanup(contextOf());
+    // Under the name of then, also when the manager has another identity by now.
+    expect(inputs(ListTasksCommand)).toMatchObject([
+      { startedBy: someRecord.StartedBy },
+      { startedBy: someRecord.StartedBy },
+    ]);
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
     expect(fs.existsSync(recordFile())).toBe(false);
   });

@@ -793,7 +793,7 @@ export function awsFailure(action: string, error: unknown): Failure {
   });
 }
 
-/** Most ms for one call to AWS, from sending it to the last byte of its answer. */
+/** Most ms for one call to AWS, from getting credentials to the last byte of the answer. */
 const CALL_TIMEOUT = 30_000;
 
 /** For how long a call may fail and be tried again before the log says so, in ms. */
@@ -802,6 +802,8 @@ const PATIENCE = 10_000;
 interface CallLimits extends Limits {
   /** Which failures may pass; `isTransient` unless given. */
   readonly again?: (error: unknown) => boolean;
+  /** How long a call that was sent may still take after the signal, in ms; not at all unless given. */
+  readonly grace?: number;
 }
 
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
@@ -831,7 +833,7 @@ export class Aws {
 
   async #send<T>(
     action: string,
-    { until, signal, again = isTransient }: CallLimits,
+    { until, signal, again = isTransient, grace = 0 }: CallLimits,
     call: (abort: { abortSignal: AbortSignal }) => Promise<T>,
   ): Promise<T> {
     const { log, now } = this.context;
@@ -839,25 +841,35 @@ export class Aws {
     let told = false;
     const once = async () => {
       const begun = now();
-      const late = AbortSignal.timeout(CALL_TIMEOUT);
+      // A look is not worth more time than there is; a request that changes something is never cut short for that.
+      const most = grace ? CALL_TIMEOUT : Math.min(CALL_TIMEOUT, Math.max(until - begun, 1_000));
+      // Not left to the SDK, which looks at no signal while it gets credentials, and writes into the signal's reason.
+      const sdk = new AbortController();
+      const cut = Promise.withResolvers<never>();
+      const end = () => {
+        sdk.abort();
+        // The shape of any other answer that did not come.
+        cut.reject(Object.assign(new Error(`no whole answer after ${now() - begun} ms`), { $metadata: {} }));
+      };
+      const timers = [setTimeout(end, most)];
+      const onSignal = () => void timers.push(setTimeout(end, grace));
+      signal?.addEventListener("abort", onSignal);
       try {
-        return await call({ abortSignal: signal ? AbortSignal.any([late, signal]) : late });
+        return await Promise.race([call({ abortSignal: sdk.signal }), cut.promise]);
       } catch (error) {
-        // A late answer gets the same shape as any other that did not come.
-        const lost = Object.assign(new Error(`no whole answer within ${CALL_TIMEOUT / 1000} s`), { $metadata: {} });
-        const failure = late.aborted ? lost : error;
-        log.debug("{action}: {reason}", { action, reason: reasonOf(failure) });
-        if (!told && now() > first + PATIENCE && !signal?.aborted && again(failure)) {
+        log.debug("{action} failed after {ms} ms: {reason}", { action, ms: now() - begun, reason: reasonOf(error) });
+        if (!told && now() > first + PATIENCE && now() < until && !signal?.aborted && again(error)) {
           told = true;
-          log.warn("{action} still fails, and is tried again: {reason}", { action, reason: reasonOf(failure) });
+          log.warn("{action} still fails, and is tried again: {reason}", { action, reason: reasonOf(error) });
         }
-        throw failure;
+        throw error;
       } finally {
-        log.debug("{action} took {ms} ms", { action, ms: now() - begun });
+        timers.forEach(clearTimeout);
+        signal?.removeEventListener("abort", onSignal);
       }
     };
     try {
-      return await retry(once, { until, again, now, ...(signal && { signal }) });
+      return await retry(once, { until, again, now, signal });
     } catch (error) {
       throw signal?.aborted ? signal.reason : awsFailure(action, error);
     }
@@ -1163,19 +1175,29 @@ function execute(connection: Connection, command: string, signal: AbortSignal): 
 
 /** Runs a short command of our own, within 10 s, and returns at most 64 KiB of its standard output. */
 async function ask(connection: Connection, command: string, signal: AbortSignal): Promise<string> {
-  const bound = AbortSignal.any([signal, AbortSignal.timeout(10_000)]);
-  const channel = await execute(connection, command, bound);
-  let output = "";
-  channel.stderr.resume();
-  channel.on("data", (chunk: Buffer) => {
-    if (output.length < 65_536) output += chunk.toString("latin1");
-  });
-  return new Promise((resolve, reject) => {
-    channel.on("close", () => resolve(output));
-    bound.addEventListener("abort", () => {
-      reject(signal.aborted ? signal.reason : new SshFailure("unreachable", "the container did not answer for 10 s"));
+  const late = new AbortController();
+  const failure = new SshFailure("unreachable", "the container did not answer for 10 s");
+  const timer = setTimeout(() => late.abort(failure), 10_000);
+  const bound = AbortSignal.any([signal, late.signal]);
+  try {
+    const channel = await execute(connection, command, bound);
+    let output = "";
+    let exited = false;
+    channel.stderr.resume();
+    channel.on("exit", () => {
+      exited = true;
     });
-  });
+    channel.on("data", (chunk: Buffer) => {
+      if (output.length < 65_536) output += chunk.toString("latin1");
+    });
+    return await new Promise((resolve, reject) => {
+      const lost = new SshFailure("unreachable", "the connection was lost");
+      channel.on("close", () => (exited ? resolve(output) : reject(lost)));
+      bound.addEventListener("abort", () => reject(bound.reason));
+    });
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 /** Which shells a container has. `sh -c` so that the question is understood by any login shell. */
@@ -1389,9 +1411,10 @@ export async function runScript(
 
   const end = async (): Promise<Outcome> => {
     const status = await exit;
-    // The shell that writes the marks was killed, and something in the background holds the channel: then the output
-    // is over when there has been none for a while. With an exit code the marks are there or will come.
-    if (typeof status === "string") await Promise.race([over, Promise.all([out.silence(), err.silence()])]);
+    // Where the shell that writes the marks was killed, something in the background may hold the channel: then the output
+    // is over when there has been none for a while. Else the marks are there or will come.
+    if (typeof status === "string" || (status ?? 0) > 128)
+      await Promise.race([over, Promise.all([out.silence(), err.silence()])]);
     else await over;
     if (status === undefined) return { ended: "lost", begun: session !== undefined, reason };
     if (session === undefined)
@@ -1487,7 +1510,9 @@ export async function prepare(context: Context): Promise<void> {
       seconds: Math.round((now() - begun) / 1000),
     });
   } catch (error) {
-    await abandon(context, aws, record).catch((failure) => log.error("{reason}", { reason: reasonOf(failure) }));
+    await abandon(context, aws, record).catch((failure) => {
+      if (failure !== stop.reason) log.error("{reason}", { reason: reasonOf(failure) });
+    });
     throw error;
   }
 }
@@ -1525,13 +1550,9 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
     const again = (error: unknown) => {
       record.Unanswered ||= mayHaveWorked(error);
-      return !stop.aborted && isTransient(error);
+      return isTransient(error);
     };
-    const call = aws.runTask(input, { until, again });
-    const late = afterStop(stop, ANSWER_GRACE, () => {
-      record.Unanswered = true;
-    });
-    const { arn, why } = await Promise.race([call, late]);
+    const { arn, why } = await aws.runTask(input, { until, again, signal: stop, grace: ANSWER_GRACE });
     record.Unanswered = false;
     if (!arn) throw new Failure("system", `ecs:RunTask started no task: ${why}`);
     record.TaskARN = arn;
@@ -1558,23 +1579,13 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
 
 /** Ends what a failed prepare has begun. The record in memory knows more than the one on disk when the disk is full. */
 async function abandon(context: Context, aws: Aws, record: TaskRecord): Promise<void> {
-  if (record.Unanswered && context.stop.aborted) return; // there is no time to look for it; cleanup, which follows, has
-  if (await stopRecorded(context, aws, record)) fs.rmSync(recordPath(context), { force: true });
+  // A stopped prepare has no time to look for a task; cleanup, which follows, has. One that is known is stopped anyhow.
+  const signal = record.TaskARN ? undefined : context.stop;
+  if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
 }
 
 /** How long a stopped prepare waits for RunTask's answer, in ms. */
 const ANSWER_GRACE = 5_000;
-
-/** Rejects with the signal's reason, `grace` ms after it. */
-function afterStop(signal: AbortSignal, grace: number, then: () => void): Promise<never> {
-  return new Promise((_, reject) => {
-    const late = () => {
-      then();
-      reject(signal.reason);
-    };
-    signal.addEventListener("abort", () => setTimeout(late, grace), { once: true });
-  });
-}
 
 /**
  * Follows a new task until a login to it works. Logins begin when its address is known, beside the polling, which
@@ -1785,7 +1796,8 @@ export async function cleanup(context: Context): Promise<void> {
   if (await release(context)) return;
   const { Directory } = context.config.TaskMetadata;
   if (!fs.existsSync(join(Directory, ".manager-id"))) return; // nothing was ever started
-  await stopByName(context, new Aws(context.config.Fargate.Region, context), context.config.Fargate.Cluster, 0);
+  const { Region, Cluster } = context.config.Fargate;
+  await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
 }
 
 /**
@@ -1808,7 +1820,7 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
   const aws = new Aws(Region, context);
   const done = record
     ? await stopRecorded(context, aws, record, signal)
-    : await stopByName(context, aws, Cluster, 0, signal);
+    : await stopByName(context, aws, Cluster, startedBy(context), { until: 0, signal });
   if (done) fs.rmSync(path, { force: true });
   return true;
 }
@@ -1816,25 +1828,24 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
 async function stopRecorded(context: Context, aws: Aws, record: TaskRecord, signal?: AbortSignal): Promise<boolean> {
   const { job, now } = context;
-  if (!record.TaskARN) return !record.Unanswered || stopByName(context, aws, record.Cluster, now() + LIST_LAG, signal);
+  const look = () => stopByName(context, aws, record.Cluster, record.StartedBy, { until: now() + LIST_LAG, signal });
+  if (!record.TaskARN) return !record.Unanswered || look();
   await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal });
   return true;
 }
 
 /**
- * Stops every task that carries this job's startedBy; looks again until `until` (epoch ms) while there is none.
+ * Stops every task started under a name; looks again until `until` while there is none.
  *
  * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
  */
 async function stopByName(
-  context: Context,
+  { job, log, now }: Context,
   aws: Aws,
   cluster: string,
-  until: number,
-  signal?: AbortSignal,
+  name: string,
+  { until, signal }: Limits,
 ): Promise<boolean> {
-  const { job, log, now } = context;
-  const name = startedBy(context);
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
     let tasks: string[];
