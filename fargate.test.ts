@@ -889,6 +889,10 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
     ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("PENDING")] });
     await expect(prepare(late)).rejects.toThrow("the task was not ready within StartTimeout (1 s): it is PENDING");
+    ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("RUNNING")] });
+    await expect(prepare(contextOf((config) => (config.SSH.ConnectTimeout = 1)))).rejects.toThrow(
+      /no login worked within ConnectTimeout \(1 s\); it has no address$/,
+    );
     const closed = await startProxy({ host: "127.0.0.1", port: 1 });
     await closed.close();
     const refusing = contextOf((config) => {
@@ -899,7 +903,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await expect(prepare(refusing)).rejects.toThrow(
       /the task runs, but no login worked within ConnectTimeout \(1 s\); the last attempt to log in: worker@127\.0\.0\.1:\d+: .*ECONNREFUSED/,
     );
-    expect(inputs(StopTaskCommand)).toHaveLength(2);
+    expect(inputs(StopTaskCommand)).toHaveLength(3);
   });
 
   test("with UsePublicIP the address comes from EC2, once the interface has one", async () => {
@@ -1195,7 +1199,9 @@ describe("prepare and cleanup, with ECS mocked", () => {
     openDirectory(records);
     writeRecord(recordFile(), someRecord);
     ecs.on(StopTaskCommand).rejects(awsError("AccessDeniedException", "no"));
-    await expect(cleanup(contextOf())).rejects.toThrow("ecs:StopTask was refused");
+    await expect(cleanup(contextOf())).rejects.toThrow(
+      `${arn} may still run, stop it by hand: ecs:StopTask was refused: AccessDeniedException: no`,
+    );
     expect(readRecord(recordFile())).toEqual(someRecord);
     ecs.on(StopTaskCommand).rejects(awsError("InvalidParameterException", "The referenced task was not found."));
     await cleanup(contextOf());
@@ -2469,12 +2475,12 @@ describe("the command line", () => {
     ["custom", "fargate custom: no command was given; known: config, prepare, run, cleanup"],
     [
       "--log-level loud custom config",
-      "fargate: option '--log-level <level>' argument 'loud' is invalid. known: trace, debug, info, warn, warning, " +
+      "fargate: option '--log-level <level>' argument 'loud' is invalid; known: trace, debug, info, warn, warning, " +
         "error, fatal, panic",
     ],
     [
       "custom config --log-format xml",
-      "fargate: option '--log-format <format>' argument 'xml' is invalid. known: text, text-simple, json",
+      "fargate: option '--log-format <format>' argument 'xml' is invalid; known: text, text-simple, json",
     ],
   ])("%j: no success, and one line", async (line, message) => {
     const { code, stdout, stderr } = await fargate(line.split(" ").filter(Boolean));

@@ -778,7 +778,6 @@ export function mayHaveWorked(error: unknown): boolean {
 
 /** What a call to AWS came to, as a Failure that names the call, the error and the operator's next step. */
 export function awsFailure(action: string, error: unknown): Failure {
-  if (error instanceof Failure) return error;
   const { name = "Error", $metadata } = error as AwsError;
   const answered = ($metadata?.httpStatusCode ?? 0) >= 300;
   const reason = reasonOf(error).split("\n")[0]; // the SDK adds hints for programmers
@@ -841,7 +840,7 @@ export class Aws {
     let told = false;
     const once = async () => {
       const begun = now();
-      // A look is not worth more time than there is; a request that changes something is never cut short for that.
+      // RunTask, which alone has a grace, is not cut short by `until`: its answer is worth more than the time.
       const most = grace ? CALL_TIMEOUT : Math.min(CALL_TIMEOUT, Math.max(until - begun, 1_000));
       // Not left to the SDK, which looks at no signal while it gets credentials, and writes into the signal's reason.
       const sdk = new AbortController();
@@ -922,7 +921,9 @@ export class Aws {
       ecs.send(new StopTaskCommand({ cluster, task, reason }), abort),
     );
     await stop.catch((error) => {
-      if (!/task was not found/i.test(reasonOf(error))) throw error;
+      if (/task was not found/i.test(reasonOf(error))) return;
+      if (error === limits.signal?.reason) throw error;
+      throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`, { cause: error });
     });
   }
 
@@ -1643,7 +1644,8 @@ async function untilReady(
         if (host) beginLogins(host);
       }
       const tried = lastFailure && `; the last attempt to log in: ${lastFailure}`;
-      const why = host ? tried : usePublic && "; it has no public address: see EnablePublicIP, and the subnet's route";
+      const noAddress = `; it has no ${usePublic ? "public address: see EnablePublicIP, and the subnet's route" : "address"}`;
+      const why = host ? tried : noAddress;
       const { ConnectTimeout } = config.SSH;
       if (runningSince !== undefined && now() > runningSince + ConnectTimeout * 1000)
         throw new Failure(
@@ -1654,7 +1656,7 @@ async function untilReady(
         throw new Failure(
           "system",
           `the task was not ready within StartTimeout (${config.Fargate.StartTimeout} s): it is ` +
-            `${status ?? "unknown to ECS"}${why || ""}`,
+            `${status ?? "unknown to ECS"}${why}`,
         );
       await sleep(pollPause(polls, host !== undefined, Math.random()), signal);
     }
@@ -1883,7 +1885,8 @@ class Cli extends Command {
       .replace(/^error: /, "")
       .replace(/\n[\s\S]*$/, "")
       .replace(/\.$/, "");
-    if (what.includes("known: ")) throw new Failure("system", `${path}: ${what}`);
+    if (options?.code === "commander.invalidArgument")
+      throw new Failure("system", `${path}: ${what.replace(". known: ", "; known: ")}`); // see oneOfWords
     const known = /option/i.test(options?.code ?? "")
       ? root.options.map((option) => option.long).join(", ")
       : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
@@ -2007,7 +2010,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     if (request.stage === "prepare") await prepare(context);
     else if (request.stage === "cleanup") await cleanup(context);
     else {
-      const { stdout, stderr } = process; // not before: to make these streams takes half of a short stage's time
+      const { stdout, stderr } = process; // bun makes these streams when they are asked for; no other stage needs them
       for (const stream of [stdout, stderr])
         stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
       await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
