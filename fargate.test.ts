@@ -2,9 +2,10 @@
  * The driver's tests, in the order of its sections: by value, then real scripts through the real SSH code in a
  * container, then the compiled program as GitLab Runner calls it.
  */
-import { spawn, spawnSync } from "node:child_process";
+import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
+import { createServer } from "node:http";
 import { join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { DescribeNetworkInterfacesCommand, EC2Client } from "@aws-sdk/client-ec2";
@@ -24,6 +25,7 @@ import { utils } from "ssh2";
 import * as v from "valibot";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from "vitest";
 import {
+  adviceFor,
   type Config,
   ConfigSchema,
   type Connection,
@@ -38,6 +40,7 @@ import {
   formatRecord,
   interpreterOf,
   isTransient,
+  type Job,
   keyPairOf,
   MarkFilter,
   makeKeyPair,
@@ -54,16 +57,27 @@ import {
   runScript,
   runTaskInput,
   type SshTarget,
+  type SweepReport,
   type TaskRecord,
   writeRecord,
 } from "./fargate.ts";
+import type { FaultAction, StopCause } from "./fixtures/aws.ts";
+import { addRow, compareWithReadme, normalise, writeTable } from "./fixtures/faults.ts";
 import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
-import { driver, fargate, start } from "./fixtures/process.ts";
+import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
 import { Runner } from "./fixtures/runner.ts";
 import { type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
-import { type TaskHosts, taskHosts } from "./fixtures/tasks.ts";
-import { makeRepository, makeWorld, projectRoot, scratchDirectory, type World } from "./fixtures/world.ts";
+import { embeddedHosts, type TaskHosts, taskHosts } from "./fixtures/tasks.ts";
+import {
+  type ConfigChanges,
+  makeRepository,
+  makeWorld,
+  projectRoot,
+  scratchDirectory,
+  type World,
+  type WorldOptions,
+} from "./fixtures/world.ts";
 
 const scratch = scratchDirectory("test");
 const repository = makeRepository(scratch.path);
@@ -198,9 +212,12 @@ describe("configuration", () => {
           { CapacityProvider: "FARGATE_SPOT", Weight: 3 },
           { CapacityProvider: "FARGATE", Weight: 1, Base: 1 },
         ],
+        FallbackCapacityProviderStrategy: [{ CapacityProvider: "FARGATE", Weight: 1 }],
         EnableExecuteCommand: true,
         PropagateTags: "TASK_DEFINITION",
         StartTimeout: 300,
+        DeadlineMargin: 600,
+        MaxTaskAge: 43_200,
         Tags: { team: "ci", "cost centre": "42" },
       },
       TaskMetadata: { Directory: "/var/lib/fargate" },
@@ -253,6 +270,7 @@ describe("configuration", () => {
         "Fargate.SecurityGroups",
         "Fargate.TaskDefinition",
         "Fargate.EnablePublicIP",
+        "Fargate.LaunchType",
         "Fargate.CapacityProviderStrategy",
         "Fargate.Tags.a",
         "Fargate.PropagateTags",
@@ -386,7 +404,8 @@ describe("the job's identity", () => {
     const JOB_RESPONSE_FILE = response();
     const stem = `t0ken-${sha256(JSON.stringify(["https://gitlab.example.com", 42, 4711]))}`;
     const env = { ...variables, CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: "t0ken", JOB_RESPONSE_FILE };
-    expect(readJob(env)).toEqual({ stem, hash: stem.slice(6), title: "job 4711 of project 42" });
+    const job = { stem, hash: stem.slice(6), title: "job 4711 of project 42", timeout: 3600 };
+    expect(readJob(env)).toEqual(job);
     for (const name of Object.keys(variables))
       if (name !== "CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN") expect(readJob({ ...env, [name]: "other" })?.stem).toBe(stem);
   });
@@ -452,7 +471,8 @@ const someRecord: TaskRecord = {
   HostKey: "",
   Interpreter: "bash",
   LoginShell: "bash",
-  CreatedAt: 1,
+  Deadline: 0,
+  UpdatedAt: 1,
 };
 
 describe("the task record", () => {
@@ -719,8 +739,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
     config.SSH.Username = "worker";
     change(config);
     const hash = "0123456789abcdef".repeat(4);
-    const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2" };
-    return { config, job, log: getLogger("fargate"), env: {}, stop: stop.signal, now: Date.now };
+    const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
+    return { config, job, byJob: [], log: getLogger("fargate"), env: {}, stop: stop.signal, now: Date.now };
   }
 
   const recordFile = () => join(records, `label-${"0123456789abcdef".repeat(4)}.json`);
@@ -795,8 +815,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
       throw awsError("AccessDeniedException", "not authorized to perform: ecs:RunTask");
     });
     await expect(prepare(contextOf())).rejects.toThrow(
-      "ecs:RunTask was refused: AccessDeniedException: not authorized to perform: ecs:RunTask; " +
-        "allow ecs:RunTask in the IAM policy of the runner's host",
+      "ecs:RunTask was refused: AccessDeniedException: not authorized to perform: ecs:RunTask",
     );
     expect(found).toMatchObject({ TaskARN: "", Unanswered: true });
     expect(fs.existsSync(recordFile())).toBe(false);
@@ -805,8 +824,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
   });
 
   test("an answer with failures and no task gives their reasons", async () => {
-    ecs.on(RunTaskCommand).resolves({ tasks: [], failures: [{ reason: "RESOURCE:ENI", detail: "none left" }] });
-    await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask started no task: RESOURCE:ENI none left");
+    ecs.on(RunTaskCommand).resolves({ tasks: [], failures: [{ reason: "ATTRIBUTE", detail: "none fits" }] });
+    await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask started no task: ATTRIBUTE none fits");
     expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
   });
 
@@ -934,7 +953,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
     ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("RUNNING", "192.0.2.1")] });
     ec2.on(DescribeNetworkInterfacesCommand).resolves({ NetworkInterfaces: [{}] });
-    await expect(prepare(context)).rejects.toThrow("; it has no public address: see EnablePublicIP");
+    await expect(prepare(context)).rejects.toThrow(/; it has no public address$/);
   });
 
   test("told to stop while it waits, it stops the task", async () => {
@@ -974,18 +993,21 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await expect(prepare(context)).rejects.toThrow("enough");
     const [first, second, ...more] = inputs(RunTaskCommand) as RunTaskCommandInput[];
     expect(more).toEqual([]);
+    const deadline = { name: "FARGATE_DEADLINE", value: expect.stringMatching(/^\d{10}$/) };
     expect(first?.overrides?.containerOverrides?.[0]?.environment).toEqual([
       { name: "SSH_PUBLIC_KEY", value: key.publicKey },
+      deadline,
     ]);
-    expect(second).not.toHaveProperty("overrides");
+    if (error === noContainer) expect(second).not.toHaveProperty("overrides");
+    else expect(second?.overrides?.containerOverrides?.[0]?.environment).toEqual([deadline]);
     expect(second?.clientToken).not.toBe(first?.clientToken);
   });
 
   test("without PrivateKeyPath that refusal says how the container must be named", async () => {
     ecs.on(RunTaskCommand).rejects(noContainer);
-    await expect(prepare(contextOf())).rejects.toThrow(
-      "the task definition must have a container named ci-coordinator",
-    );
+    const refused = "Override for container named ci-coordinator is not a container in the TaskDefinition.";
+    await expect(prepare(contextOf())).rejects.toThrow(refused);
+    expect(adviceFor(refused)?.advice).toMatch(/^the task definition must have a container ci-coordinator/);
     expect(inputs(RunTaskCommand)).toHaveLength(1);
   });
 
@@ -1134,12 +1156,12 @@ describe("prepare and cleanup, with ECS mocked", () => {
     });
     await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask was refused: ClientException: no");
     expect(readRecord(recordFile())).toMatchObject({ TaskARN: "", Unanswered: true });
-    expect(logged).toHaveLength(1); // that it starts a task
+    expect(logged.slice(1)).toEqual(["warning: a task is left for cleanup to stop"]);
   });
 
   test("told to stop while it clears what an earlier try left, prepare ends and starts nothing", async () => {
     openDirectory(records);
-    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true });
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: Date.now() / 1000 });
     ecs.on(ListTasksCommand).callsFake(() => {
       stop.abort(new Failure("system", "stopped by SIGTERM"));
       return { taskArns: [] };
@@ -1152,8 +1174,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
 
   test("cleanup after an unanswered RunTask looks until the task is listed", async () => {
     openDirectory(records);
-    // However old the record is: RunTask may have been repeated for long.
-    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, CreatedAt: 1 });
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: Date.now() / 1000 });
     ecs
       .on(ListTasksCommand)
       .resolvesOnce({ taskArns: [] })
@@ -1941,7 +1962,10 @@ describe("the compiled program", () => {
         containerOverrides: [
           {
             name: "ci-coordinator",
-            environment: [{ name: "SSH_PUBLIC_KEY", value: expect.stringMatching(/^ssh-ed25519 /) }],
+            environment: [
+              { name: "SSH_PUBLIC_KEY", value: expect.stringMatching(/^ssh-ed25519 /) },
+              { name: "FARGATE_DEADLINE", value: expect.stringMatching(/^\d{10}$/) },
+            ],
           },
         ],
       },
@@ -2089,7 +2113,9 @@ describe("the compiled program", () => {
       expect(await runner.runJob()).toMatchObject({ status: "success" });
       const [refused, started] = other.aws.callsTo("RunTask");
       expect(refused?.status).toBe(400);
-      expect(started?.input).not.toHaveProperty("overrides");
+      const deadline = [{ name: "FARGATE_DEADLINE", value: expect.stringMatching(/^\d{10}$/) }];
+      if (definition === "legacy-task") expect(started?.input).not.toHaveProperty("overrides");
+      else expect(started?.input.overrides?.containerOverrides?.[0]?.environment).toEqual(deadline);
       expect(other.aws.running()).toEqual([]);
     });
 
@@ -2100,7 +2126,12 @@ describe("the compiled program", () => {
         job: { variables: { FARGATE_TASK_DEFINITION: "legacy-task" }, script: ["true"] },
       }).prepare();
       const text = legacy.map(({ stderr }) => stderr.toString()).join("");
-      expect(text).toContain("the task definition must have a container named ci-coordinator");
+      expect(text).toContain(
+        "the job's own choice of TaskDefinition, legacy-task, cannot be used: ecs:RunTask was refused",
+      );
+      expect(text).toContain("what to do: the task definition must have a container ci-coordinator");
+      // A build failure: the runner does not try again.
+      expect(legacy.map(({ stage }) => stage)).toEqual(["config", "prepare", "cleanup"]);
       nothingLeft();
     },
     { timeout: 90_000 },
@@ -2146,7 +2177,7 @@ describe("the compiled program", () => {
     const failed = await fargate(["--config", gone, "custom", "run", scriptFile("echo never"), "x"], { env });
     expect(failed).toMatchObject({ code: 2, stdout: Buffer.from("") });
     expect(failed.stderr).toMatch(
-      /error: x did not begin: \w+@127\.\S+: .*ECONNREFUSED.*; ECS says that the task is RUNNING\n$/,
+      /error: x did not begin: \w+@127\.\S+: .*ECONNREFUSED.*; ECS says that the task is RUNNING\n.*what to do: the image must start an SSH server on Port\n$/,
     );
     expect(await fargate(["--config", world.configure(), "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
     nothingLeft();
@@ -2169,7 +2200,7 @@ describe("the compiled program", () => {
     );
     // The stages after it do not wait for ConnectTimeout (120 s) each.
     const next = start([driver, "--config", config, "custom", "run", scriptFile("true"), "after_script"], { env });
-    await next.shows("after_script did not begin: the task has stopped: SpotInterruption");
+    await next.shows("after_script did not begin: the task stopped: SpotInterruption");
     expect((await next.finished).code).toBe(2);
     expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
     nothingLeft();
@@ -2357,13 +2388,1378 @@ describe("the compiled program", () => {
     const config = join(projectRoot, "fixtures", "config", "bad.toml");
     const bad = await fargate(["--config", config, "custom", "prepare"], { env: byHand() });
     expect(bad.code).toBe(2);
-    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(19);
+    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(20);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
     expect(none.stderr).toMatch(/error: the configuration file config\.toml cannot be read: ENOENT/);
     const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
     expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID");
     expect([none.code, jobless.code]).toEqual([2, 2]);
     expect(world.aws.calls.length).toBe(since);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// Faults: what each ends with, what the log says, and how many tasks are left
+// ---------------------------------------------------------------------------------------------------------
+
+/** A world of one job's own, and its stages as GitLab Runner would call them. */
+interface Scene {
+  readonly world: World;
+  readonly env: Record<string, string>;
+  /** The job's record. */
+  readonly record: string;
+  /** Resolves when the first command that the task is to execute is held, where `holdFirstCommand` asks for that. */
+  readonly commandHeld: Promise<void>;
+  configure(changes?: ConfigChanges): void;
+  /** Runs a stage of the compiled program to its end. */
+  stage(name: string, options?: { env?: Record<string, string | undefined> }): Promise<Finished>;
+  /** Begins one; `run` gets a script. */
+  begin(
+    name: string,
+    options?: { env?: Record<string, string | undefined>; script?: string; operands?: string[] },
+  ): Started;
+  run(script: string): Promise<Finished>;
+}
+
+/** What a fault came to: the stage whose log is shown, and the line of it that tells (the last one unless given). */
+interface Met {
+  readonly stage: string;
+  readonly finished: Finished;
+  readonly says?: RegExp;
+  /** The record may stay: it is for the sweep. */
+  readonly keepsRecord?: boolean;
+}
+
+interface FaultOptions extends WorldOptions {
+  readonly changes?: ConfigChanges;
+  /** The task's SSH server does not begin the first command that it is sent. */
+  readonly holdFirstCommand?: boolean;
+  /** Seconds. */
+  readonly jobTimeout?: number;
+  /** It takes minutes, and runs with `npm run soak`. */
+  readonly soak?: boolean;
+  /** It needs a container; elsewhere it is skipped, by name. */
+  readonly container?: boolean;
+  readonly timeout?: number;
+}
+
+const SOAK = process.env.SOAK === "true";
+const faults: string[] = [];
+const leftToSoak: string[] = [];
+let faultJobs = 500_000;
+
+function makeScene(world: World, { changes = {}, jobTimeout = 3600 }: FaultOptions, commandHeld: Promise<void>): Scene {
+  const where = directory();
+  const { environment, response } = gitlabJob({ id: faultJobs++, timeout: jobTimeout });
+  fs.writeFileSync(join(where, "response.json"), JSON.stringify(response));
+  const env = {
+    ...world.aws.environment,
+    ...environment,
+    JOB_RESPONSE_FILE: join(where, "response.json"),
+    BUILD_EXIT_CODE_FILE: join(where, "exit-code"),
+  };
+  let config = world.configure(changes);
+  let scripts = 0;
+  const job = readJob(env) as Job;
+  const begin: Scene["begin"] = (name, options = {}) => {
+    const script = join(where, `script-${scripts++}`);
+    if (options.script !== undefined) fs.writeFileSync(script, options.script);
+    const operands = options.operands ?? (name === "run" ? [script, "build_script"] : []);
+    const command = name === "sweep" ? [name] : ["custom", name];
+    return start([driver, "--config", config, ...command, ...operands], { env: { ...env, ...options.env } });
+  };
+  return {
+    world,
+    env,
+    record: join(world.records, `${job.stem}.json`),
+    commandHeld,
+    configure: (more = {}) => {
+      config = world.configure(more);
+    },
+    begin,
+    stage: (name, options) => begin(name, options).finished,
+    run: (script) => begin("run", { script }).finished,
+  };
+}
+
+/** Files of the directory of records but for the manager's identity. */
+const filesLeft = (world: World) =>
+  fs.existsSync(world.records) ? fs.readdirSync(world.records).filter((name) => name !== ".manager-id") : [];
+
+const forever = new Promise<never>(() => {});
+
+const adviceLine = /error: what to do: /;
+
+/** Expects an exit code; what the log says is shown when it is another. */
+const ended = ({ code, stderr }: Finished, expected: number) => expect(code, stderr).toBe(expected);
+
+/** Thrown by a fault that cannot be made here; its test is skipped, by name and with the reason. */
+class SkipFault extends Error {}
+
+/** Injects a fault, then cleans up as the runner does: no task may be left. What came of it is a row of the table. */
+function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: FaultOptions = {}): void {
+  const {
+    changes: _,
+    jobTimeout: __,
+    soak = false,
+    container = false,
+    holdFirstCommand,
+    timeout = 120_000,
+    ...worldOptions
+  } = options;
+  faults.push(name);
+  if (soak !== SOAK) {
+    if (soak) leftToSoak.push(name);
+    return;
+  }
+  test.concurrent(
+    name,
+    async ({ task, skip }) => {
+      if (container && hosts.kind !== "container") skip("it needs a container");
+      const held = Promise.withResolvers<void>();
+      let commands = 0;
+      const holdExec = () => {
+        if (!holdFirstCommand || commands++ > 0) return undefined;
+        held.resolve();
+        return forever;
+      };
+      const own = container ? hosts : embeddedHosts({ holdExec });
+      const world = await makeWorld({ hosts: own, ...worldOptions });
+      task.meta.hosts = world.hosts.kind;
+      try {
+        const scene = makeScene(world, options, held.promise);
+        const { stage, finished, says, keepsRecord } = await body(scene).catch((error) => {
+          if (error instanceof SkipFault) skip(error.message);
+          throw error;
+        });
+        const after = await scene.stage("cleanup");
+        if (!keepsRecord) expect(after).toMatchObject({ code: 0 });
+        const lines = finished.stderr.trimEnd().split("\n");
+        const line = says ? lines.find((line) => says.test(line)) : lines.findLast((line) => !adviceLine.test(line));
+        if (says && line === undefined) throw new Error(`no line says ${says}: ${finished.stderr}`);
+        const left = world.aws.running().length;
+        addRow({
+          fault: name,
+          ended: `${stage}: ${finished.signal ?? finished.code}`,
+          says: normalise(line ?? ""),
+          left,
+        });
+        expect(left).toBe(0);
+        if (!keepsRecord) expect(filesLeft(world)).toEqual([]);
+      } finally {
+        await world.close();
+        if (!container) await own.close();
+      }
+    },
+    timeout,
+  );
+}
+
+/** A file that blocks whoever reads it, until `release`; `reached` resolves when somebody does. */
+function fifo(): { path: string; reached: Promise<unknown>; release: (content: string) => Promise<void> } {
+  const path = join(directory(), "fifo");
+  execFileSync("mkfifo", [path]);
+  const opened = fs.promises.open(path, "w"); // resolves when there is a reader
+  return {
+    path,
+    reached: opened,
+    release: async (content) => {
+      const file = await opened;
+      await file.writeFile(content);
+      await file.close();
+    },
+  };
+}
+
+/** A server that takes requests and never answers; `reached` resolves at the first. */
+async function silentServer(): Promise<{ url: string; reached: Promise<void>; close: () => void }> {
+  const reached = Promise.withResolvers<void>();
+  const server = createServer(() => reached.resolve()).listen(0, "127.0.0.1");
+  await new Promise((listening) => server.once("listening", listening));
+  const { port } = server.address() as { port: number };
+  const close = () => {
+    server.closeAllConnections();
+    server.close();
+  };
+  return { url: `http://127.0.0.1:${port}/`, reached: reached.promise, close };
+}
+
+/** A step of prepare at which it can be held. */
+interface Step {
+  readonly name: string;
+  /** Begins prepare and resolves once it is there. `release`: what holds it is let go, after the signal. */
+  hold(scene: Scene): Promise<{ prepare: Started; release?: () => unknown }>;
+  readonly options?: FaultOptions;
+}
+
+const steps: Step[] = [
+  {
+    name: "before its record is written",
+    async hold(scene) {
+      const key = fifo();
+      scene.configure({ SSH: { PrivateKeyPath: key.path } });
+      const prepare = scene.begin("prepare");
+      await key.reached;
+      expect(fs.existsSync(scene.record)).toBe(false);
+      scene.configure();
+      return { prepare, release: () => key.release("no key") };
+    },
+  },
+  {
+    name: "with its record written, before RunTask is sent",
+    async hold(scene) {
+      const credentials = await silentServer();
+      const prepare = scene.begin("prepare", {
+        env: {
+          AWS_ACCESS_KEY_ID: undefined,
+          AWS_SECRET_ACCESS_KEY: undefined,
+          AWS_CONTAINER_CREDENTIALS_FULL_URI: credentials.url,
+        },
+      });
+      await credentials.reached;
+      expect(readRecord(scene.record)).toMatchObject({ TaskARN: "", Unanswered: true });
+      return { prepare, release: () => credentials.close() };
+    },
+  },
+  {
+    name: "with RunTask sent, before it takes effect",
+    async hold(scene) {
+      const { aws } = scene.world;
+      const held = Promise.withResolvers<void>();
+      aws.inject({ operation: "RunTask", do: { holdUntil: held.promise } });
+      const prepare = scene.begin("prepare");
+      await aws.waitFor(() => aws.callsTo("RunTask").length === 1, 30_000);
+      expect(aws.tasks()).toEqual([]);
+      // It takes effect after the driver is gone.
+      return { prepare, release: () => held.resolve() };
+    },
+    options: { timing: { hideList: 1_500 } },
+  },
+  {
+    name: "with RunTask in effect, before its answer",
+    async hold(scene) {
+      const { aws } = scene.world;
+      const held = Promise.withResolvers<void>();
+      aws.inject({ operation: "RunTask", do: { holdUntil: held.promise, after: true } });
+      const prepare = scene.begin("prepare");
+      await aws.waitFor(() => aws.tasks().length === 1, 30_000);
+      expect(readRecord(scene.record)).toMatchObject({ TaskARN: "", Unanswered: true });
+      return { prepare, release: () => held.resolve() };
+    },
+    options: { timing: { hideList: 1_500 } },
+  },
+  {
+    name: "with RunTask answered, before DescribeTasks is",
+    async hold(scene) {
+      const { aws } = scene.world;
+      const held = Promise.withResolvers<void>();
+      aws.inject({ operation: "DescribeTasks", do: { holdUntil: held.promise } });
+      const prepare = scene.begin("prepare");
+      await aws.waitFor(() => aws.callsTo("DescribeTasks").length === 1, 30_000);
+      expect(readRecord(scene.record)).toMatchObject({ TaskARN: aws.tasks()[0]?.taskArn, Unanswered: false });
+      return { prepare, release: () => held.resolve() };
+    },
+  },
+  {
+    name: "while it waits for the task",
+    async hold(scene) {
+      const { aws } = scene.world;
+      aws.timing.provisioning = 600_000;
+      const prepare = scene.begin("prepare");
+      await aws.waitFor(() => aws.callsTo("DescribeTasks").filter(({ status }) => status === 200).length > 1, 30_000);
+      aws.timing.provisioning = 100;
+      return { prepare };
+    },
+  },
+  {
+    name: "while it logs in",
+    async hold(scene) {
+      scene.world.aws.inject({ operation: "RunTask", do: { address: "silent" } });
+      scene.configure({ top: { LogLevel: "debug" } });
+      const prepare = scene.begin("prepare");
+      await prepare.shows("no login yet");
+      scene.configure();
+      return { prepare };
+    },
+  },
+  {
+    name: "logged in, while it asks for the container's shells",
+    async hold(scene) {
+      const prepare = scene.begin("prepare");
+      await scene.commandHeld;
+      return { prepare };
+    },
+    options: { holdFirstCommand: true },
+  },
+];
+
+describe("prepare is killed or told to stop", () => {
+  for (const step of steps) {
+    faultTest(
+      `prepare is killed (SIGKILL) ${step.name}; cleanup follows`,
+      async (scene) => {
+        const { prepare, release } = await step.hold(scene);
+        prepare.process.kill("SIGKILL");
+        const finished = await prepare.finished;
+        await release?.();
+        return { stage: "prepare", finished };
+      },
+      step.options,
+    );
+    faultTest(
+      `prepare is killed (SIGKILL) ${step.name}; the next try follows`,
+      async (scene) => {
+        const { prepare, release } = await step.hold(scene);
+        prepare.process.kill("SIGKILL");
+        await prepare.finished;
+        await release?.();
+        const finished = await scene.stage("prepare");
+        ended(finished, 0);
+        expect(scene.world.aws.running()).toHaveLength(1);
+        expect(scene.world.aws.running()[0]?.taskArn).toBe(readRecord(scene.record)?.TaskARN);
+        expect(await scene.run("echo ready")).toMatchObject({ code: 0, stdout: Buffer.from("ready\n") });
+        return { stage: "the next prepare", finished };
+      },
+      step.options,
+    );
+    for (const signal of ["SIGTERM", "SIGINT"] as const)
+      faultTest(
+        `prepare gets ${signal} ${step.name}`,
+        async (scene) => {
+          const { prepare, release } = await step.hold(scene);
+          prepare.process.kill(signal);
+          if (step.name.startsWith("before its record")) await release?.(); // it waits for a file, and hears nothing
+          const finished = await prepare.finished;
+          await release?.();
+          ended(finished, 2);
+          // What it knows of, it has stopped itself.
+          if (scene.world.aws.callsTo("RunTask").every(({ status }) => status === 200))
+            expect(scene.world.aws.running()).toEqual([]);
+          return { stage: "prepare", finished };
+        },
+        step.options,
+      );
+  }
+});
+
+describe("RunTask's answer", () => {
+  for (const [what, fault] of [
+    ["is lost with the connection, after it took effect", "reset-after"],
+    ["is a 500, after it took effect", "500-after"],
+    ["is lost with the connection, before it took effect", "reset-before"],
+  ] as const)
+    faultTest(`RunTask's answer ${what}`, async (scene) => {
+      const { aws } = scene.world;
+      const lost = aws.inject({ operation: "RunTask", do: fault });
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      expect(lost.used).toBe(1);
+      expect(aws.tasks()).toHaveLength(1);
+      const tokens = aws.callsTo("RunTask").map(({ input }) => input.clientToken);
+      expect(tokens).toEqual([tokens[0], tokens[0]]);
+      return { stage: "prepare", finished };
+    });
+
+  faultTest("RunTask's answer never comes, after it took effect (30 s)", async (scene) => {
+    const { aws } = scene.world;
+    aws.inject({ operation: "RunTask", do: "hang-after" });
+    const finished = await scene.stage("prepare");
+    ended(finished, 0);
+    expect(aws.tasks()).toHaveLength(1);
+    return { stage: "prepare", finished, says: /got no answer|still fails/ };
+  });
+
+  faultTest("RunTask is throttled ten times", async (scene) => {
+    const { aws } = scene.world;
+    aws.inject({ operation: "RunTask", times: 10, do: { error: "ThrottlingException", message: "Rate exceeded" } });
+    const finished = await scene.stage("prepare");
+    ended(finished, 0);
+    expect(aws.tasks()).toHaveLength(1);
+    expect(new Set(aws.callsTo("RunTask").map(({ input }) => input.clientToken)).size).toBe(1);
+    return { stage: "prepare", finished, says: /still fails/ };
+  });
+
+  faultTest(
+    "RunTask's answer is lost, then its token is said to be in conflict",
+    async (scene) => {
+      const { aws } = scene.world;
+      aws.inject({ operation: "RunTask", do: "500-after" });
+      const message = "The provided clientToken is already in use with a different RunTask request.";
+      aws.inject({ operation: "RunTask", do: { error: "ConflictException", message } });
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      expect(aws.tasks()).toHaveLength(1);
+      expect(aws.running()).toEqual([]); // found by its name, and stopped, before prepare ended
+      // The runner's next try gets a task of its own.
+      ended(await scene.stage("prepare"), 0);
+      expect(aws.running()).toHaveLength(1);
+      return { stage: "prepare", finished };
+    },
+    { timing: { hideList: 1_000 } },
+  );
+
+  faultTest(
+    "RunTask's answer is lost each time, until StartTimeout",
+    async (scene) => {
+      const { aws } = scene.world;
+      aws.inject({ operation: "RunTask", times: Number.POSITIVE_INFINITY, do: "reset-after" });
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      expect(aws.tasks()).toHaveLength(1);
+      expect(aws.running()).toEqual([]);
+      return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { StartTimeout: 2 } }, timing: { hideList: 1_000 } },
+  );
+
+  faultTest("the task stops at once, in each of the runner's three tries", async (scene) => {
+    const { aws } = scene.world;
+    const stoppedReason = "CannotPullContainerError: pull image manifest has been retried 1 time(s): not found";
+    const ends = { stopCode: "TaskFailedToStart", stoppedReason };
+    aws.inject({ operation: "RunTask", times: 3, do: { ends } });
+    const seen: (string | undefined)[] = [];
+    let finished: Finished | undefined;
+    for (let tries = 0; tries < 3; tries++) {
+      finished = await scene.stage("prepare");
+      ended(finished, 2);
+      seen.push(aws.tasks().at(-1)?.taskArn);
+      await scene.stage("cleanup");
+    }
+    // No try gets the stopped task of the one before it back.
+    expect(new Set(seen).size).toBe(3);
+    expect(aws.tasks()).toHaveLength(3);
+    return { stage: "prepare", finished: finished as Finished };
+  });
+});
+
+describe("cleanup", () => {
+  /** A scene whose job has a task that is ready. */
+  const prepared = async (scene: Scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const [task] = scene.world.aws.running();
+    return task?.taskArn as string;
+  };
+  const noRunTask = (scene: Scene, since: number) =>
+    expect(scene.world.aws.callsTo("RunTask").length, "cleanup never calls RunTask").toBe(since);
+
+  for (const [what, fault] of [
+    ["is throttled ten times", { error: "ThrottlingException", message: "Rate exceeded" }],
+    ["fails with 500 ten times", { error: "ServerException", message: "Service Unavailable", status: 500 }],
+    ["gets no answer five times", "reset-before"],
+  ] as const)
+    faultTest(`StopTask ${what}`, async (scene) => {
+      await prepared(scene);
+      const times = fault === "reset-before" ? 5 : 10;
+      scene.world.aws.inject({ operation: "StopTask", times, do: fault });
+      const finished = await scene.stage("cleanup");
+      ended(finished, 0);
+      expect(scene.world.aws.running()).toEqual([]);
+      expect(scene.world.aws.callsTo("StopTask").length).toBeGreaterThan(times);
+      return { stage: "cleanup", finished };
+    });
+
+  faultTest("StopTask fails for more than a minute", async (scene) => {
+    const arn = await prepared(scene);
+    const broken = scene.world.aws.inject({
+      operation: "StopTask",
+      times: Number.POSITIVE_INFINITY,
+      do: { error: "ServerException", message: "Service Unavailable", status: 500 },
+    });
+    const finished = await scene.stage("cleanup");
+    ended(finished, 2);
+    expect(finished.stderr).toContain(`${arn} may still run, stop it by hand`);
+    expect(readRecord(scene.record)).toMatchObject({ TaskARN: arn });
+    broken.remove();
+    return { stage: "cleanup", finished };
+  });
+
+  faultTest("StopTask is not permitted", async (scene) => {
+    const arn = await prepared(scene);
+    scene.world.aws.permissions = new Set(["ecs:RunTask", "ecs:DescribeTasks"]);
+    const finished = await scene.stage("cleanup");
+    ended(finished, 2);
+    expect(finished.stderr).toContain(arn);
+    expect(finished.stderr).toContain("what to do: allow ecs:StopTask in the IAM policy of the runner's host");
+    expect(readRecord(scene.record)).toMatchObject({ TaskARN: arn });
+    delete scene.world.aws.permissions;
+    return { stage: "cleanup", finished };
+  });
+
+  faultTest("cleanup is called twice", async (scene) => {
+    await prepared(scene);
+    expect(await scene.stage("cleanup")).toMatchObject({ code: 0, stderr: "" });
+    const finished = await scene.stage("cleanup");
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    noRunTask(scene, 1);
+    return { stage: "the second cleanup", finished };
+  });
+
+  faultTest("two cleanups at the same time", async (scene) => {
+    await prepared(scene);
+    const both = await Promise.all([scene.stage("cleanup"), scene.stage("cleanup")]);
+    for (const one of both) expect(one).toMatchObject({ code: 0, stderr: "" });
+    return { stage: "cleanup", finished: both[0] as Finished };
+  });
+
+  // The record says that RunTask may have been sent, and its task is hidden for a while.
+  for (const hidden of [0, 3_000])
+    faultTest(`the task of an unanswered RunTask is not listed for ${hidden / 1000} s`, async (scene) => {
+      const { aws } = scene.world;
+      aws.timing.hideList = hidden;
+      aws.inject({ operation: "RunTask", do: { holdUntil: forever, after: true } });
+      const prepare = scene.begin("prepare");
+      await aws.waitFor(() => aws.tasks().length === 1, 30_000);
+      prepare.process.kill("SIGKILL");
+      await prepare.finished;
+      const finished = await scene.stage("cleanup");
+      expect(finished).toMatchObject({ code: 0, stderr: "" });
+      expect(aws.running()).toEqual([]);
+      noRunTask(scene, 1);
+      return { stage: "cleanup", finished };
+    });
+
+  const damages: [what: string, damage: (path: string) => void, right?: { code: number; keepsRecord: boolean }][] = [
+    ["is missing", (path) => fs.rmSync(path)],
+    ["is empty", (path) => fs.truncateSync(path, 0)],
+    ["is cut off after its task's name", (path) => fs.truncateSync(path, 160)],
+    ["is cut off before its task's name", (path) => fs.truncateSync(path, 20)],
+    [
+      "is of a newer version",
+      (path) => {
+        const record = JSON.parse(fs.readFileSync(path, "utf8"));
+        fs.writeFileSync(path, JSON.stringify({ ...record, Version: 2, ContainerIP: { v4: record.ContainerIP } }));
+      },
+    ],
+    [
+      "cannot be read: a directory stands in its place",
+      (path) => {
+        fs.rmSync(path);
+        fs.mkdirSync(path);
+      },
+      { code: 2, keepsRecord: true },
+    ],
+  ];
+  for (const [what, damage, right = { code: 0, keepsRecord: false }] of damages)
+    faultTest(`the record ${what}`, async (scene) => {
+      await prepared(scene);
+      damage(scene.record);
+      const finished = await scene.stage("cleanup");
+      expect(finished).toMatchObject({ code: right.code });
+      expect(scene.world.aws.running()).toEqual([]);
+      noRunTask(scene, 1);
+      return { stage: "cleanup", finished, keepsRecord: right.keepsRecord };
+    });
+
+  faultTest("the task has stopped before cleanup", async (scene) => {
+    const arn = await prepared(scene);
+    await scene.world.aws.stopTask(arn, { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" });
+    const finished = await scene.stage("cleanup");
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    return { stage: "cleanup", finished };
+  });
+
+  faultTest("the task is not known any more", async (scene) => {
+    await prepared(scene);
+    const unknown = "arn:aws:ecs:us-east-2:123456789012:task/test-cluster/00000000000000000000000000000000";
+    const record = readRecord(scene.record) as TaskRecord;
+    writeRecord(scene.record, { ...record, TaskARN: unknown });
+    const finished = await scene.stage("cleanup");
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    expect(filesLeft(scene.world)).toEqual([]);
+    // The real one, which the record does not name, is none of this test.
+    await scene.world.aws.stopTask(record.TaskARN, { stopCode: "UserInitiated", stoppedReason: "test over" });
+    return { stage: "cleanup", finished };
+  });
+
+  for (const step of steps)
+    faultTest(
+      `cleanup comes at the same time as prepare, which is ${step.name}`,
+      async (scene) => {
+        const { aws } = scene.world;
+        aws.timing.sshDelay = 600_000; // no login works before cleanup has done its work
+        if (step.options?.holdFirstCommand) aws.timing.sshDelay = 100;
+        const { prepare, release } = await step.hold(scene);
+        scene.configure({ top: { LogLevel: "debug" } });
+        const begun = scene.begin("cleanup");
+        const cleaning = begun.finished;
+        await begun.shows("prepare still runs"); // then prepare goes on
+        await release?.();
+        const finished = await prepare.finished;
+        const cleaned = await cleaning;
+        ended(cleaned, 0);
+        ended(finished, 2);
+        expect(aws.running()).toEqual([]);
+        return { stage: "cleanup", finished: { ...cleaned, stderr: "" } };
+      },
+      step.options,
+    );
+
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    faultTest(`cleanup gets ${signal} while StopTask is under way`, async (scene) => {
+      await prepared(scene);
+      const held = Promise.withResolvers<void>();
+      scene.world.aws.inject({ operation: "StopTask", do: { holdUntil: held.promise } });
+      const cleaning = scene.begin("cleanup");
+      await scene.world.aws.waitFor(() => scene.world.aws.callsTo("StopTask").length === 1);
+      cleaning.process.kill(signal);
+      held.resolve();
+      const finished = await cleaning.finished;
+      ended(finished, 0);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "cleanup", finished };
+    });
+    faultTest(`cleanup gets ${signal} while it looks for a task`, async (scene) => {
+      const { aws } = scene.world;
+      await prepared(scene);
+      fs.rmSync(scene.record);
+      const held = Promise.withResolvers<void>();
+      aws.inject({ operation: "ListTasks", do: { holdUntil: held.promise } });
+      const cleaning = scene.begin("cleanup");
+      await aws.waitFor(() => aws.callsTo("ListTasks").length === 1);
+      cleaning.process.kill(signal);
+      held.resolve();
+      const finished = await cleaning.finished;
+      ended(finished, 0);
+      expect(aws.running()).toEqual([]);
+      return { stage: "cleanup", finished };
+    });
+  }
+});
+
+describe("run gets a signal", () => {
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    faultTest(`run gets ${signal} while it connects`, async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const { ContainerIP: host } = readRecord(scene.record) as TaskRecord;
+      const proxy = await startProxy({ host, port: scene.world.sshPort }, { host });
+      proxy.stall();
+      scene.configure({ SSH: { Port: proxy.port } });
+      const run = scene.begin("run", { script: "echo never" });
+      await expect.poll(() => proxy.connections, { timeout: 30_000 }).toBe(1);
+      run.process.kill(signal);
+      const finished = await run.finished;
+      expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("") });
+      await proxy.close();
+      scene.configure();
+      return { stage: "run", finished };
+    });
+    faultTest(`run gets ${signal} while its script runs`, async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const mark = `600.${process.pid}${signal.length}`; // a duration that nobody else sleeps
+      const run = scene.begin("run", { script: `echo running; sleep ${mark}; echo never` });
+      await run.shows("running");
+      run.process.kill(signal);
+      const finished = await run.finished;
+      expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("running\n") });
+      const [task] = scene.world.aws.running();
+      const still = await task?.host?.exec(`grep -lz '^${mark}$' /proc/[0-9]*/cmdline | wc -l`);
+      expect(still?.output.trim()).toBe("0");
+      return { stage: "run", finished };
+    });
+  }
+});
+
+describe("sweep", () => {
+  const sweeping = async (scene: Scene, ...args: string[]) => {
+    const finished = await scene.begin("sweep", { operands: args }).finished;
+    return { ...finished, report: args.includes("--json") ? (JSON.parse(`${finished.stdout}`) as SweepReport) : null };
+  };
+  /** Makes a task look older than it is, to the driver: AWS's times are its only clock. */
+  const age = (scene: Scene, seconds: number) => {
+    for (const task of scene.world.aws.tasks()) (task as { createdAt: number }).createdAt -= seconds * 1000;
+  };
+  const deadlineIn = (scene: Scene, seconds: number) => {
+    for (const { request } of scene.world.aws.tasks())
+      for (const variable of request.overrides?.containerOverrides?.[0]?.environment ?? [])
+        if (variable.name === "FARGATE_DEADLINE") variable.value = String(Math.floor(Date.now() / 1000 + seconds));
+  };
+  const prepared = async (scene: Scene) => {
+    ended(await scene.stage("prepare"), 0);
+    return scene.world.aws.running()[0]?.taskArn as string;
+  };
+  /** A record becomes as old as it would be after so many seconds. */
+  const ageRecord = (path: string, seconds: number, changes: Partial<TaskRecord> = {}) => {
+    const record = readRecord(path) as TaskRecord;
+    writeRecord(path, { ...record, UpdatedAt: Math.floor(Date.now() / 1000 - seconds), ...changes });
+  };
+
+  faultTest("the records are lost while a task runs; sweep, 10 minutes later", async (scene) => {
+    const arn = await prepared(scene);
+    fs.rmSync(scene.record);
+    const early = await sweeping(scene, "--json");
+    expect(early).toMatchObject({ code: 0, report: { stopped: [], left: [{ taskArn: arn }] } });
+    age(scene, 601);
+    const dry = await sweeping(scene, "--dry-run", "--json");
+    expect(dry).toMatchObject({
+      code: 0,
+      report: { dryRun: true, stopped: [{ taskArn: arn, why: "its record is gone" }] },
+    });
+    expect(scene.world.aws.running()).toHaveLength(1);
+    const finished = await sweeping(scene);
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    expect(scene.world.aws.running()).toEqual([]);
+    const lines = finished.stdout.toString().trimEnd().split("\n");
+    expect(lines[0]).toMatch(`${arn} stopped: its record is gone; created 20`);
+    expect(lines[1]).toBe("1 tasks stopped, 0 left alone, 0 records removed, 0 problems");
+    const stop = scene.world.aws.callsTo("StopTask").at(-1);
+    expect(stop?.input.reason).toBe("fargate sweep: its record is gone");
+    return {
+      stage: "sweep",
+      finished: { ...finished, stderr: finished.stdout.toString() },
+      says: /its record is gone/,
+    };
+  });
+
+  faultTest("the runner's host dies with its directory; sweep on another host, past the deadline", async (scene) => {
+    const arn = await prepared(scene);
+    const manager = fs.readFileSync(join(scene.world.records, ".manager-id"), "utf8").trim();
+    fs.rmSync(scene.world.records, { recursive: true });
+    age(scene, 100_000);
+    const early = await sweeping(scene, "--json");
+    expect(early).toMatchObject({ code: 0, report: { stopped: [], left: [{ taskArn: arn }] } });
+    // An operator who knows that the host is gone need not wait for the deadline.
+    const known = await sweeping(scene, "--manager", manager, "--dry-run", "--json");
+    expect(known).toMatchObject({ code: 0, report: { stopped: [{ taskArn: arn, why: "its record is gone" }] } });
+    deadlineIn(scene, -1);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /past its deadline/ };
+  });
+
+  faultTest("a task without a readable deadline is older than MaxTaskAge; sweep", async (scene) => {
+    await prepared(scene);
+    const record = fs.readFileSync(scene.record);
+    fs.rmSync(scene.world.records, { recursive: true });
+    for (const { request } of scene.world.aws.tasks()) request.overrides = {};
+    age(scene, 86_300);
+    expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { stopped: [] } });
+    age(scene, 200);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    expect(record.length).toBeGreaterThan(0);
+    return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /past its deadline/ };
+  });
+
+  faultTest("sweep while jobs run, and beside tasks that are none of its business", async (scene) => {
+    const { aws } = scene.world;
+    const arn = await prepared(scene);
+    // Somebody else's tasks: of no driver, and of another manager whose deadline has not come.
+    const client = new ECSClient({
+      region: "us-east-2",
+      endpoint: aws.url,
+      credentials: { accessKeyId: "test", secretAccessKey: "test" },
+    });
+    const strangers: string[] = [];
+    const input = aws.callsTo("RunTask")[0]?.input as RunTaskCommandInput;
+    for (const startedBy of ["ecs-svc/1234", "fargate-ffffffffffff-0123456789abcdef0123456789abcdef", "fargate-x"]) {
+      const { tasks } = await client.send(new RunTaskCommand({ ...input, startedBy, clientToken: startedBy }));
+      strangers.push(tasks?.[0]?.taskArn as string);
+    }
+    age(scene, 80_000);
+    const run = scene.begin("run", { script: "echo running; read -r _ </dev/zero; sleep 1" });
+    const swept = await sweeping(scene, "--json");
+    expect(swept).toMatchObject({ code: 0, report: { stopped: [], removedRecords: [], problems: [] } });
+    expect(
+      aws
+        .running()
+        .map(({ taskArn }) => taskArn)
+        .sort(),
+    ).toEqual([arn, ...strangers].sort());
+    run.process.kill("SIGTERM");
+    await run.finished;
+    for (const stranger of strangers)
+      await aws.stopTask(stranger, { stopCode: "UserInitiated", stoppedReason: "over" });
+    expect(fs.existsSync(scene.record)).toBe(true);
+    return { stage: "sweep", finished: { ...swept, stderr: `${swept.report?.left.length} tasks left alone` } };
+  });
+
+  faultTest(
+    "a job past its deadline that a run still works on; sweep leaves it, and takes it when the run is gone",
+    async (scene) => {
+      const { aws } = scene.world;
+      await prepared(scene);
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      deadlineIn(scene, -1);
+      ageRecord(scene.record, 7_200, { Deadline: 1 });
+      expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { stopped: [], removedRecords: [] } });
+      expect(aws.running()).toHaveLength(1);
+      run.process.kill("SIGKILL");
+      await run.finished;
+      const finished = await sweeping(scene, "--json");
+      expect(finished.report).toMatchObject({ stopped: [{ why: "it is past its deadline" }] });
+      expect(aws.running()).toEqual([]);
+      // In the same sweep, or as soon as the task is on its way down, the record goes as well.
+      expect(filesLeft(scene.world)).toEqual([]);
+      return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /./ };
+    },
+  );
+
+  faultTest("records older than an hour whose tasks are gone, and what killed writers left; sweep", async (scene) => {
+    const arn = await prepared(scene);
+    await scene.world.aws.stopTask(arn, { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" });
+    const cutOff = `${scene.record}.0123456789ab.tmp`;
+    fs.writeFileSync(cutOff, "{");
+    expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { removedRecords: [] } });
+    ageRecord(scene.record, 3_700);
+    const hourAgo = Date.now() / 1000 - 3_700;
+    fs.utimesSync(cutOff, hourAgo, hourAgo);
+    const dry = await sweeping(scene, "--json", "--dry-run");
+    expect(dry.report?.removedRecords).toHaveLength(1);
+    expect(filesLeft(scene.world)).toHaveLength(2);
+    const finished = await sweeping(scene);
+    expect(filesLeft(scene.world)).toEqual([]);
+    return {
+      stage: "sweep",
+      finished: { ...finished, stderr: finished.stdout.toString() },
+      says: /removed: its task is gone/,
+    };
+  });
+
+  faultTest("a record older than an hour whose task runs; sweep leaves both", async (scene) => {
+    await prepared(scene);
+    ageRecord(scene.record, 7_200);
+    age(scene, 7_200);
+    const finished = await sweeping(scene);
+    expect(fs.existsSync(scene.record)).toBe(true);
+    expect(scene.world.aws.running()).toHaveLength(1);
+    return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() } };
+  });
+
+  faultTest(
+    "more tasks than a page of ListTasks has; sweep",
+    async (scene) => {
+      const first = await prepared(scene);
+      const input = scene.world.aws.callsTo("RunTask")[0]?.input as RunTaskCommandInput;
+      const client = new ECSClient({
+        region: "us-east-2",
+        endpoint: scene.world.aws.url,
+        credentials: { accessKeyId: "test", secretAccessKey: "test" },
+      });
+      const manager = fs.readFileSync(join(scene.world.records, ".manager-id"), "utf8").trim();
+      for (let n = 0; n < 7; n++) {
+        const startedBy = `fargate-${manager}-${String(n).padStart(32, "0")}`;
+        await client.send(new RunTaskCommand({ ...input, startedBy, clientToken: startedBy }));
+      }
+      age(scene, 700);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running().map(({ taskArn }) => taskArn)).toEqual([first]);
+      expect(scene.world.aws.callsTo("ListTasks").length).toBeGreaterThan(3);
+      return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() } };
+    },
+    { pageSize: 2 },
+  );
+
+  faultTest("StopTask is not permitted for one task of a sweep", async (scene) => {
+    const { aws } = scene.world;
+    const arn = await prepared(scene);
+    fs.rmSync(scene.record);
+    age(scene, 700);
+    const denied = aws.inject({
+      operation: "StopTask",
+      times: Number.POSITIVE_INFINITY,
+      do: { error: "AccessDeniedException", message: "User: x is not authorized to perform: ecs:StopTask" },
+    });
+    const finished = await sweeping(scene);
+    ended(finished, 2);
+    expect(finished.stdout.toString()).toContain(`${arn} may still run`);
+    denied.remove();
+    return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /may still run/ };
+  });
+
+  faultTest("ListTasks is not permitted; sweep", async (scene) => {
+    scene.world.aws.permissions = new Set(["ecs:RunTask"]);
+    const finished = await sweeping(scene);
+    expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("") });
+    expect(finished.stderr).toContain("what to do: allow ecs:ListTasks");
+    return { stage: "sweep", finished };
+  });
+
+  faultTest(
+    "nobody cleans up at all: the worker image ends its container at the deadline",
+    async (scene) => {
+      const { aws } = scene.world;
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      await aws.waitFor(() => aws.running().length === 0, 60_000);
+      expect(aws.tasks()[0]).toMatchObject({ stopCode: "EssentialContainerExited" });
+      return { stage: "prepare", finished };
+    },
+    // The job's timeout is 1 s (see below): the deadline is 16 s after RunTask.
+    { container: true, jobTimeout: 1, changes: { Fargate: { StartTimeout: 15, DeadlineMargin: 0 } } },
+  );
+});
+
+describe("RunTask is refused", () => {
+  const capacity = "Capacity is unavailable at this time. Please try again later or in a different availability zone";
+  /** AWS's answer, and what the log advises. */
+  const refusals: [what: string, fault: FaultAction, advice: RegExp][] = [
+    [
+      "AccessDeniedException for ecs:RunTask",
+      {
+        error: "AccessDeniedException",
+        message:
+          "User: arn:aws:sts::123456789012:assumed-role/x/i-0 is not authorized to perform: ecs:RunTask on resource: y " +
+          "because no identity-based policy allows the ecs:RunTask action",
+      },
+      /allow ecs:RunTask in the IAM policy of the runner's host/,
+    ],
+    [
+      "AccessDeniedException for iam:PassRole",
+      {
+        error: "AccessDeniedException",
+        message: "User: x is not authorized to perform: iam:PassRole on resource: arn:aws:iam::123456789012:role/r",
+      },
+      /allow iam:PassRole in the IAM policy/,
+    ],
+    ["ClusterNotFoundException", { error: "ClusterNotFoundException", message: "Cluster not found." }, /check Cluster/],
+    [
+      "no default strategy",
+      { error: "InvalidParameterException", message: "No Container Instances were found in your cluster." },
+      /LaunchType = "FARGATE"/,
+    ],
+    [
+      "the task definition of the file is not found",
+      { error: "ClientException", message: "TaskDefinition not found." },
+      /name a task definition that is active/,
+    ],
+    [
+      "the task definition of the file is inactive",
+      { error: "InvalidParameterException", message: "TaskDefinition is inactive" },
+      /name a task definition that is active/,
+    ],
+    [
+      "Spot without its provider on the cluster",
+      {
+        error: "InvalidParameterException",
+        message:
+          "The specified capacity provider strategy cannot contain a capacity provider that is not associated with the " +
+          "cluster. Associate the capacity provider with the cluster or specify a valid capacity provider and try again.",
+      },
+      /put-cluster-capacity-providers/,
+    ],
+    [
+      "the platform version does not exist",
+      { error: "PlatformUnknownException", message: "The specified platform does not exist." },
+      /set PlatformVersion to one that AWS lists/,
+    ],
+    [
+      "the subnet does not exist",
+      {
+        error: "InvalidParameterException",
+        message:
+          "Error retrieving subnet information for [subnet-1]: The subnet ID 'subnet-1' does not exist " +
+          "(ErrorCode: InvalidSubnetID.NotFound)",
+      },
+      /check Subnet, SecurityGroup and Region/,
+    ],
+    [
+      "the credentials have expired",
+      { error: "ExpiredTokenException", message: "The security token included in the request is expired" },
+      /give the runner's host a role/,
+    ],
+    [
+      "the host's clock is wrong",
+      {
+        error: "InvalidSignatureException",
+        message: "Signature expired: 20191209T104625Z is now earlier than 20191210T033904Z (20191210T034404Z - 5 min.)",
+      },
+      /set the clock/,
+    ],
+    [
+      "the account is blocked",
+      { error: "BlockedException", message: "Your account is currently blocked." },
+      /ask AWS support/,
+    ],
+    [
+      "the task is larger than the account's limit",
+      { failures: [{ reason: "The requested CPU configuration is above your limit." }] },
+      /ask AWS support/,
+    ],
+  ];
+  for (const [what, fault, advice] of refusals)
+    faultTest(`RunTask is refused: ${what}`, async (scene) => {
+      scene.world.aws.inject({ operation: "RunTask", times: Number.POSITIVE_INFINITY, do: fault });
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      expect(finished.stderr).toMatch(advice);
+      expect(finished.stderr.trimEnd().split("\n").at(-1)).toMatch(adviceLine);
+      expect(finished.stderr).not.toMatch(/\n\s+at |Error: /); // no stack
+      // It fails at once: nothing of this passes by itself.
+      expect(scene.world.aws.callsTo("RunTask")).toHaveLength(1);
+      return { stage: "prepare", finished };
+    });
+
+  const passing: [what: string, fault: FaultAction, advice: RegExp][] = [
+    ["no capacity", { failures: [{ arn: "x", reason: capacity }] }, /Subnets in several zones/],
+    [
+      "no capacity, as an exception",
+      { error: "ClientException", message: capacity },
+      /FallbackCapacityProviderStrategy/,
+    ],
+    [
+      "the vCPU limit",
+      { failures: [{ reason: "You’ve reached the limit on the number of vCPUs you can run concurrently" }] },
+      /higher Fargate quota/,
+    ],
+    ["no network interface", { failures: [{ reason: "RESOURCE:ENI" }] }, /more free addresses/],
+    [
+      "EC2's own throttling",
+      {
+        error: "InvalidParameterException",
+        message: "Error retrieving subnet information for [subnet-1]: Rate exceeded (ErrorCode: Throttling)",
+      },
+      /start fewer tasks at once/,
+    ],
+  ];
+  for (const [what, fault, advice] of passing) {
+    faultTest(`RunTask is refused for a moment: ${what}`, async (scene) => {
+      const { aws } = scene.world;
+      aws.inject({ operation: "RunTask", times: 3, do: fault });
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      expect(aws.tasks()).toHaveLength(1);
+      // Each was answered: another token each time, all of them in the record.
+      const tokens = aws.callsTo("RunTask").map(({ input }) => input.clientToken);
+      expect(new Set(tokens).size).toBe(4);
+      expect(readRecord(scene.record)?.ClientTokens).toEqual(tokens);
+      return { stage: "prepare", finished, says: /trying again in/ };
+    });
+    faultTest(
+      `RunTask is refused until StartTimeout: ${what}`,
+      async (scene) => {
+        const { aws } = scene.world;
+        aws.inject({ operation: "RunTask", times: Number.POSITIVE_INFINITY, do: fault });
+        const finished = await scene.stage("prepare");
+        ended(finished, 2);
+        expect(finished.stderr.trimEnd().split("\n").at(-1)).toMatch(advice);
+        expect(aws.callsTo("RunTask").length).toBeGreaterThan(2);
+        expect(aws.callsTo("ListTasks")).toEqual([]);
+        return { stage: "prepare", finished };
+      },
+      { changes: { Fargate: { StartTimeout: 2 } } },
+    );
+  }
+
+  faultTest(
+    "one subnet has no capacity: the next is tried first",
+    async (scene) => {
+      const { aws } = scene.world;
+      const first = (input: { networkConfiguration?: { awsvpcConfiguration?: { subnets?: string[] | undefined } } }) =>
+        input.networkConfiguration?.awsvpcConfiguration?.subnets?.[0] === "subnet-1";
+      const refused = aws.inject({
+        operation: "RunTask",
+        when: first as never,
+        times: Number.POSITIVE_INFINITY,
+        do: { failures: [{ reason: capacity }] },
+      });
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      expect(refused.used).toBe(1);
+      expect(
+        aws.callsTo("RunTask").map(({ input }) => input.networkConfiguration?.awsvpcConfiguration?.subnets),
+      ).toEqual([["subnet-1", "subnet-2", "subnet-3"], ["subnet-2"]]);
+      return { stage: "prepare", finished, says: /trying again in subnet-2/ };
+    },
+    { changes: { Fargate: { Subnet: undefined, Subnets: ["subnet-1", "subnet-2", "subnet-3"] } } },
+  );
+
+  const spot = [{ CapacityProvider: "FARGATE_SPOT", Weight: 1 }];
+  faultTest(
+    "Spot has no capacity in any subnet: the fallback strategy is tried",
+    async (scene) => {
+      const { aws } = scene.world;
+      const onSpot = (input: { capacityProviderStrategy?: { capacityProvider?: string | undefined }[] | undefined }) =>
+        input.capacityProviderStrategy?.[0]?.capacityProvider === "FARGATE_SPOT";
+      aws.inject({
+        operation: "RunTask",
+        when: onSpot as never,
+        times: Number.POSITIVE_INFINITY,
+        do: { failures: [{ reason: capacity }] },
+      });
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      expect(aws.callsTo("RunTask").map(({ input }) => onSpot(input))).toEqual([true, true, true, false]);
+      expect(aws.running()[0]).toMatchObject({ capacityProviderName: "FARGATE" });
+      return { stage: "prepare", finished, says: /trying again in .* with FARGATE$/ };
+    },
+    {
+      changes: {
+        Fargate: {
+          Subnet: undefined,
+          Subnets: ["subnet-1", "subnet-2"],
+          CapacityProviderStrategy: spot,
+          FallbackCapacityProviderStrategy: [{ CapacityProvider: "FARGATE", Weight: 1 }],
+        },
+      },
+    },
+  );
+
+  const notFound: FaultAction = { error: "ClientException", message: "TaskDefinition not found." };
+  faultTest("the job's own variable names a task definition that does not exist", async (scene) => {
+    scene.world.aws.inject({ operation: "RunTask", do: notFound });
+    const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "no-such:3", BUILD_FAILURE_EXIT_CODE: "11" };
+    const finished = await scene.stage("prepare", { env });
+    ended(finished, 11); // a build failure: the runner does not try again
+    expect(scene.world.aws.callsTo("RunTask")).toHaveLength(1);
+    return { stage: "prepare (a build failure)", finished };
+  });
+  faultTest("an option names the task definition, the job another, and the option's does not exist", async (scene) => {
+    scene.world.aws.inject({ operation: "RunTask", do: notFound });
+    const finished = await scene.begin("prepare", {
+      env: { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "no-such:3", BUILD_FAILURE_EXIT_CODE: "11" },
+      operands: ["--task-def", "no-such:4"],
+    }).finished;
+    ended(finished, 2);
+    return { stage: "prepare", finished };
+  });
+});
+
+describe("the task stops", () => {
+  const causes: [what: string, cause: StopCause, advice: RegExp][] = [
+    [
+      "its image cannot be pulled",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason:
+          "CannotPullContainerError: pull image manifest has been retried 1 time(s): failed to resolve ref x: not found",
+      },
+      /check the image's name/,
+    ],
+    [
+      "a secret may not be read",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason:
+          "ResourceInitializationError: unable to pull secrets or registry auth: AccessDeniedException: User: x is not " +
+          "authorized to perform: secretsmanager:GetSecretValue on resource: y",
+      },
+      /allow secretsmanager:GetSecretValue to the definition's execution role/,
+    ],
+    [
+      "the registry cannot be reached",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason: "ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout",
+      },
+      /the subnet's route to Secrets Manager, ECR/,
+    ],
+    [
+      "its container exits",
+      {
+        stopCode: "EssentialContainerExited",
+        stoppedReason: "Essential container in task exited",
+        containers: [{ exitCode: 64 }],
+      },
+      /its SSH server must run until/,
+    ],
+    [
+      "somebody stops it",
+      { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" },
+      /CloudTrail shows who called StopTask/,
+    ],
+  ];
+  for (const [what, cause, advice] of causes)
+    faultTest(`the task stops before it is ready: ${what}`, async (scene) => {
+      scene.world.aws.inject({ operation: "RunTask", do: { ends: cause } });
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      expect(finished.stderr).toContain(`${cause.stopCode}: ${cause.stoppedReason}`);
+      expect(finished.stderr.trimEnd().split("\n").at(-1)).toMatch(advice);
+      return { stage: "prepare", finished };
+    });
+
+  for (const [what, cause] of [
+    ["no capacity", { stopCode: "TaskFailedToStart", stoppedReason: "Capacity is unavailable at this time." }],
+    [
+      "no free address in the subnet",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason:
+          "Unexpected EC2 error while attempting to Create Network Interface with public IP assignment enabled in subnet " +
+          "'subnet-1': InsufficientFreeAddressesInSubnet",
+      },
+    ],
+    [
+      "its network interface is late",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason: "Timeout waiting for network interface provisioning to complete.",
+      },
+    ],
+    ["Spot takes it back", { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." }],
+  ] as const)
+    faultTest(`the task stops before it is ready, for a cause that passes: ${what}`, async (scene) => {
+      scene.world.aws.inject({ operation: "RunTask", do: { ends: cause } });
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      expect(scene.world.aws.tasks()).toHaveLength(2);
+      expect(scene.world.aws.running()).toHaveLength(1);
+      expect(await scene.run("echo ready")).toMatchObject({ code: 0, stdout: Buffer.from("ready\n") });
+      return { stage: "prepare", finished, says: /trying again in/ };
+    });
+
+  const under: [what: string, cause: StopCause, advice: RegExp][] = [
+    [
+      "out of memory",
+      {
+        stopCode: "EssentialContainerExited",
+        stoppedReason: "Essential container in task exited",
+        containers: [{ exitCode: 137, reason: "OutOfMemoryError: Container killed due to memory usage" }],
+      },
+      /give the task definition more memory/,
+    ],
+    [
+      "its container exits",
+      {
+        stopCode: "EssentialContainerExited",
+        stoppedReason: "Essential container in task exited",
+        containers: [{ exitCode: 1 }],
+      },
+      /its SSH server must run until/,
+    ],
+    [
+      "Spot takes it back",
+      { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." },
+      /run it again, with on-demand capacity/,
+    ],
+    ["somebody stops it", { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" }, /CloudTrail shows who/],
+  ];
+  for (const [what, cause, advice] of under)
+    faultTest(
+      `the task stops under a script: ${what}`,
+      async (scene) => {
+        ended(await scene.stage("prepare"), 0);
+        const run = scene.begin("run", { script: "echo running; sleep 600" });
+        await run.shows("running");
+        const arn = scene.world.aws.running()[0]?.taskArn as string;
+        await scene.world.aws.stopTask(arn, { graceSeconds: 0, ...cause });
+        const finished = await run.finished;
+        expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("running\n") });
+        expect(finished.stderr).toContain(
+          `${cause.stopCode}: ${cause.stoppedReason}; container ci-coordinator: exit code`,
+        );
+        for (const { reason } of cause.containers ?? []) expect(finished.stderr).toContain(reason ?? "");
+        expect(finished.stderr.trimEnd().split("\n").at(-1)).toMatch(advice);
+        return { stage: "run", finished };
+      },
+      // AWS needs a while from the end of the containers to STOPPED.
+      { container: true, timing: { deprovisioning: 4_000 } },
+    );
+
+  faultTest(
+    "a script is killed for want of memory, and the container lives on",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const finished = await scene.run("echo running; tail /dev/zero");
+      expect(finished).toMatchObject({ code: 1, stdout: Buffer.from("running\n") });
+      expect(fs.readFileSync(scene.env.BUILD_EXIT_CODE_FILE as string, "utf8")).toBe("137");
+      expect(finished.stderr).toContain("what to do: give the task definition more memory");
+      return { stage: "run (a build failure, 137)", finished, says: /error: .*137/ };
+    },
+    { container: true, enforceMemory: true },
+  );
+
+  faultTest("a script ends with 137, and ECS says that its container ran out of memory", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const { aws } = scene.world;
+    const [container] = aws.running()[0]?.containers ?? [];
+    Object.assign(container ?? {}, { exitCode: 137, reason: "OutOfMemoryError: Container killed due to memory usage" });
+    const [task] = aws.running();
+    Object.assign(task ?? {}, {
+      desiredStatus: "STOPPED",
+      stopCode: "EssentialContainerExited",
+      stoppedReason: "Essential container in task exited",
+    });
+    const finished = await scene.run("exit 137");
+    ended(finished, 1);
+    expect(fs.readFileSync(scene.env.BUILD_EXIT_CODE_FILE as string, "utf8")).toBe("137");
+    Object.assign(task ?? {}, { desiredStatus: "RUNNING" });
+    return { stage: "run (a build failure, 137)", finished, says: /error: .*137/ };
+  });
+
+  faultTest("a script ends with 137 of its own", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const finished = await scene.run("exit 137");
+    expect(finished).toMatchObject({ code: 1, stderr: "" });
+    return { stage: "run (a build failure, 137)", finished };
+  });
+});
+
+describe("the record cannot be kept", () => {
+  /** A directory that nobody can write to, root included. */
+  const places: [what: string, path: string][] = [
+    ["cannot be made", "/proc/fargate"],
+    ["is a file", "/dev/null"],
+    ["can be looked at only", "/proc/self"],
+  ];
+  for (const [what, path] of places)
+    faultTest(
+      `the directory for records ${what}`,
+      async (scene) => {
+        const finished = await scene.stage("prepare");
+        ended(finished, 2);
+        expect(scene.world.aws.calls).toEqual([]);
+        scene.configure();
+        return { stage: "prepare", finished };
+      },
+      { changes: { TaskMetadata: { Directory: path } } },
+    );
+
+  // A file system of its own needs root.
+  const mount = (options: string, path: string) =>
+    spawnSync("mount", ["-t", "tmpfs", "-o", options, "tmpfs", path], { stdio: "ignore" }).status === 0;
+  for (const [what, options, fill] of [
+    ["is full", "size=64k", true],
+    ["is read-only", "ro", false],
+  ] as const)
+    faultTest(`the disk of the directory for records ${what}`, async (scene) => {
+      const path = directory();
+      if (!mount(options, path)) throw new SkipFault("mount(8) is not permitted");
+      try {
+        if (fill) spawnSync("dd", ["if=/dev/zero", `of=${join(path, "fill")}`], { stdio: "ignore" });
+        scene.configure({ TaskMetadata: { Directory: path } });
+        const finished = await scene.stage("prepare");
+        ended(finished, 2);
+        expect(scene.world.aws.calls).toEqual([]);
+        scene.configure();
+        return { stage: "prepare", finished };
+      } finally {
+        spawnSync("umount", [path]);
+      }
+    });
+
+  faultTest("the disk is full when RunTask has answered", async (scene) => {
+    const path = directory();
+    if (!mount("size=64k", path)) throw new SkipFault("mount(8) is not permitted");
+    try {
+      const { aws } = scene.world;
+      const held = Promise.withResolvers<void>();
+      aws.inject({ operation: "RunTask", do: { holdUntil: held.promise, after: true } });
+      scene.configure({ TaskMetadata: { Directory: path } });
+      const prepare = scene.begin("prepare");
+      await aws.waitFor(() => aws.tasks().length === 1, 30_000);
+      spawnSync("dd", ["if=/dev/zero", `of=${join(path, "fill")}`], { stdio: "ignore" });
+      held.resolve();
+      const finished = await prepare.finished;
+      ended(finished, 2);
+      expect(aws.running()).toEqual([]);
+      scene.configure();
+      return { stage: "prepare", finished };
+    } finally {
+      spawnSync("umount", [path]);
+    }
+  });
+});
+
+// What the table says.
+describe("the table of faults", () => {
+  test("the README shows what each fault came to", () => {
+    writeTable(SOAK ? "faults-soak" : "faults", faults);
+    const { wrong, unknown } = compareWithReadme(faults);
+    expect(wrong, "rows that the README's table lacks, see dist/faults.md").toEqual([]);
+    expect(unknown, "rows of the README's table that no test has").toEqual([]);
+    if (leftToSoak.length > 0) console.log(`left to npm run soak: ${leftToSoak.join("; ")}`);
   });
 });
 
@@ -2382,14 +3778,19 @@ describe("the command line", () => {
     ["custom cleanup", "cleanup", []],
     ["c cl", "cleanup", []],
   ])("%s", (line, stage, operands) => {
-    expect(parseCommandLine(line.split(" "))).toEqual({ stage, operands, config: "config.toml", options: {} });
+    expect(parseCommandLine(line.split(" "))).toEqual({
+      command: stage,
+      operands,
+      config: "config.toml",
+      options: {},
+    });
   });
 
   test("options are taken before and after the commands", () => {
     const options = ["--config", "x.toml", "--log-level=warn", "--log-format", "json", "--log-file", "y.log"];
     options.push("--task-def", "build:7", "--platform-version", "1.4.0");
     const expected = {
-      stage: "run",
+      command: "run",
       operands: ["script", "stage"],
       config: "x.toml",
       options: {
@@ -2449,7 +3850,7 @@ describe("the command line", () => {
 
   test.each([
     ["custom foo", "fargate custom: unknown command 'foo'; known: config, prepare, run, cleanup"],
-    ["foo", "fargate: unknown command 'foo'; known: custom"],
+    ["foo", "fargate: unknown command 'foo'; known: custom, sweep"],
     [
       "custom run a b --colour",
       "fargate custom run: unknown option '--colour'; known: --version, --config, --debug, --log-level, " +
@@ -2471,7 +3872,7 @@ describe("the command line", () => {
   });
 
   test.each([
-    ["", "fargate: no command was given; known: custom"],
+    ["", "fargate: no command was given; known: custom, sweep"],
     ["custom", "fargate custom: no command was given; known: config, prepare, run, cleanup"],
     [
       "--log-level loud custom config",

@@ -9,11 +9,15 @@
  *     fargate custom run SCRIPT STAGE      runs one script in the task; many times a job
  *     fargate custom cleanup               stops the task
  *
- * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks when a record is missing or names no task;
+ * and an operator, or a timer of the host:
+ *
+ *     fargate sweep                        stops tasks that nobody will stop any more
+ *
+ * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks to sweep, and when a record is missing or names no task;
  *                EC2 DescribeNetworkInterfaces only to connect to public addresses. Nothing else.
  * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script and PrivateKeyPath;
  *                writes <Directory>/<stem>.json (0600, one for each running job), <Directory>/.manager-id,
- *                BUILD_EXIT_CODE_FILE and LogFile.
+ *                <Directory>/<stem>.*.lock (empty, while a process works on the job), BUILD_EXIT_CODE_FILE and LogFile.
  * Secrets        the job's private key: in memory and in the record. AWS credentials: in memory of the AWS
  *                SDK only, never written, never sent to a task. Stage scripts hold the job's secrets: they
  *                pass through memory into SSH and are never parsed, logged or stored.
@@ -85,6 +89,101 @@ export function reasonOf(error: unknown): string {
   return error.message || ("code" in error ? String(error.code) : error.name);
 }
 
+/** What is known about a failure, by its text. */
+export interface Advice {
+  readonly advice: string;
+  /** It may pass within minutes, elsewhere or by itself. */
+  readonly again?: true;
+  /** The setting that it speaks of. */
+  readonly setting?: "TaskDefinition" | "PlatformVersion";
+}
+
+const PASSES = { again: true } as const;
+const DEFINITION = { setting: "TaskDefinition" } as const;
+const PLATFORM = { setting: "PlatformVersion" } as const;
+const DEFINITION_NEEDS =
+  "the task definition must have a container ci-coordinator, without a secret named SSH_PUBLIC_KEY; or set PrivateKeyPath";
+
+/**
+ * The words of AWS, of SSH and of this program for what has failed, and what to do about it; the first that fits counts,
+ * and $1 stands for what it has matched. Texts: the ECS API reference, and the ECS developer guide's pages on
+ * stopped tasks' errors and on API failure reasons.
+ */
+const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
+  // Starts that may work a little later or elsewhere.
+  [/Capacity is unavailable/i, "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy", PASSES],
+  [/reached the limit on the number of/i, "lower the runner's limit, or ask AWS for a higher Fargate quota", PASSES],
+  [/RESOURCE:ENI|InsufficientFreeAddresses|interface limit/i, "give Subnets with more free addresses", PASSES],
+  [/RESOURCE:\w/, "give the cluster's instances more room, or lower the runner's limit", PASSES],
+  [/Timeout waiting for|Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
+  [/Unexpected EC2 error|InternalError|ContainerRuntime\w*Error/, "ask AWS if it happens again", PASSES],
+  [/SpotInterruption|Spot Task was interrupted/, "run it again, with on-demand capacity if it must not happen", PASSES],
+  // Calls that were refused: to the execution role first, which starts the container, then to the runner's host.
+  [
+    /(?:CannotPull|Initialization|secret).*authorized to perform: ([\w-]+:\w+)/,
+    "allow $1 to the definition's execution role",
+  ],
+  [/not authorized to perform: ([\w-]+:\w+)/, "allow $1 in the IAM policy of the runner's host"],
+  [/AccessDenied|UnauthorizedOperation/, "allow this action in the IAM policy of the runner's host"],
+  [/Signature (expired|not yet)|RequestExpired/, "set the clock of the runner's host right"],
+  [
+    /Credential|security token|UnrecognizedClient/,
+    "give the runner's host a role, or valid AWS_* variables with a key",
+  ],
+  [/ClusterNotFound/, "check Cluster and Region in the configuration file"],
+  [/No Container Instances/, 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy'],
+  [
+    /capacity provider.*not (associated|found)/i,
+    "give the cluster that provider: aws ecs put-cluster-capacity-providers",
+  ],
+  [/TaskDefinition (not found|is inactive)/i, "name a task definition that is active in this region", DEFINITION],
+  [/not a container in the|secret name must be unique/i, DEFINITION_NEEDS, DEFINITION],
+  [/PlatformUnknown|PlatformTaskDefinition/, "set PlatformVersion to one that AWS lists, or not at all", PLATFORM],
+  [/InvalidSubnet|InvalidGroup|same VPC/, "check Subnet, SecurityGroup and Region: all must belong to one VPC"],
+  [/configuration is above your limit|is currently blocked/, "ask AWS support to lift the account's limit"],
+  [/assume the (role|service)/, "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute"],
+  // Tasks that stopped.
+  [/OutOfMemory/, "give the task definition more memory, or the job less to do at once"],
+  [/toomanyrequests|Too Many Requests|pull rate limit/i, "copy the image to ECR, or give the registry's credentials"],
+  [/no space left on device/, "give the task definition more ephemeralStorage"],
+  [
+    /CannotPull/,
+    "check the image's name, the execution role, and the subnet's route to the registry (NAT, VPC endpoints)",
+  ],
+  [/ResourceNotFound/, "create what the task definition names: a secret, a parameter, a log group"],
+  [
+    /ResourceInitialization/,
+    "check the execution role, and the subnet's route to Secrets Manager, ECR and CloudWatch Logs",
+  ],
+  [/CannotStartContainer/, "check the command and the processor architecture of the image"],
+  [/EssentialContainerExited/, "read the container's log: its SSH server must run until the task is stopped"],
+  [
+    /TerminationNotice|InfrastructureHealth|ECS is performing maintenance/,
+    "run it again: AWS took the task's host away",
+  ],
+  [/UserInitiated/, "CloudTrail shows who called StopTask"],
+  // Logins.
+  [
+    /refused? the key|refuses to let/,
+    "the container must let Username in with the key in SSH_PUBLIC_KEY (authorized_keys)",
+  ],
+  [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
+  [/no login worked/, "the task's security group must allow Port from the runner's host, and its subnet have a route"],
+  [/no public address/, "set EnablePublicIP, and give the subnet a route to an internet gateway"],
+  [/server's key is not the one/, "nothing was sent; find out what answers at that address in place of the task"],
+  // AWS cannot be reached.
+  [/got no answer/, "the runner's host must reach AWS: NAT gateway, VPC endpoint for ECS, or HTTPS_PROXY"],
+];
+
+/** @returns what is known about a failure; undefined where its text must speak for itself */
+export function adviceFor(text: string): Advice | undefined {
+  for (const [pattern, advice, more] of KNOWN) {
+    const match = pattern.exec(text.replaceAll("\u2019", "'")); // AWS writes both apostrophes
+    if (match) return { advice: advice.replace("$1", match[1] ?? ""), ...more };
+  }
+  return undefined;
+}
+
 /** Reads a file that must be there. @throws {Failure} naming it as `what` */
 function readFile(path: string, what: string): Buffer {
   try {
@@ -124,6 +223,17 @@ const CapacityProviderSchema = v.object({
   Base: v.optional(whole(0, 100_000, "how many tasks it runs at least, a whole number from 0 to 100000")),
 });
 
+const strategy = v.pipe(
+  v.array(CapacityProviderSchema),
+  v.minLength(1),
+  v.maxLength(20),
+  v.check((providers) => providers.some((provider) => provider.Weight > 0)),
+  v.description(
+    "1 to 20 of {CapacityProvider, Weight, Base}, at least one with a Weight above 0, such as " +
+      '[{CapacityProvider = "FARGATE_SPOT", Weight = 1}]',
+  ),
+);
+
 /** Every setting, as the configuration file spells it, with default, unit and meaning. */
 export const ConfigSchema = v.object({
   LogLevel: v.optional(oneOf(LEVELS, "the least severe messages that are logged"), "info"),
@@ -142,18 +252,8 @@ export const ConfigSchema = v.object({
       UsePublicIP: v.optional(flag("whether to connect to the task's public address")),
       PlatformVersion: v.optional(text("a Fargate platform version, such as 1.4.0 or LATEST")),
       LaunchType: v.optional(exactly(["FARGATE", "EC2"], "where the task runs")),
-      CapacityProviderStrategy: v.optional(
-        v.pipe(
-          v.array(CapacityProviderSchema),
-          v.minLength(1),
-          v.maxLength(20),
-          v.check((providers) => providers.some((provider) => provider.Weight > 0)),
-          v.description(
-            "1 to 20 of {CapacityProvider, Weight, Base}, at least one with a Weight above 0, such as " +
-              '[{CapacityProvider = "FARGATE_SPOT", Weight = 1}]',
-          ),
-        ),
-      ),
+      CapacityProviderStrategy: v.optional(strategy),
+      FallbackCapacityProviderStrategy: v.optional(strategy),
       EnableExecuteCommand: v.optional(flag("whether ECS Exec may enter the task"), false),
       Tags: v.optional(
         v.pipe(
@@ -168,31 +268,32 @@ export const ConfigSchema = v.object({
         whole(1, 86_400, "seconds from the start of a task until it must be ready, 1 to 86400"),
         600,
       ),
+      DeadlineMargin: v.optional(
+        whole(0, 604_800, "seconds that a task may outlive StartTimeout and the job's timeout, 0 to 604800"),
+        3600,
+      ),
+      MaxTaskAge: v.optional(
+        whole(3600, 2_592_000, "seconds after which sweep stops a task without a deadline, 3600 to 2592000"),
+        86_400,
+      ),
     }),
-    v.forward(
-      v.partialCheck(
-        [["Subnet"], ["Subnets"]],
-        (f) => (f.Subnet === undefined) !== (f.Subnets === undefined),
-        "give either Subnet, a subnet ID, or Subnets, a list of 1 to 16",
-      ),
-      ["Subnet"],
-    ),
-    v.forward(
-      v.partialCheck(
-        [["SecurityGroup"], ["SecurityGroups"]],
-        (f) => (f.SecurityGroup === undefined) !== (f.SecurityGroups === undefined),
-        "give either SecurityGroup, a security group ID, or SecurityGroups, a list of 1 to 5",
-      ),
-      ["SecurityGroup"],
-    ),
-    v.forward(
-      v.partialCheck(
-        [["LaunchType"], ["CapacityProviderStrategy"]],
-        (f) => f.LaunchType === undefined || f.CapacityProviderStrategy === undefined,
-        "cannot be given together with CapacityProviderStrategy; ECS takes one of the two",
-      ),
-      ["LaunchType"],
-    ),
+    v.rawCheck(({ dataset, addIssue }) => {
+      if (!isTable(dataset.value)) return;
+      const has = (key: string) => (dataset.value as Table)[key] !== undefined;
+      const must = (holds: boolean, message: string) => holds || addIssue({ message });
+      must(
+        has("Subnet") !== has("Subnets"),
+        "Fargate.Subnet: give either Subnet, a subnet ID, or Subnets, a list of 1 to 16",
+      );
+      must(
+        has("SecurityGroup") !== has("SecurityGroups"),
+        "Fargate.SecurityGroup: give either SecurityGroup, a security group ID, or SecurityGroups, a list of 1 to 5",
+      );
+      must(
+        !has("LaunchType") || !has("CapacityProviderStrategy"),
+        "Fargate.LaunchType: cannot be given together with CapacityProviderStrategy; ECS takes one of the two",
+      );
+    }),
   ),
   TaskMetadata: v.object({
     Directory: text("the directory for the records of running tasks"),
@@ -280,7 +381,7 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown
 /** One problem of a configuration: its key, what is wrong, what is expected. */
 function describeProblem(issue: v.BaseIssue<unknown>): string {
   const key = v.getDotPath(issue) ?? "";
-  if (issue.type === "partial_check") return `${key}: ${issue.message}`;
+  if (issue.type === "raw_check") return issue.message;
   let schema: v.GenericSchema = ConfigSchema;
   let expected = "a table";
   for (const { key: step } of issue.path ?? []) {
@@ -296,7 +397,8 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
  * Merges file, variables and command line into one validated configuration; option beats variable beats file.
  *
  * @param file the configuration file's text
- * @returns the configuration, and a warning for each key of the file that is not known
+ * @returns the configuration, the settings that a variable of the job decided, and a warning for each key of the file
+ *   that is not known
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(
@@ -304,7 +406,7 @@ export function readConfig(
   path: string,
   options: Options,
   env: Environment,
-): { config: Config; warnings: string[] } {
+): { config: Config; byJob: string[]; warnings: string[] } {
   let table: Table;
   try {
     table = parseToml(file.replace(/^\uFEFF/, ""));
@@ -342,7 +444,15 @@ export function readConfig(
     const problems = result.issues.map(describeProblem);
     throw new Failure("system", `${path} cannot be used:\n  ${problems.join("\n  ")}`);
   }
-  return { config: result.output, warnings: unknown.map((warning) => `${path}: ${warning}`) };
+  const byJob = [
+    ["TaskDefinition", options.TaskDefinition, env.CUSTOM_ENV_FARGATE_TASK_DEFINITION] as const,
+    ["PlatformVersion", options.PlatformVersion, env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION] as const,
+  ].filter(([, option, variable]) => given(option) === undefined && given(variable) !== undefined);
+  return {
+    config: result.output,
+    byJob: byJob.map(([key]) => key),
+    warnings: unknown.map((warning) => `${path}: ${warning}`),
+  };
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -447,12 +557,20 @@ export interface Job {
   readonly hash: string;
   /** Ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose. */
   readonly title: string;
+  /** Seconds that the runner gives the job; 24 hours where it does not say. */
+  readonly timeout: number;
 }
+
+/** Seconds; for a job whose runner does not say how long it may take. */
+const UNKNOWN_TIMEOUT = 86_400;
+/** Seconds; GitLab Runner's own for a job without one. */
+const DEFAULT_TIMEOUT = 7_200;
 
 const JobResponseSchema = v.object({
   id: v.pipe(v.number(), v.safeInteger()),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
+  runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
 });
 
 /** Reads a JSON file by a schema. Errors name the key and never the value: these files hold tokens and keys. */
@@ -496,12 +614,18 @@ export function readJob(env: Environment): Job | undefined {
     const { protocol, host } = new URL(response.git_info.repo_url);
     const project = response.job_info.project_id;
     const hash = sha256(JSON.stringify([`${protocol}//${host}`, project, response.id]));
-    return { stem: `${labelOf(env)}-${hash}`, hash, title: `job ${response.id} of project ${project}` };
+    const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
+    return {
+      stem: `${labelOf(env)}-${hash}`,
+      hash,
+      title: `job ${response.id} of project ${project}`,
+      timeout: timeout > 0 ? timeout : DEFAULT_TIMEOUT,
+    };
   }
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
   if (!url || !pipeline || !id) return undefined;
   const hash = sha256(`${url}-${pipeline}-${id}`);
-  return { stem: `${labelOf(env)}-${hash}`, hash, title: `job ${hash.slice(0, 12)}` };
+  return { stem: `${labelOf(env)}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -531,8 +655,10 @@ const RecordSchema = v.object({
   Interpreter: v.picklist(["bash", "sh"]),
   /** File name of the login user's own shell. */
   LoginShell: v.string(),
-  /** Epoch seconds. */
-  CreatedAt: v.number(),
+  /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent. */
+  Deadline: v.number(),
+  /** Epoch seconds; when the record was made, then when RunTask was last sent. */
+  UpdatedAt: v.number(),
 });
 
 /** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
@@ -590,6 +716,86 @@ export function readRecord(path: string): TaskRecord | undefined {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
     throw new Failure("system", `the record ${path} cannot be used: ${reasonOf(error)}`);
   }
+}
+
+const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
+
+/** What can be told from a record that cannot be understood (cut off, of another version): its age, the task it names. */
+export function remainsOf(path: string): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
+  try {
+    const UpdatedAt = fs.statSync(path).mtimeMs / 1000;
+    const [TaskARN, Region, Cluster] = TASK_ARN.exec(fs.readFileSync(path, "latin1")) ?? [];
+    return TaskARN && Region && Cluster ? { TaskARN, Region, Cluster, UpdatedAt } : { UpdatedAt };
+  } catch {
+    return {};
+  }
+}
+
+/** What tells a live process from a later one of the same id: its start, from /proc; "" where there is no /proc. */
+function startOf(pid: number): string | undefined {
+  try {
+    // "pid (name) state ppid ...": the start is the 22nd field.
+    const [state = "", ...fields] = fs
+      .readFileSync(`/proc/${pid}/stat`, "latin1")
+      .replace(/^.*\) /s, "")
+      .split(" ");
+    return /[ZX]/.test(state) ? undefined : fields[18];
+  } catch {}
+  try {
+    process.kill(pid, 0);
+    return "";
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EPERM" ? "" : undefined;
+  }
+}
+
+/** The namespace in which this process's id holds: another container's processes cannot be looked at. */
+function pidNamespace(): string {
+  try {
+    return fs.readlinkSync("/proc/self/ns/pid").replace(/\D/g, "");
+  } catch {
+    return "";
+  }
+}
+
+/** A process that works on a job's record. */
+export interface User {
+  readonly stem: string;
+  readonly stage: string;
+  readonly pid: number;
+  /** Undefined where that cannot be known: the process belongs to another container. */
+  readonly lives: boolean | undefined;
+}
+
+/**
+ * Says, by the name of an empty file, that this process works on a job's record: `sweep` then leaves the job alone, and
+ * `cleanup` waits for a prepare.
+ *
+ * @returns takes that back
+ */
+export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
+  const name = [stem, stage, process.pid, startOf(process.pid), pidNamespace(), "lock"].join(".");
+  const path = join(Directory, name);
+  try {
+    fs.closeSync(fs.openSync(path, "w", 0o600));
+  } catch {
+    return () => {}; // a record that can be read is enough for a run
+  }
+  return () => fs.rmSync(path, { force: true });
+}
+
+/** Who works on records in a directory. What dead processes left is removed: their file names are theirs alone. */
+export function usersOf({ Directory }: Config["TaskMetadata"]): User[] {
+  const users: User[] = [];
+  for (const name of fs.readdirSync(Directory)) {
+    const [, stem, stage, pid, start, namespace] =
+      /^(.+-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\d*)\.lock$/.exec(name) ?? [];
+    if (!stem || !stage) continue;
+    const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
+    if (lives === false) fs.rmSync(join(Directory, name), { force: true });
+    else users.push({ stem, stage, pid: Number(pid), lives });
+  }
+  return users;
 }
 
 /**
@@ -656,16 +862,22 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
 /** The container that gets the public key; the name is the official driver's. */
 export const CONTAINER = "ci-coordinator";
 
-/** What every stage works with. */
-export interface Context {
+/** What every command works with. */
+export interface Operator {
   readonly config: Config;
-  readonly job: Job;
   readonly log: Logger;
-  readonly env: Environment;
   /** Aborted by SIGTERM or SIGINT; the reason is a Failure that says so. */
   readonly stop: AbortSignal;
   /** Milliseconds since the epoch. */
   readonly now: () => number;
+}
+
+/** What every stage works with. */
+export interface Context extends Operator {
+  readonly job: Job;
+  /** The settings that a variable of the job decided. */
+  readonly byJob: readonly string[];
+  readonly env: Environment;
 }
 
 /** Where the output of a script goes. */
@@ -721,9 +933,11 @@ export function runTaskInput(
   };
 }
 
-/** How something is bounded that may be repeated: `until` in epoch ms; a signal ends it with the signal's reason. */
+/** How something is bounded that may be repeated. */
 export interface Limits {
+  /** Epoch ms after which it is not tried again. */
   readonly until: number;
+  /** Ends it with the signal's reason. */
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -731,13 +945,20 @@ export interface Limits {
  * Calls until it works, with jittered backoff.
  *
  * @param again whether an error may pass
+ * @param most the longest pause, in ms, before jitter of a half up or down
  * @throws the last error, or the reason of `signal`
  */
 export async function retry<T>(
   call: () => Promise<T>,
-  { until, again, now, signal }: Limits & { again: (error: unknown) => boolean; now: () => number },
+  {
+    until,
+    again,
+    now,
+    signal,
+    most = 5_000,
+  }: Limits & { again: (error: unknown) => boolean; now: () => number; most?: number },
 ): Promise<T> {
-  for (let wait = 100; ; wait = Math.min(wait * 2, 5_000)) {
+  for (let wait = 100; ; wait = Math.min(wait * 2, most)) {
     signal?.throwIfAborted();
     try {
       return await call();
@@ -768,26 +989,24 @@ export function isTransient(error: unknown): boolean {
   return status >= 500 || status === 429;
 }
 
-/** Whether a call that failed may have taken effect: it reached AWS, and what came back does not deny it. */
+/**
+ * Whether a RunTask that failed may have started a task: it reached AWS, and what came back does not deny it. A
+ * conflict means that the token, which is nobody else's, has started one.
+ */
 export function mayHaveWorked(error: unknown): boolean {
   const status = (error as AwsError).$metadata?.httpStatusCode ?? 0;
-  if (status >= 300) return status >= 500;
+  if (status >= 300) return status >= 500 || (error as Error).name === "ConflictException";
   const { name = "", code = "", message = "" } = error as NodeJS.ErrnoException;
   return !/Credential|ECONNREFUSED|ConnectionRefused|ENOTFOUND|EAI_AGAIN/.test(`${name} ${code} ${message}`);
 }
 
-/** What a call to AWS came to, as a Failure that names the call, the error and the operator's next step. */
+/** What a call to AWS came to, as a Failure that names the call and the error. */
 export function awsFailure(action: string, error: unknown): Failure {
   const { name = "Error", $metadata } = error as AwsError;
   const answered = ($metadata?.httpStatusCode ?? 0) >= 300;
   const reason = reasonOf(error).split("\n")[0]; // the SDK adds hints for programmers
   const detail = answered ? `${name}: ${reason}` : reason;
-  const advice = /^(AccessDenied|UnauthorizedOperation)/.test(name)
-    ? `; allow ${action} in the IAM policy of the runner's host`
-    : /Credential/.test(name)
-      ? "; give the runner's host a role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in its environment"
-      : "";
-  return new Failure("system", `${action} ${answered ? "was refused" : "got no answer"}: ${detail}${advice}`, {
+  return new Failure("system", `${action} ${answered ? "was refused" : "got no answer"}: ${detail}`, {
     cause: error,
   });
 }
@@ -801,6 +1020,8 @@ const PATIENCE = 10_000;
 interface CallLimits extends Limits {
   /** Which failures may pass; `isTransient` unless given. */
   readonly again?: (error: unknown) => boolean;
+  /** Called before each time it is sent. */
+  readonly onSend?: () => void;
   /** How long a call that was sent may still take after the signal, in ms; not at all unless given. */
   readonly grace?: number;
 }
@@ -811,7 +1032,7 @@ export class Aws {
 
   constructor(
     private readonly region: string,
-    private readonly context: Pick<Context, "log" | "now">,
+    private readonly context: Pick<Operator, "log" | "now">,
   ) {}
 
   /** Loads an SDK and makes its client, once. */
@@ -832,13 +1053,14 @@ export class Aws {
 
   async #send<T>(
     action: string,
-    { until, signal, again = isTransient, grace = 0 }: CallLimits,
+    { until, signal, again = isTransient, onSend = () => {}, grace = 0 }: CallLimits,
     call: (abort: { abortSignal: AbortSignal }) => Promise<T>,
   ): Promise<T> {
     const { log, now } = this.context;
     const first = now();
     let told = false;
     const once = async () => {
+      onSend();
       const begun = now();
       // RunTask, which alone has a grace, is not cut short by `until`: its answer is worth more than the time.
       const most = grace ? CALL_TIMEOUT : Math.min(CALL_TIMEOUT, Math.max(until - begun, 1_000));
@@ -868,8 +1090,9 @@ export class Aws {
       }
     };
     try {
-      return await retry(once, { until, again, now, signal });
+      return await retry(once, { until, again: (e) => !(e instanceof Failure) && again(e), now, signal });
     } catch (error) {
+      if (error instanceof Failure) throw error; // of onSend: nothing was sent
       throw signal?.aborted ? signal.reason : awsFailure(action, error);
     }
   }
@@ -903,12 +1126,17 @@ export class Aws {
     return { arn: tasks?.[0]?.taskArn, why: reasons.join("; ") || "AWS gave no reason" };
   }
 
-  /** @returns undefined while ECS does not know the task (yet, or no more) */
-  async describeTask(cluster: string, task: string, limits: CallLimits): Promise<Task | undefined> {
-    const { tasks } = await this.#ecs("DescribeTasks", limits, (ecs, { DescribeTasksCommand }, abort) =>
-      ecs.send(new DescribeTasksCommand({ cluster, tasks: [task] }), abort),
-    );
-    return tasks?.[0];
+  /** @returns what ECS knows of these tasks, in calls of 100; those that it does not know (yet, or no more) are missing */
+  async describeTasks(cluster: string, arns: readonly string[], limits: CallLimits): Promise<Task[]> {
+    const found: Task[] = [];
+    for (let from = 0; from < arns.length; from += 100) {
+      const tasks = arns.slice(from, from + 100);
+      const answer = await this.#ecs("DescribeTasks", limits, (ecs, { DescribeTasksCommand }, abort) =>
+        ecs.send(new DescribeTasksCommand({ cluster, tasks }), abort),
+      );
+      found.push(...(answer.tasks ?? []));
+    }
+    return found;
   }
 
   /**
@@ -927,8 +1155,8 @@ export class Aws {
     });
   }
 
-  /** ARNs of the tasks started under a name that are not stopped yet. */
-  async listTasks(cluster: string, startedBy: string, limits: Limits): Promise<string[]> {
+  /** ARNs of the cluster's tasks that are not stopped yet: those started under a name, or all, page by page. */
+  async listTasks(cluster: string, startedBy: string | undefined, limits: Limits): Promise<string[]> {
     const arns: string[] = [];
     let nextToken: string | undefined;
     do {
@@ -1040,10 +1268,13 @@ const ALGORITHMS = {
   ],
 } as const;
 
+/** Most ms from the exchange of keys to the accepted login: name look-ups of the server, and PAM, can take long. */
+const LOGIN_TIMEOUT = 20_000;
+
 /**
  * Logs in once.
  *
- * @param timeout ms for the whole of it, from the first packet to the accepted key
+ * @param timeout ms until keys are exchanged; the login itself then has LOGIN_TIMEOUT
  * @throws {SshFailure}
  */
 export async function connect(target: SshTarget, timeout: number, signal: AbortSignal): Promise<Connection> {
@@ -1054,15 +1285,25 @@ export async function connect(target: SshTarget, timeout: number, signal: AbortS
   let hostKey: Buffer | undefined;
   let changed = false;
   return new Promise((resolve, reject) => {
-    const abort = () => fail(signal.reason);
-    const fail = (error: unknown) => {
+    const settle = () => {
+      clearTimeout(timer);
       signal.removeEventListener("abort", abort);
+    };
+    const fail = (error: unknown) => {
+      settle();
       client.destroy();
       reject(error);
     };
+    const abort = () => fail(signal.reason);
+    const late = (what: string) => () => fail(new SshFailure("unreachable", `${where}: ${what}`));
+    let timer = setTimeout(late(`nothing answered for ${timeout / 1000} s`), timeout);
     signal.addEventListener("abort", abort);
+    client.on("handshake", () => {
+      clearTimeout(timer);
+      timer = setTimeout(late(`no login within ${LOGIN_TIMEOUT / 1000} s`), LOGIN_TIMEOUT);
+    });
     client.on("ready", () => {
-      signal.removeEventListener("abort", abort);
+      settle();
       resolve({ client, hostKey: hostKey as Buffer });
     });
     // Stays for the connection's life: an error event without a listener would end the process.
@@ -1081,7 +1322,7 @@ export async function connect(target: SshTarget, timeout: number, signal: AbortS
       username: target.username,
       privateKey: target.privateKey,
       authHandler: ["publickey"],
-      readyTimeout: timeout,
+      readyTimeout: 0,
       keepaliveInterval: target.keepAlive * 1000,
       keepaliveCountMax: 2,
       algorithms: { cipher: [...ALGORITHMS.cipher], serverHostKey: [...ALGORITHMS.serverHostKey] },
@@ -1391,9 +1632,12 @@ export async function runScript(
 ): Promise<Outcome> {
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
   const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
-  let reason = "the server closed the connection";
+  let reason = "the server closed the script's channel without an exit status";
   connection.client.on("error", (error) => {
     reason = reasonOf(error);
+  });
+  connection.client.on("close", () => {
+    if (reason.startsWith("the server closed the script")) reason = "the server closed the connection";
   });
   const channel = await execute(connection, command, stop);
   const exit = new Promise<number | NodeJS.Signals | undefined>((resolve) => {
@@ -1417,7 +1661,10 @@ export async function runScript(
     if (typeof status === "string" || (status ?? 0) > 128)
       await Promise.race([over, Promise.all([out.silence(), err.silence()])]);
     else await over;
-    if (status === undefined) return { ended: "lost", begun: session !== undefined, reason };
+    if (status === undefined) {
+      await sleep(50); // the end of the connection, where that is the cause, is told after the channel's
+      return { ended: "lost", begun: session !== undefined, reason };
+    }
     if (session === undefined)
       throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
     if (marks.marks.at(-1) === "incomplete")
@@ -1487,34 +1734,47 @@ async function chooseKey({ config, log }: Context): Promise<ChosenKey> {
 /** ECS's words for an override that the task definition does not bear: no such container, or a secret of that name. */
 const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must be unique/i;
 
+/** Most ms from SIGTERM until prepare has ended, and of these, how long it waits for RunTask's answer. */
+const LEAVE_WITHIN = 4_500;
+const ANSWER_GRACE = 3_000;
+
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
 export async function prepare(context: Context): Promise<void> {
-  const { config, log, now, stop } = context;
+  const { config, job, log, now, stop } = context;
   openDirectory(config.TaskMetadata.Directory);
-  await release(context, stop); // a try before this one may have died without its cleanup
-  const key = await chooseKey(context);
-  const aws = new Aws(config.Fargate.Region, context);
-  const record = newRecord(context, key);
-  const begun = now();
+  const done = announce(config.TaskMetadata, job.stem, "prepare");
+  const leave = new AbortController();
+  stop.addEventListener("abort", () => setTimeout(() => leave.abort(stop.reason), LEAVE_WITHIN));
   try {
-    await startTask(context, aws, record, key, begun);
-    const { host, connection } = await untilReady(context, aws, record, key, begun);
-    record.ContainerIP = host;
-    record.HostKey = connection.hostKey.toString("base64");
-    Object.assign(record, await findShells(connection, stop));
-    connection.client.end();
-    stop.throwIfAborted();
+    await release(context, stop); // a try before this one may have died without its cleanup
+    const key = await chooseKey(context);
+    const aws = new Aws(config.Fargate.Region, context);
+    const record = newRecord(context, key);
     writeRecord(recordPath(context), record);
-    log.info("Ready: logged in to {host} as {user} ({seconds} s)", {
-      host,
-      user: config.SSH.Username,
-      seconds: Math.round((now() - begun) / 1000),
-    });
-  } catch (error) {
-    await abandon(context, aws, record).catch((failure) => {
-      if (failure !== stop.reason) log.error("{reason}", { reason: reasonOf(failure) });
-    });
-    throw error;
+    const begun = now();
+    try {
+      const { host, connection } = await startUntilReady(context, aws, record, key, begun);
+      record.ContainerIP = host;
+      record.HostKey = connection.hostKey.toString("base64");
+      Object.assign(record, await findShells(connection, stop));
+      connection.client.end();
+      stop.throwIfAborted();
+      keepRecord(context, record);
+      log.info("Ready: logged in to {host} as {user} ({seconds} s)", {
+        host,
+        user: config.SSH.Username,
+        seconds: Math.round((now() - begun) / 1000),
+      });
+    } catch (error) {
+      await abandon(context, aws, record, leave.signal).catch((failure) => {
+        if (failure === stop.reason)
+          log.warn("{task} is left for cleanup to stop", { task: record.TaskARN || "a task" });
+        else log.error("{reason}", { reason: reasonOf(failure) });
+      });
+      throw error;
+    }
+  } finally {
+    done();
   }
 }
 
@@ -1533,31 +1793,95 @@ function newRecord(context: Context, key: ChosenKey): TaskRecord {
     HostKey: "",
     Interpreter: "sh",
     LoginShell: "",
-    CreatedAt: Math.floor(now() / 1000),
+    Deadline: 0,
+    UpdatedAt: Math.floor(now() / 1000),
   };
 }
 
 /**
- * Starts the task, with the public key where its definition takes one, and notes it in the record. The record says so
- * before the call and after its answer, so that a task whose answer is lost can be found.
+ * Writes the record anew.
+ *
+ * @throws {Failure} when it is gone: the job was cleaned up meanwhile, and nobody would stop what is started from here on
  */
-async function startTask(context: Context, aws: Aws, record: TaskRecord, key: ChosenKey, begun: number): Promise<void> {
-  const { config, log, stop } = context;
+function keepRecord(context: Context, record: TaskRecord): void {
+  if (!fs.existsSync(recordPath(context))) throw new Failure("system", "the job was cleaned up while prepare ran");
+  writeRecord(recordPath(context), record);
+}
+
+/** Where ECS is asked to place a task. */
+type Placement = Pick<Config["Fargate"], "Subnets" | "LaunchType" | "CapacityProviderStrategy">;
+
+/**
+ * Where a task may be placed, in the order in which it is tried: all subnets at once, each by itself from the second
+ * on, then the same with the fallback strategy. Pure.
+ */
+export function placements(f: Config["Fargate"]): Placement[] {
+  const subnets = f.Subnets ?? [f.Subnet as string];
+  const each = [...subnets.slice(1), ...subnets.slice(0, 1)].map((subnet) => [subnet]);
+  const where = subnets.length > 1 ? [subnets, ...each] : [subnets];
+  const { LaunchType, CapacityProviderStrategy, FallbackCapacityProviderStrategy: fallback } = f;
+  const how = [
+    { LaunchType, CapacityProviderStrategy },
+    ...(fallback ? [{ LaunchType: undefined, CapacityProviderStrategy: fallback }] : []),
+  ];
+  return how.flatMap((strategy) => where.map((Subnets) => ({ ...strategy, Subnets })));
+}
+
+/**
+ * Starts a task and follows it until a login works. A start that fails for want of capacity is tried again, elsewhere
+ * first, for as long as StartTimeout allows.
+ */
+async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, key: ChosenKey, begun: number) {
+  const { config, log, now, stop } = context;
   const until = begun + config.Fargate.StartTimeout * 1000;
+  const places = placements(config.Fargate);
+  let tries = 0;
+  const once = async () => {
+    const place = places[tries++ % places.length] as Placement;
+    const placed = { ...config, Fargate: { ...config.Fargate, ...place } };
+    await startTask({ ...context, config: placed }, aws, record, key, until);
+    return untilReady(context, aws, record, key, begun);
+  };
+  const again = (error: unknown) => {
+    const passes = !stop.aborted && adviceFor(reasonOf(error))?.again === true;
+    if (passes && now() < until) {
+      const next = places[tries % places.length] as Placement;
+      const strategy = next.CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
+      log.warn("{reason}; trying again in {where}", {
+        reason: reasonOf(error),
+        where: `${next.Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`,
+      });
+    }
+    return passes;
+  };
+  return retry(once, { until, again, now, signal: stop, most: 20_000 });
+}
+
+/**
+ * Starts the task, with the public key and the deadline where its definition takes them, and notes it in the record. The
+ * record says so before each call and after its answer, so that a task whose answer is lost can be found.
+ */
+async function startTask(context: Context, aws: Aws, record: TaskRecord, key: ChosenKey, until: number): Promise<void> {
+  const { config, job, byJob, log, now, stop } = context;
+  const { StartTimeout, DeadlineMargin } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
     const clientToken = randomUUID();
+    record.TaskARN = "";
     record.ClientTokens.push(clientToken);
-    writeRecord(recordPath(context), { ...record, Unanswered: true });
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
+    const onSend = () => {
+      record.UpdatedAt = Math.floor(now() / 1000);
+      keepRecord(context, { ...record, Unanswered: true });
+    };
     const again = (error: unknown) => {
       record.Unanswered ||= mayHaveWorked(error);
       return isTransient(error);
     };
-    const { arn, why } = await aws.runTask(input, { until, again, signal: stop, grace: ANSWER_GRACE });
+    const { arn, why } = await aws.runTask(input, { until, again, onSend, signal: stop, grace: ANSWER_GRACE });
     record.Unanswered = false;
     if (!arn) throw new Failure("system", `ecs:RunTask started no task: ${why}`);
     record.TaskARN = arn;
-    writeRecord(recordPath(context), record);
+    keepRecord(context, record);
   };
 
   stop.throwIfAborted();
@@ -1565,28 +1889,32 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
     definition: config.Fargate.TaskDefinition,
     cluster: config.Fargate.Cluster,
   });
-  await runTask({ SSH_PUBLIC_KEY: key.publicKey }).catch((failure: Error) => {
-    if (!OVERRIDE_REFUSED.test(failure.message)) throw failure;
-    if (!key.own)
-      throw new Failure(
-        "system",
-        `${failure.message.replace(/\.$/, "")}; the task definition must have a container named ${CONTAINER}, with an ` +
-          "SSH server and without a secret named SSH_PUBLIC_KEY; or give PrivateKeyPath, a key that the container accepts",
-      );
-    log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it as it is");
-    return runTask();
-  });
+  record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
+  const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
+  try {
+    await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((failure: Error) => {
+      const [refused] = OVERRIDE_REFUSED.exec(failure.message) ?? [];
+      if (!refused || !key.own) throw failure;
+      log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it without");
+      return runTask(/secret/i.test(refused) ? deadline : undefined);
+    });
+  } catch (error) {
+    const { setting } = adviceFor(reasonOf(error)) ?? {};
+    if (!setting || !byJob.includes(setting)) throw error;
+    const value = config.Fargate[setting];
+    throw new Failure("build", `the job's own choice of ${setting}, ${value}, cannot be used: ${reasonOf(error)}`);
+  }
 }
 
 /** Ends what a failed prepare has begun. The record in memory knows more than the one on disk when the disk is full. */
-async function abandon(context: Context, aws: Aws, record: TaskRecord): Promise<void> {
+async function abandon(context: Context, aws: Aws, record: TaskRecord, leave: AbortSignal): Promise<void> {
   // A stopped prepare has no time to look for a task; cleanup, which follows, has. One that is known is stopped anyhow.
-  const signal = record.TaskARN ? undefined : context.stop;
+  const signal = record.TaskARN ? leave : context.stop;
   if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
 }
 
-/** How long a stopped prepare waits for RunTask's answer, in ms. */
-const ANSWER_GRACE = 5_000;
+/** For how long the server may refuse the key before prepare gives up, in ms; an image may put the key in place late. */
+const REFUSAL_PATIENCE = 30_000;
 
 /**
  * Follows a new task until a login to it works. Logins begin when its address is known, beside the polling, which
@@ -1595,14 +1923,17 @@ const ANSWER_GRACE = 5_000;
  * @throws {Failure} when the task ends, or is not ready in time
  */
 async function untilReady(
-  { config, log, now, stop }: Context,
+  context: Context,
   aws: Aws,
   record: TaskRecord,
   key: KeyPair,
   begun: number,
 ): Promise<{ host: string; connection: Connection }> {
+  const { config, log, now, stop } = context;
+  const { StartTimeout } = config.Fargate;
+  const { ConnectTimeout } = config.SSH;
   const secondsSince = () => Math.round((now() - begun) / 1000);
-  const deadline = begun + config.Fargate.StartTimeout * 1000;
+  const deadline = begun + StartTimeout * 1000;
   const id = record.TaskARN.split("/").at(-1);
   const over = new AbortController();
   const signal = AbortSignal.any([stop, over.signal]);
@@ -1611,24 +1942,39 @@ async function untilReady(
   let host: string | undefined;
   let status: string | undefined;
   let runningSince: number | undefined;
+  let refusedSince: number | undefined;
   let lastFailure = "";
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
-    logIn(sshTarget(config, address, key.privateKey), signal, ({ message }) => {
+    logIn(sshTarget(config, address, key.privateKey), signal, ({ why, message }) => {
       if (message !== lastFailure) log.debug("no login yet: {message}", { message });
-      lastFailure = message;
+      if (why === "login") refusedSince ??= now();
+      // A refused key says more than the connections that sshd then refuses for a while.
+      if (why === "login" || refusedSince === undefined) lastFailure = message;
     }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
   };
+  const describeTask = async (limits: Limits): Promise<Task | undefined> =>
+    (await aws.describeTasks(record.Cluster, [record.TaskARN], limits))[0];
   const describe = async () => {
     // A login may work any moment: from then on a failure of this call is none of the task.
-    if (!host) return aws.describeTask(record.Cluster, record.TaskARN, { until: deadline, signal });
-    const call = aws.describeTask(record.Cluster, record.TaskARN, { until: now() + 10_000, signal });
+    if (!host) return describeTask({ until: deadline, signal });
+    const call = describeTask({ until: now() + 10_000, signal });
     return call.catch((failure) => log.debug("{reason}", { reason: reasonOf(failure) }));
+  };
+  const tooLong = () => {
+    if (runningSince !== undefined && refusedSince !== undefined && now() > refusedSince + REFUSAL_PATIENCE)
+      return `the task runs, but its SSH server refuses to let ${config.SSH.Username} in`;
+    if (runningSince !== undefined && now() > runningSince + ConnectTimeout * 1000)
+      return `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)`;
+    if (now() > deadline)
+      return `the task was not ready within StartTimeout (${StartTimeout} s): it is ${status ?? "unknown to ECS"}`;
+    return undefined;
   };
   const watch = async (): Promise<never> => {
     for (let polls = 0; ; polls++) {
       const task = await describe();
+      if (!fs.existsSync(recordPath(context))) throw new Failure("system", "the job was cleaned up while prepare ran");
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
         log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: secondsSince() });
@@ -1643,21 +1989,12 @@ async function untilReady(
           : interfaceDetail(task, "privateIPv4Address");
         if (host) beginLogins(host);
       }
-      const tried = lastFailure && `; the last attempt to log in: ${lastFailure}`;
-      const noAddress = `; it has no ${usePublic ? "public address: see EnablePublicIP, and the subnet's route" : "address"}`;
-      const why = host ? tried : noAddress;
-      const { ConnectTimeout } = config.SSH;
-      if (runningSince !== undefined && now() > runningSince + ConnectTimeout * 1000)
-        throw new Failure(
-          "system",
-          `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)${why}`,
-        );
-      if (now() > deadline)
-        throw new Failure(
-          "system",
-          `the task was not ready within StartTimeout (${config.Fargate.StartTimeout} s): it is ` +
-            `${status ?? "unknown to ECS"}${why}`,
-        );
+      const late = tooLong();
+      if (late) {
+        const tried = lastFailure && `; the last attempt to log in: ${lastFailure}`;
+        const noAddress = `; it has no ${usePublic ? "public address" : "address"}`;
+        throw new Failure("system", `${late}${host ? tried : noAddress}`);
+      }
       await sleep(pollPause(polls, host !== undefined, Math.random()), signal);
     }
   };
@@ -1690,43 +2027,49 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   const record = readRecord(path);
   if (!record?.ContainerIP)
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
-  const outcome = await runInTask(context, record, script, stage);
-  if (outcome.ended === "lost") {
-    const why = await explainLoss(context, record);
-    throw new Failure(
-      "system",
-      `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${why}`,
-    );
-  }
+  const done = announce(context.config.TaskMetadata, context.job.stem, "run");
+  const outcome = await runInTask(context, record, script, stage).finally(done);
   log.debug("{stage} ended with exit code {code}", { stage, code: outcome.code });
   if (outcome.code === 0) return;
   if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(outcome.code));
   throw new ScriptFailure(outcome.code);
 }
 
-/** Connects and runs the script; one of which no command can have run is sent again, any other never. */
+/**
+ * Connects and runs the script; one of which no command can have run is sent again, any other never.
+ *
+ * @throws {Failure} for anything but an exit of the script
+ */
 async function runInTask(
   context: Context & Sinks,
   record: TaskRecord,
   script: Buffer,
   stage: string,
-): Promise<Outcome> {
+): Promise<{ code: number }> {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
   const hostKey = Buffer.from(record.HostKey, "base64");
   const target = sshTarget(config, record.ContainerIP, privateKeyOf(record, config), hostKey);
-  const aws = new Aws(record.Region, context);
   let tries = 0;
   let asked = 0;
-  const attempt = async (): Promise<Outcome> => {
+  const attempt = async (): Promise<{ code: number }> => {
     if (++tries > 2 && now() > asked + 5_000) {
+      // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
       asked = now();
-      await failIfEnded(aws, record, stage, { until: now() + 5_000, signal: stop });
+      const fate = await fateOf(context, record, 0);
+      if (fate.ended) throw new Failure("system", `${stage} did not begin: ${fate.says}`);
     }
     const connection = await connect(target, CONNECT_CUT, stop);
     try {
       const outcome = await runScript(connection, script, shells, context);
-      if (outcome.ended === "lost" && !outcome.begun) throw new SshFailure("unreachable", outcome.reason);
+      if (outcome.ended === "lost") {
+        if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
+        // ECS may learn of an end some seconds after the connection; after a silence of keep-alives it has had them.
+        const { says } = await fateOf(context, record, /keepalive/i.test(outcome.reason) ? 0 : 10_000);
+        const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${says}`;
+        throw new Failure("system", lost);
+      }
+      if (outcome.code === 137) await explainKill(context, record, connection, stage);
       return outcome;
     } finally {
       connection.client.end();
@@ -1741,16 +2084,25 @@ async function runInTask(
     return await retry(attempt, { until: now() + config.SSH.ConnectTimeout * 1000, again, now, signal: stop });
   } catch (error) {
     if (stop.aborted || !(error instanceof SshFailure)) throw error;
-    const why = error.why === "unreachable" ? `; ${await explainLoss(context, record)}` : "";
+    const why = error.why === "unreachable" ? `; ${(await fateOf(context, record, 10_000)).says}` : "";
     throw new Failure("system", `${stage} did not begin: ${reasonOf(error)}${why}`);
   }
 }
 
-/** A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout. */
-async function failIfEnded(aws: Aws, record: TaskRecord, stage: string, limits: Limits): Promise<void> {
-  const task = await aws.describeTask(record.Cluster, record.TaskARN, limits).catch(() => undefined);
-  if (task && isEnding(task))
-    throw new Failure("system", `${stage} did not begin: the task has stopped: ${explainStop(task)}`);
+/** Exit code 137 is death by SIGKILL; where that was for want of memory, the log says so. */
+async function explainKill(context: Context, record: TaskRecord, connection: Connection, stage: string): Promise<void> {
+  // The counters of both versions of control groups; the container may well live on.
+  const counters = "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null";
+  const [counted, fate] = await Promise.all([
+    ask(connection, `exec sh -c '${counters}'`, context.stop).catch(() => ""),
+    fateOf(context, record, 0),
+  ]);
+  const says = /OutOfMemory/.test(fate.says)
+    ? fate.says
+    : /oom_kill [1-9]/.test(counted) && "the kernel has killed processes of this container for want of memory";
+  if (!says) return;
+  context.log.error("{stage} ended with exit code 137: {says}", { stage, says });
+  context.log.error("what to do: {advice}", { advice: adviceFor("OutOfMemory")?.advice });
 }
 
 /** The key that prepare logged in with: the job's own from its record, else the operator's from its file. */
@@ -1766,41 +2118,84 @@ export class ScriptFailure extends Failure {
   }
 }
 
-/** What ECS says of a task whose connection is gone, within 10 s; its answer may lag some seconds behind the loss. */
-async function explainLoss(context: Context, record: TaskRecord): Promise<string> {
+/**
+ * What ECS says about a record's task.
+ *
+ * @param patience ms for which it is asked again about a task that has not ended; one that has may take up to 10 s until
+ *   its containers' exit codes are known
+ */
+async function fateOf(
+  context: Context,
+  record: TaskRecord,
+  patience: number,
+): Promise<{ ended: boolean; says: string }> {
   const { now, stop } = context;
   const aws = new Aws(record.Region, context);
-  const until = now() + 10_000;
+  const begun = now();
   try {
     for (;;) {
-      const task = await aws.describeTask(record.Cluster, record.TaskARN, { until, signal: stop });
-      if (!task) return "ECS no longer knows the task";
-      if (isEnding(task)) return `the task stopped: ${explainStop(task)}`;
-      if (now() + 1_500 > until) return `ECS says that the task is ${task.lastStatus}`;
+      const limits = { until: now() + 5_000, signal: stop };
+      const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], limits);
+      if (!task) return { ended: true, says: "ECS no longer knows the task" };
+      const ended = isEnding(task);
+      const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
+      if ((ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500)
+        return {
+          ended,
+          says: ended ? `the task stopped: ${explainStop(task)}` : `ECS says that the task is ${task.lastStatus}`,
+        };
       await sleep(1_500, stop);
     }
   } catch (error) {
     stop.throwIfAborted();
-    return `why is not known: ${reasonOf(error)}`;
+    return { ended: false, says: `what became of the task is not known: ${reasonOf(error)}` };
   }
 }
 
 /** For how long stopping a task is tried again, in ms. */
 const STOP_FOR = 60_000;
-/** How long a task whose start was not answered is looked for, in ms; lists are eventually consistent. */
+/** For how long after RunTask an unanswered one's task is looked for, in ms; lists are eventually consistent. */
 const LIST_LAG = 30_000;
+
+/** How long cleanup waits for a prepare of its job that still runs, in ms. */
+const PREPARE_LASTS = 30_000;
 
 /**
  * The `cleanup` stage: stops the job's task and removes its record. Also with no record (the task is then looked up
- * by its startedBy), and when called twice.
+ * by its startedBy), when called twice, and beside a prepare that still runs, which ends when it finds its record gone.
  */
 export async function cleanup(context: Context): Promise<void> {
-  if (await release(context)) return;
+  const { job, log, now } = context;
   const { Directory } = context.config.TaskMetadata;
-  if (!fs.existsSync(join(Directory, ".manager-id"))) return; // nothing was ever started
-  const { Region, Cluster } = context.config.Fargate;
-  await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
+  if (!fs.existsSync(Directory)) return; // nothing was ever started
+  const until = now() + PREPARE_LASTS;
+  for (let known = false; ; await sleep(250)) {
+    // Looked for before its record is: a prepare that has ended by now has left there what it started.
+    const prepares = usersOf(context.config.TaskMetadata).find(
+      ({ stem, stage, lives }) => stem === job.stem && stage === "prepare" && lives,
+    );
+    if (prepares) log.debug("prepare still runs, as process {pid}", { pid: prepares.pid });
+    known = (await release(context)) || known;
+    if (!prepares) {
+      const { Region, Cluster } = context.config.Fargate;
+      if (!known && fs.existsSync(join(Directory, ".manager-id")))
+        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
+      break;
+    }
+    if (now() > until)
+      throw new Failure(
+        "system",
+        `prepare of this job still runs, as process ${prepares.pid}: end it, and clean up again`,
+      );
+  }
+  // What a killed process was writing; it may hold a key.
+  for (const name of fs.readdirSync(Directory))
+    if (name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp"))
+      fs.rmSync(join(Directory, name), { force: true });
 }
+
+/** What stopping a task takes; the rest of the record is for the other stages. */
+type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy" | "Unanswered" | "UpdatedAt">;
 
 /**
  * Stops what this job's record stands for, then removes the record.
@@ -1810,30 +2205,38 @@ export async function cleanup(context: Context): Promise<void> {
  * @throws {Failure} when the task could not be stopped; the record stays
  */
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
+  const { Region, Cluster } = context.config.Fargate;
   const path = recordPath(context);
-  let record: TaskRecord | undefined;
+  let trace: TaskTrace | undefined;
   try {
-    record = readRecord(path);
-    if (!record) return false;
+    trace = readRecord(path);
+    if (!trace) return false;
   } catch (error) {
     context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
+    const named = { TaskARN: "", Cluster, Region, StartedBy: startedBy(context), Unanswered: true, UpdatedAt: 0 };
+    trace = { ...named, ...remainsOf(path) };
   }
-  const { Region, Cluster } = record ?? context.config.Fargate;
-  const aws = new Aws(Region, context);
-  const done = record
-    ? await stopRecorded(context, aws, record, signal)
-    : await stopByName(context, aws, Cluster, startedBy(context), { until: 0, signal });
-  if (done) fs.rmSync(path, { force: true });
+  const aws = new Aws(trace.Region, context);
+  if (await stopRecorded(context, aws, trace, signal)) {
+    try {
+      fs.rmSync(path, { force: true });
+    } catch (error) {
+      throw new Failure("system", `its task is stopped, but the record ${path} cannot be removed: ${reasonOf(error)}`);
+    }
+  }
   return true;
 }
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
-async function stopRecorded(context: Context, aws: Aws, record: TaskRecord, signal?: AbortSignal): Promise<boolean> {
+async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
   const { job, now } = context;
-  const look = () => stopByName(context, aws, record.Cluster, record.StartedBy, { until: now() + LIST_LAG, signal });
-  if (!record.TaskARN) return !record.Unanswered || look();
-  await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal });
-  return true;
+  if (record.TaskARN)
+    await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal });
+  if (!record.Unanswered) return true;
+  return stopByName(context, aws, record.Cluster, record.StartedBy, {
+    until: record.UpdatedAt * 1000 + LIST_LAG,
+    signal,
+  });
 }
 
 /**
@@ -1868,6 +2271,200 @@ async function stopByName(
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// 11. For operators
+// ---------------------------------------------------------------------------------------------------------
+
+/** Seconds; a task without a record may be one whose record is just being written or removed. */
+const SWEEP_TASKS_AFTER = 600;
+/** Seconds; a record may be of a task that ECS does not show yet. */
+const SWEEP_RECORDS_AFTER = 3_600;
+
+/** How `sweep` is called. */
+export interface SweepOptions {
+  /** Say what would be done, and do nothing. */
+  readonly dryRun: boolean;
+  /** Say it as one JSON object. */
+  readonly json: boolean;
+  /** Another manager's id, whose tasks count as this one's: its host is gone, and its records with it. */
+  readonly manager?: string | undefined;
+}
+
+/** A task of this driver, whichever manager started it. */
+interface SweptTask {
+  readonly taskArn: string;
+  readonly startedBy: string;
+  /** Epoch seconds. */
+  readonly createdAt: number;
+  /** Epoch seconds; what the driver told the container, else what the record says, else createdAt + MaxTaskAge. */
+  readonly deadline: number;
+  /** Why it is to be stopped; undefined for one that is left alone. */
+  readonly why?: string;
+}
+
+/** What one sweep has found, done and left undone. */
+export interface SweepReport {
+  readonly dryRun: boolean;
+  readonly stopped: SweptTask[];
+  readonly left: SweptTask[];
+  /** File names. */
+  readonly removedRecords: string[];
+  readonly problems: string[];
+}
+
+/** A file of the directory of records, as far as it can be understood. */
+interface Found extends Partial<TaskTrace> {
+  readonly name: string;
+  readonly stem: string;
+  /** As in `startedBy`, where the record cannot say. */
+  readonly job: string;
+  readonly content: string;
+  readonly Deadline?: number;
+}
+
+/** The records of a directory, also those that cannot be read, by the job in their names. */
+function readRecords(directory: string): Found[] {
+  return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry): Found[] => {
+    const name = entry.isFile() ? entry.name : "";
+    const [, stem, job] = /^(.+-([0-9a-f]{32})[0-9a-f]{32})\.json$/.exec(name) ?? [];
+    if (!stem || !job) return [];
+    const path = join(directory, name);
+    const file = { name, stem, job, content: "" };
+    try {
+      const content = fs.readFileSync(path, "utf8");
+      return [{ ...file, content, ...(readRecord(path) ?? {}) }];
+    } catch {
+      return [{ ...file, ...remainsOf(path) }];
+    }
+  });
+}
+
+/** The deadline in a task's overrides, as the driver that started it has set it. */
+function deadlineOf(task: Task): number | undefined {
+  const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
+  const deadline = Number(variables?.find(({ name }) => name === "FARGATE_DEADLINE")?.value);
+  return deadline > 0 ? deadline : undefined;
+}
+
+/**
+ * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone; of any manager, tasks past
+ * their deadline. Then removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a
+ * live prepare or run works on, are never touched.
+ *
+ * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
+ */
+export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
+  const { config, log, now, stop } = context;
+  const { Cluster, Region, MaxTaskAge } = config.Fargate;
+  const { Directory } = config.TaskMetadata;
+  const seconds = now() / 1000;
+  const limits = () => ({ until: now() + STOP_FOR, signal: stop });
+  const aws = new Aws(Region, context);
+  const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
+  const attempt = async (what: () => Promise<void>) => {
+    stop.throwIfAborted();
+    await what().catch((error) => {
+      if (stop.aborted) throw stop.reason;
+      report.problems.push(reasonOf(error));
+    });
+  };
+
+  // The records after the tasks: a task that is listed without one has lost it.
+  const listed = await aws.describeTasks(Cluster, await aws.listTasks(Cluster, undefined, limits()), limits());
+  const tasks = listed.filter((task) => /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/.test(task.startedBy ?? ""));
+  const here = fs.existsSync(Directory);
+  const records = here ? readRecords(Directory) : [];
+  const users = here ? usersOf(config.TaskMetadata) : [];
+  const own = [manager, here && fs.existsSync(join(Directory, ".manager-id")) ? managerId(Directory) : undefined];
+  const jobOf = (stem: string) => stem.slice(-64, -32);
+  /** Another container's process cannot be looked at; it counts until the deadline. */
+  const inUse = (job: string, deadline = 0) =>
+    users.some(({ stem, lives }) => jobOf(stem) === job && (lives ?? seconds < deadline));
+  const hasRecord = (job: string) => here && readRecords(Directory).some((record) => record.job === job);
+
+  for (const task of tasks.filter((task) => !isEnding(task))) {
+    const [, starter, job] = (task.startedBy as string).split("-") as [string, string, string];
+    const mine = own.includes(starter);
+    const record = mine ? records.find((record) => record.job === job) : undefined;
+    const createdAt = (task.createdAt?.getTime() ?? now()) / 1000;
+    const deadline = deadlineOf(task) ?? (record?.Deadline || createdAt + MaxTaskAge);
+    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER;
+    const why = lost ? "its record is gone" : seconds > deadline ? "it is past its deadline" : undefined;
+    const swept = {
+      taskArn: task.taskArn as string,
+      startedBy: task.startedBy as string,
+      createdAt: Math.floor(createdAt),
+      deadline: Math.floor(deadline),
+    };
+    if (!why || (mine && inUse(job, deadline)) || (lost && hasRecord(job))) report.left.push(swept);
+    else
+      await attempt(async () => {
+        if (!dryRun) await aws.stopTask(Cluster, swept.taskArn, `fargate sweep: ${why}`, limits());
+        report.stopped.push({ ...swept, why });
+      });
+  }
+
+  for (const record of records) {
+    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job, record.Deadline)) continue;
+    await attempt(async () => {
+      const { TaskARN, StartedBy, Cluster: cluster = Cluster } = record;
+      const there = new Aws(record.Region ?? Region, context);
+      const arns = TaskARN ? [TaskARN] : StartedBy ? await there.listTasks(cluster, StartedBy, limits()) : undefined;
+      const named = arns
+        ? await there.describeTasks(cluster, arns, limits())
+        : tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job));
+      if (named.some((task) => !isEnding(task))) return;
+      if (dryRun || removeUnchanged(join(Directory, record.name), record.content))
+        report.removedRecords.push(record.name);
+    });
+  }
+  for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
+    if (!/\.(json|manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
+    const path = join(Directory, name);
+    const { mtimeMs = now() } = fs.statSync(path, { throwIfNoEntry: false }) ?? {};
+    // A write that was cut off.
+    if (now() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) fs.rmSync(path, { force: true });
+  }
+  log.debug("sweep left {left} tasks alone", { left: report.left.length });
+  return report;
+}
+
+/**
+ * Removes a record unless it has been written anew since it was read: it is taken away first, so that it cannot change
+ * any more, and put back if it is not the same.
+ *
+ * @returns whether it was removed
+ */
+function removeUnchanged(path: string, content: string): boolean {
+  const taken = `${path}.${randomBytes(6).toString("hex")}.swept`;
+  fs.renameSync(path, taken);
+  try {
+    if (content === "" || fs.readFileSync(taken, "utf8") === content) return true;
+    fs.linkSync(taken, path); // fails where there is a newer one by now, which is as good
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
+  } finally {
+    fs.rmSync(taken, { force: true });
+  }
+  return false;
+}
+
+/** What a sweep has done, for a person's or a program's eyes. */
+export function formatSweep(report: SweepReport, json: boolean): string {
+  if (json) return `${JSON.stringify(report)}\n`;
+  const time = (seconds: number) => new Date(seconds * 1000).toISOString().replace(".000", "");
+  const would = report.dryRun ? "would be " : "";
+  return [
+    ...report.stopped.map((task) => `${task.taskArn} ${would}stopped: ${task.why}; created ${time(task.createdAt)}`),
+    ...report.removedRecords.map((name) => `${name} ${would}removed: its task is gone`),
+    ...report.problems,
+    `${report.stopped.length} tasks ${would}stopped, ${report.left.length} left alone, ` +
+      `${report.removedRecords.length} records ${would}removed, ${report.problems.length} problems`,
+  ]
+    .map((line) => `${printable(line)}\n`)
+    .join("");
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // 13. Command line
 // ---------------------------------------------------------------------------------------------------------
 
@@ -1888,7 +2485,7 @@ class Cli extends Command {
     if (options?.code === "commander.invalidArgument")
       throw new Failure("system", `${path}: ${what.replace(". known: ", "; known: ")}`); // see oneOfWords
     const known = /option/i.test(options?.code ?? "")
-      ? root.options.map((option) => option.long).join(", ")
+      ? [...root.options, ...(this === root ? [] : this.options)].map((option) => option.long).join(", ")
       : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
     throw new Failure("system", `${path}: ${what}; known: ${known}`);
   }
@@ -1906,10 +2503,17 @@ const oneOfWords = (words: readonly string[]) => (value: string) => {
   throw new InvalidArgumentError(`known: ${words.join(", ")}`);
 };
 
+/** Takes the id of a manager, as it stands in `startedBy`. */
+const managerIdOf = (value: string) => {
+  if (/^[0-9a-f]{12}$/.test(value)) return value;
+  throw new InvalidArgumentError("known: 12 hex digits, as in the task's startedBy: fargate-<id>-<job>");
+};
+
 /** What the command line asks for. */
 interface Request {
-  readonly stage: "config" | "prepare" | "run" | "cleanup";
+  readonly command: "config" | "prepare" | "run" | "cleanup" | "sweep";
   readonly operands: readonly string[];
+  readonly sweep?: SweepOptions;
   readonly config: string;
   readonly options: Options;
 }
@@ -1920,7 +2524,7 @@ interface Request {
  * @throws {Failure} for wrong arguments
  */
 export function parseCommandLine(argv: readonly string[]): Request | undefined {
-  let asked: Pick<Request, "stage" | "operands"> | undefined;
+  let asked: Pick<Request, "command" | "operands" | "sweep"> | undefined;
   const program = new Cli("fargate")
     .description("Runs each GitLab CI job in an AWS ECS task of its own on Fargate.")
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
@@ -1941,19 +2545,28 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
       "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
   );
   const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
-  const stage = (name: Request["stage"], alias: string, description: string, operands: Record<string, string> = {}) =>
+  const stage = (name: Request["command"], alias: string, description: string, operands: Record<string, string> = {}) =>
     Object.entries(operands)
       .reduce((command, [operand, meaning]) => command.argument(`<${operand}>`, meaning), custom.command(name))
       .alias(alias)
       .description(description)
       .action((...args: unknown[]) => {
-        asked = { stage: name, operands: (args.at(-1) as Command).args };
+        asked = { command: name, operands: (args.at(-1) as Command).args };
       });
   stage("config", "co", "print the driver's name and version for the runner, as JSON");
   stage("prepare", "p", "start the job's task and wait until it can be used");
   const operands = { script: "path of the script", stage: "the runner's name for it, such as build_script" };
   stage("run", "r", "run a script of the job in its task", operands);
   stage("cleanup", "cl", "stop the job's task");
+  program
+    .command("sweep")
+    .description("stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
+    .option("--dry-run", "say what would be done, and do nothing")
+    .option("--json", "say it as one JSON object")
+    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf)
+    .action(({ dryRun = false, json = false, manager }) => {
+      asked = { command: "sweep", operands: [], sweep: { dryRun, json, manager } };
+    });
 
   try {
     program.parse(argv, { from: "user" });
@@ -1964,7 +2577,7 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
   const given = program.opts<Record<string, string | true | undefined>>();
   const text = (name: string) => given[name] as string | undefined;
   return {
-    ...(asked as Pick<Request, "stage" | "operands">),
+    ...(asked as Pick<Request, "command" | "operands" | "sweep">),
     config: text("config") as string,
     options: {
       LogLevel: given.debug ? "debug" : text("logLevel"),
@@ -1992,23 +2605,30 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   try {
     const request = parseCommandLine(argv);
     if (!request) return 0;
-    const job = readJob(env);
-    if (request.stage === "config") {
-      writeWhole(1, `${configAnswer(job)}\n`);
+    const { command } = request;
+    if (command === "config") {
+      writeWhole(1, `${configAnswer(readJob(env))}\n`);
       return 0;
     }
     const file = readFile(request.config, "the configuration file");
-    const { config, warnings } = readConfig(file.toString(), request.config, request.options, env);
+    const { config, byJob, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
-    if (request.stage === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
+    const operator: Operator = { config, log, stop: stopping.signal, now: Date.now };
+    if (request.sweep) {
+      const report = await sweep(operator, request.sweep);
+      writeWhole(1, formatSweep(report, request.sweep.json));
+      return report.problems.length > 0 ? exitCode("system", env) : 0;
+    }
+    const job = readJob(env);
+    if (command === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
     if (!job)
       throw new Failure(
         "system",
         "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set",
       );
-    const context: Context = { config, job, log, env, stop: stopping.signal, now: Date.now };
-    if (request.stage === "prepare") await prepare(context);
-    else if (request.stage === "cleanup") await cleanup(context);
+    const context: Context = { ...operator, job, byJob, env };
+    if (command === "prepare") await prepare(context);
+    else if (command === "cleanup") await cleanup(context);
     else {
       const { stdout, stderr } = process; // bun makes these streams when they are asked for; no other stage needs them
       for (const stream of [stdout, stderr])
@@ -2018,8 +2638,11 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     return 0;
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error), { cause: error });
-    if (!(failure instanceof ScriptFailure))
-      for (const line of failure.message.split("\n")) log.fatal(line.replace(/[{}]/g, "$&$&")); // no placeholders
+    if (!(failure instanceof ScriptFailure)) {
+      const advice = adviceFor(failure.message)?.advice;
+      const lines = [...failure.message.split("\n"), ...(advice ? [`what to do: ${advice}`] : [])];
+      for (const line of lines) log.fatal(line.replace(/[{}]/g, "$&$&")); // no placeholders
+    }
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     return exitCode(failure.kind, env);
   }
