@@ -4,14 +4,35 @@
 #   SSH_PUBLIC_KEY  required; the key that may log in, as a line of authorized_keys
 #   SSH_USER        the account it logs in to, which must exist (root)
 #   SSH_PORT        the port sshd listens on (22)
+#   FARGATE_DEADLINE
+#                   when the container ends by itself, in seconds since 1970 (never)
 #
 # POSIX sh, so that it serves in images without bash too. Needs getent, ssh-keygen and sshd.
 set -eu
 
-fail() {
+say() {
   echo "worker-entrypoint: $*" >&2
+}
+
+fail() {
+  say "$*"
   exit 64 # EX_USAGE of sysexits.h
 }
+
+deadline=
+case ${FARGATE_DEADLINE:-} in
+  '') ;;
+  *[!0-9]* | ????????????????*)
+    say "FARGATE_DEADLINE is '$FARGATE_DEADLINE', not a whole number of at most 15 digits: it is ignored" ;;
+  *)
+    deadline=${FARGATE_DEADLINE#"${FARGATE_DEADLINE%%[!0]*}"} # without the zeros that would make it octal
+    deadline=${deadline:-0}
+    if [ "$deadline" -le "$(date +%s)" ]; then
+      say "the deadline $deadline has passed: nothing is started"
+      exit 124 # as timeout(1)
+    fi ;;
+esac
+unset FARGATE_DEADLINE
 
 user=${SSH_USER:-root}
 [ -n "${SSH_PUBLIC_KEY:-}" ] ||
@@ -85,6 +106,23 @@ X11Forwarding no
 ${set_env:+SetEnv$set_env}
 END
 )
+
+# So that a task that nobody stops does not run, and cost, for ever; no defence against a hostile job, which is root.
+# Looks at the clock once a minute, because it may be set meanwhile. Asks again until it is heard, because process 1
+# hears no TERM before sshd is ready. Deaf itself, so that a job's `kill -TERM -1` does not end it.
+watch() {
+  trap '' HUP INT TERM
+  while left=$((deadline - $(date +%s))) && [ "$left" -gt 0 ]; do
+    [ "$left" -lt 60 ] || left=60
+    sleep "$left" || :
+  done
+  say "the deadline $deadline has passed: ending the container"
+  # $$ is the entry point, which is sshd by now.
+  while kill -TERM $$ 2>/dev/null; do
+    sleep 10 || :
+  done
+}
+[ -z "$deadline" ] || watch &
 
 # As process 1: TERM ends sshd at once, and with it the kernel ends the container and every session.
 exec /usr/sbin/sshd -D -e -f "$state/config"
