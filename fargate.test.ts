@@ -6,6 +6,7 @@ import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
+import { connect as connectTcp } from "node:net";
 import { join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { DescribeNetworkInterfacesCommand, EC2Client } from "@aws-sdk/client-ec2";
@@ -67,7 +68,7 @@ import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
 import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
 import { Runner } from "./fixtures/runner.ts";
-import { type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
+import { type Misbehaviour, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import { embeddedHosts, type TaskHosts, taskHosts } from "./fixtures/tasks.ts";
 import {
   type ConfigChanges,
@@ -700,14 +701,18 @@ describe("calls to AWS", () => {
 // ---------------------------------------------------------------------------------------------------------
 
 describe("prepare and cleanup, with ECS mocked", () => {
-  const ecs = mockClient(ECSClient);
-  const ec2 = mockClient(EC2Client);
+  let ecs: ReturnType<typeof mockClient<ECSClient>>;
+  let ec2: ReturnType<typeof mockClient<EC2Client>>;
   const arn = someRecord.TaskARN;
   let logged: string[];
   let stop: AbortController;
   let records: string;
   let server: SshServer | undefined;
 
+  beforeAll(() => {
+    ecs = mockClient(ECSClient);
+    ec2 = mockClient(EC2Client);
+  });
   beforeEach(() => {
     ecs.reset();
     ec2.reset();
@@ -2434,6 +2439,7 @@ interface FaultOptions extends WorldOptions {
   readonly changes?: ConfigChanges;
   /** The task's SSH server does not begin the first command that it is sent. */
   readonly holdFirstCommand?: boolean;
+  readonly misbehaviour?: Misbehaviour;
   /** Seconds. */
   readonly jobTimeout?: number;
   /** It takes minutes, and runs with `npm run soak`. */
@@ -2504,6 +2510,7 @@ function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: 
     soak = false,
     container = false,
     holdFirstCommand,
+    misbehaviour,
     timeout = 120_000,
     ...worldOptions
   } = options;
@@ -2523,7 +2530,7 @@ function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: 
         held.resolve();
         return forever;
       };
-      const own = container ? hosts : embeddedHosts({ holdExec });
+      const own = container ? hosts : embeddedHosts({ misbehaviour: { holdExec, ...misbehaviour } });
       const world = await makeWorld({ hosts: own, ...worldOptions });
       task.meta.hosts = world.hosts.kind;
       try {
@@ -3684,6 +3691,172 @@ describe("the task stops", () => {
     expect(finished).toMatchObject({ code: 1, stderr: "" });
     return { stage: "run (a build failure, 137)", finished };
   });
+});
+
+describe("SSH fails", () => {
+  const prepareFails = async (scene: Scene, last: RegExp, advice: RegExp): Promise<Met> => {
+    const finished = await scene.stage("prepare");
+    ended(finished, 2);
+    const lines = finished.stderr.trimEnd().split("\n");
+    expect(lines.at(-2)).toMatch(last);
+    expect(lines.at(-1)).toMatch(advice);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "prepare", finished };
+  };
+  const ready = async (scene: Scene) => {
+    ended(await scene.stage("prepare"), 0);
+    return readRecord(scene.record) as TaskRecord;
+  };
+
+  for (const [address, last, advice] of [
+    [
+      "silent",
+      /no login worked within ConnectTimeout \(5 s\); .*nothing answered for 3 s/,
+      /security group must allow Port/,
+    ],
+    ["refusing", /no login worked within ConnectTimeout \(5 s\); .*ECONNREFUSED/, /the image must start an SSH server/],
+  ] as const)
+    faultTest(
+      `the task's address is ${address}`,
+      async (scene) => {
+        scene.world.aws.inject({ operation: "RunTask", do: { address } });
+        return prepareFails(scene, last, advice);
+      },
+      { changes: { SSH: { ConnectTimeout: 5 } } },
+    );
+  for (const [address, ms] of [
+    ["silent", 8_000],
+    ["refusing", 4_000],
+  ] as const)
+    faultTest(`the task's address is ${address} for ${ms / 1000} s`, async (scene) => {
+      scene.world.aws.inject({ operation: "RunTask", do: { address, ms } });
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      return { stage: "prepare", finished };
+    });
+
+  faultTest(
+    "Username is not the container's",
+    (scene) => prepareFails(scene, /refuses to let nobody in; .*the server refused the key/, /must let Username in/),
+    { container: true, changes: { SSH: { Username: "nobody" } } },
+  );
+  faultTest(
+    "the container refuses the key",
+    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /must let Username in/),
+    { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY } },
+  );
+  faultTest(
+    "the container refuses the key at first",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      return { stage: "prepare", finished };
+    },
+    { misbehaviour: { refuseKey: 2 } },
+  );
+  faultTest(
+    "logins take 6 s",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      return { stage: "prepare", finished };
+    },
+    { misbehaviour: { loginDelay: 6_000 } },
+  );
+
+  faultTest(
+    "the SSH server's key is another one than prepare saw",
+    async (scene) => {
+      await ready(scene);
+      const [task] = scene.world.aws.running();
+      // sshd reads its keys again at HUP.
+      const made = await task?.host?.exec(
+        "cd /run/sshd && rm -f host_ed25519* && ssh-keygen -q -t ed25519 -N '' -f host_ed25519 && kill -HUP 1",
+      );
+      expect(made?.exitCode).toBe(0);
+      await expect
+        .poll(async () => (await task?.host?.exec("cat /proc/1/stat"))?.output, { timeout: 10_000 })
+        .toBeTruthy();
+      const finished = await scene.run("echo never");
+      ended(finished, 2);
+      expect(finished.stdout.toString()).toBe("");
+      expect(finished.stderr).toContain("the server's key is not the one seen when the task was prepared");
+      expect(finished.stderr).toContain("what to do: nothing was sent");
+      return { stage: "run", finished };
+    },
+    { container: true },
+  );
+
+  faultTest(
+    "the network falls silent under a script (KeepAliveInterval 15, the default)",
+    async (scene) => {
+      await ready(scene);
+      const [task] = scene.world.aws.running();
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      await task?.host?.pause();
+      const finished = await run.finished;
+      ended(finished, 2);
+      await task?.host?.resume();
+      return { stage: "run", finished };
+    },
+    { container: true },
+  );
+
+  faultTest(
+    "the server closes a script's channel without an exit status",
+    async (scene) => {
+      await ready(scene);
+      const finished = await scene.run("echo done");
+      ended(finished, 2);
+      expect(finished.stdout.toString()).toBe("done\n");
+      return { stage: "run", finished };
+    },
+    { misbehaviour: { withoutExitStatus: (command) => command.includes("FARGATE_SCRIPT") } },
+  );
+  faultTest(
+    "the server's process for the connection is killed under a script",
+    async (scene) => {
+      await ready(scene);
+      const [task] = scene.world.aws.running();
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      await task?.host?.exec(
+        "for f in /proc/[0-9]*/cmdline; do grep -q '^sshd: root' $f && kill -KILL $(echo $f | cut -d/ -f3); done",
+      );
+      const finished = await run.finished;
+      ended(finished, 2);
+      return { stage: "run", finished };
+    },
+    { container: true },
+  );
+
+  faultTest(
+    "sshd has as many logins under way as it takes (MaxStartups)",
+    async (scene) => {
+      const { ContainerIP: host } = await ready(scene);
+      // By default sshd turns everybody away from 100 on.
+      const waiting = Array.from({ length: 110 }, () => connectTcp(scene.world.sshPort, host).on("error", () => {}));
+      const begun = scene.begin("run", { script: "echo at last", operands: undefined });
+      await begun.shows("trying again");
+      for (const socket of waiting) socket.destroy();
+      const finished = await begun.finished;
+      ended(finished, 0);
+      expect(finished.stdout.toString()).toBe("at last\n");
+      return { stage: "run", finished, says: /trying again/ };
+    },
+    { container: true, changes: { top: { LogLevel: "debug" } } },
+  );
+  faultTest(
+    "sshd punishes the address for a login that it refused (OpenSSH 9.8)",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      ended(await scene.run("true"), 0);
+      return { stage: "prepare", finished };
+    },
+    { misbehaviour: { penalties: true, refuseKey: 3 } },
+  );
 });
 
 describe("the record cannot be kept", () => {

@@ -1275,9 +1275,15 @@ const LOGIN_TIMEOUT = 20_000;
  * Logs in once.
  *
  * @param timeout ms until keys are exchanged; the login itself then has LOGIN_TIMEOUT
+ * @param onAnswer called when they are
  * @throws {SshFailure}
  */
-export async function connect(target: SshTarget, timeout: number, signal: AbortSignal): Promise<Connection> {
+export async function connect(
+  target: SshTarget,
+  timeout: number,
+  signal: AbortSignal,
+  onAnswer = () => {},
+): Promise<Connection> {
   const { Client } = await import("ssh2");
   signal.throwIfAborted();
   const client = new Client();
@@ -1299,6 +1305,7 @@ export async function connect(target: SshTarget, timeout: number, signal: AbortS
     let timer = setTimeout(late(`nothing answered for ${timeout / 1000} s`), timeout);
     signal.addEventListener("abort", abort);
     client.on("handshake", () => {
+      onAnswer();
       clearTimeout(timer);
       timer = setTimeout(late(`no login within ${LOGIN_TIMEOUT / 1000} s`), LOGIN_TIMEOUT);
     });
@@ -1336,7 +1343,7 @@ export async function connect(target: SshTarget, timeout: number, signal: AbortS
 }
 
 /**
- * Attempts overlap, because packets to an address that is not up yet are dropped as often as refused. A login that
+ * Attempts overlap until one is answered, because packets to an address that is not up yet may be dropped. A login that
  * the server itself refused makes a pause: the key may not be in place yet, and OpenSSH 9.8 and later bars an address
  * for a while (5 s) that failed.
  */
@@ -1356,6 +1363,7 @@ export function logIn(
   return new Promise((resolve, reject) => {
     const attempts = new AbortController();
     let open = 0;
+    let answered = 0;
     let pause = 0;
     const finish = () => {
       clearInterval(timer);
@@ -1367,9 +1375,13 @@ export function logIn(
       reject(signal.reason);
     };
     const attempt = () => {
-      if (--pause > 0 || open >= LOGIN.open) return;
+      if (--pause > 0 || open >= LOGIN.open || answered > 0) return;
       open++;
-      connect(target, LOGIN.cut, attempts.signal)
+      let answers = 0;
+      connect(target, LOGIN.cut, attempts.signal, () => {
+        answers = 1;
+        answered++;
+      })
         .then(
           (connection) => {
             if (attempts.signal.aborted) return void connection.client.destroy();
@@ -1382,7 +1394,10 @@ export function logIn(
             onFailure(failure);
           },
         )
-        .finally(() => open--);
+        .finally(() => {
+          open--;
+          answered -= answers;
+        });
     };
     const timer = setInterval(attempt, LOGIN.every);
     if (signal.aborted) return abort();
@@ -1913,8 +1928,11 @@ async function abandon(context: Context, aws: Aws, record: TaskRecord, leave: Ab
   if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
 }
 
-/** For how long the server may refuse the key before prepare gives up, in ms; an image may put the key in place late. */
-const REFUSAL_PATIENCE = 30_000;
+/**
+ * For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
+ * OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
+ */
+const REFUSAL_PATIENCE = 25_000;
 
 /**
  * Follows a new task until a login to it works. Logins begin when its address is known, beside the polling, which
@@ -1943,13 +1961,17 @@ async function untilReady(
   let status: string | undefined;
   let runningSince: number | undefined;
   let refusedSince: number | undefined;
+  let refusedFor = 0;
   let lastFailure = "";
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
     logIn(sshTarget(config, address, key.privateKey), signal, ({ why, message }) => {
       if (message !== lastFailure) log.debug("no login yet: {message}", { message });
-      if (why === "login") refusedSince ??= now();
+      if (why === "login") {
+        refusedSince ??= now();
+        refusedFor = now() - refusedSince;
+      }
       // A refused key says more than the connections that sshd then refuses for a while.
       if (why === "login" || refusedSince === undefined) lastFailure = message;
     }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
@@ -1963,7 +1985,7 @@ async function untilReady(
     return call.catch((failure) => log.debug("{reason}", { reason: reasonOf(failure) }));
   };
   const tooLong = () => {
-    if (runningSince !== undefined && refusedSince !== undefined && now() > refusedSince + REFUSAL_PATIENCE)
+    if (runningSince !== undefined && refusedFor > REFUSAL_PATIENCE)
       return `the task runs, but its SSH server refuses to let ${config.SSH.Username} in`;
     if (runningSince !== undefined && now() > runningSince + ConnectTimeout * 1000)
       return `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)`;
