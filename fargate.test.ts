@@ -9,10 +9,20 @@ import { createServer } from "node:http";
 import { connect as connectTcp } from "node:net";
 import { join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
-import { DescribeNetworkInterfacesCommand, EC2Client } from "@aws-sdk/client-ec2";
+import { promisify } from "node:util";
+import {
+  DescribeNetworkInterfacesCommand,
+  EC2Client,
+  type EC2ClientResolvedConfig,
+  type ServiceInputTypes as Ec2Input,
+  type ServiceOutputTypes as Ec2Output,
+} from "@aws-sdk/client-ec2";
 import {
   DescribeTasksCommand,
   ECSClient,
+  type ECSClientResolvedConfig,
+  type ServiceInputTypes as EcsInput,
+  type ServiceOutputTypes as EcsOutput,
   ListTasksCommand,
   RunTaskCommand,
   type RunTaskCommandInput,
@@ -20,7 +30,7 @@ import {
   type Task,
 } from "@aws-sdk/client-ecs";
 import { configureSync, getLogger, type LogRecord } from "@logtape/logtape";
-import { mockClient } from "aws-sdk-client-mock";
+import { type AwsStub, mockClient } from "aws-sdk-client-mock";
 import fc from "fast-check";
 import { utils } from "ssh2";
 import * as v from "valibot";
@@ -701,8 +711,8 @@ describe("calls to AWS", () => {
 // ---------------------------------------------------------------------------------------------------------
 
 describe("prepare and cleanup, with ECS mocked", () => {
-  let ecs: ReturnType<typeof mockClient<ECSClient>>;
-  let ec2: ReturnType<typeof mockClient<EC2Client>>;
+  let ecs: AwsStub<EcsInput, EcsOutput, ECSClientResolvedConfig>;
+  let ec2: AwsStub<Ec2Input, Ec2Output, EC2ClientResolvedConfig>;
   const arn = someRecord.TaskARN;
   let logged: string[];
   let stop: AbortController;
@@ -2566,14 +2576,19 @@ function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: 
 function fifo(): { path: string; reached: Promise<unknown>; release: (content: string) => Promise<void> } {
   const path = join(directory(), "fifo");
   execFileSync("mkfifo", [path]);
-  const opened = fs.promises.open(path, "w"); // resolves when there is a reader
+  const opened = promisify(fs.open)(path, "w"); // calls back when there is a reader
   return {
     path,
     reached: opened,
     release: async (content) => {
       const file = await opened;
-      await file.writeFile(content);
-      await file.close();
+      try {
+        fs.writeSync(file, content);
+      } catch (error) {
+        if ((error as NodeJS.ErrnoException).code !== "EPIPE") throw error; // the reader has been killed
+      } finally {
+        fs.closeSync(file);
+      }
     },
   };
 }
@@ -3857,6 +3872,123 @@ describe("SSH fails", () => {
     },
     { misbehaviour: { penalties: true, refuseKey: 3 } },
   );
+});
+
+describe("what the official driver's guides list as troubles", () => {
+  faultTest(
+    "ECS cannot be reached",
+    async (scene) => {
+      const closed = await startProxy({ host: "127.0.0.1", port: 1 });
+      await closed.close();
+      const finished = await scene.stage("prepare", { env: { AWS_ENDPOINT_URL: `http://127.0.0.1:${closed.port}` } });
+      ended(finished, 2);
+      expect(finished.stderr).toContain("what to do: the runner's host must reach AWS");
+      return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { StartTimeout: 2 } } },
+  );
+  faultTest("there is no record when a script is to run", async (scene) => {
+    const finished = await scene.run("echo never");
+    ended(finished, 2);
+    return { stage: "run", finished };
+  });
+  for (const [what, port] of [
+    ["is refused", "closed"],
+    ["times out", "stalled"],
+  ] as const)
+    faultTest(`the connection of a run ${what}`, async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const { ContainerIP: host } = readRecord(scene.record) as TaskRecord;
+      const proxy = await startProxy({ host, port: scene.world.sshPort }, { host });
+      if (port === "closed") await proxy.close();
+      else proxy.stall();
+      scene.configure({ SSH: { Port: proxy.port, ConnectTimeout: 1 } });
+      const finished = await scene.run("echo never");
+      ended(finished, 2);
+      scene.configure();
+      if (port === "stalled") await proxy.close();
+      return { stage: "run", finished };
+    });
+  faultTest(
+    "the key is RSA, and the container's sshd refuses SHA-1 signatures",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      ended(await scene.run("true"), 0);
+      return { stage: "prepare", finished };
+    },
+    { container: true, changes: { SSH: { KeyType: "rsa" } } },
+  );
+  faultTest(
+    "a script needs the task role's credentials",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const finished = await scene.run("echo $AWS_CONTAINER_CREDENTIALS_RELATIVE_URI");
+      ended(finished, 0);
+      expect(finished.stdout.toString()).toBe("/v2/credentials/0123\n");
+      return { stage: "run", finished: { ...finished, stderr: finished.stdout.toString() } };
+    },
+    {
+      container: true,
+      taskDefinitions: [
+        {
+          family: "test-task",
+          containerDefinitions: [
+            {
+              name: "ci-coordinator",
+              image: "sshd",
+              environment: [{ name: "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", value: "/v2/credentials/0123" }],
+            },
+          ],
+        },
+      ],
+    },
+  );
+
+  /** The words that users look for, the fault that meets them here, and what our log says instead. */
+  const troubles: [old: string, fault: string, ours: string][] = [
+    [
+      "No Container Instances were found in your cluster",
+      "RunTask is refused: no default strategy",
+      "ecs:RunTask was refused: InvalidParameterException: No Container Instances were found in your cluster.",
+    ],
+    [
+      "file does not exist",
+      "there is no record when a script is to run",
+      "there is no task for this job: no finished record",
+    ],
+    ["connect: connection timed out", "the task's address is silent", "nothing answered for"],
+    ["connect: connection timed out", "the connection of a run times out", "nothing answered for"],
+    ["connect: connection refused", "the task's address is refusing", "ECONNREFUSED"],
+    ["connect: connection refused", "the connection of a run is refused", "ECONNREFUSED"],
+    [
+      "unable to authenticate, attempted methods [none publickey]",
+      "the container refuses the key",
+      "the server refused the key",
+    ],
+    ["unable to connect to ECS", "ECS cannot be reached", "ecs:RunTask got no answer"],
+    [
+      "unable to connect to worker ECS task via ssh",
+      "the task's address is refusing",
+      "no login worked within ConnectTimeout",
+    ],
+    [
+      "signature algorithm ssh-rsa not in PubkeyAcceptedAlgorithms",
+      "the key is RSA, and the container's sshd refuses SHA-1 signatures",
+      "",
+    ],
+    ["no credentials to access AWS", "a script needs the task role's credentials", ""],
+  ];
+  test.each(troubles)("%s: %s", (old, fault, ours) => {
+    expect(faults).toContain(fault);
+    const readme = fs.readFileSync(join(projectRoot, "README.md"), "utf8");
+    const section = readme.slice(readme.indexOf("\n## When something fails"), readme.indexOf("\n## Faults, and what"));
+    const entry = section.split("\n").find((line) => line.includes(old) && line.includes(ours));
+    expect(entry, "an entry by the old words and ours").toBeDefined();
+    // What the log of that fault said is in the table of faults, which a run checks.
+    const row = readme.split("\n").find((line) => line.startsWith(`| ${fault} |`));
+    expect(row).toContain(ours);
+  });
 });
 
 describe("the record cannot be kept", () => {
