@@ -2552,7 +2552,9 @@ function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: 
         const after = await scene.stage("cleanup");
         if (!keepsRecord) expect(after).toMatchObject({ code: 0 });
         const lines = finished.stderr.trimEnd().split("\n");
-        const line = says ? lines.find((line) => says.test(line)) : lines.findLast((line) => !adviceLine.test(line));
+        const line = says
+          ? lines.find((line) => says.test(line))
+          : lines.findLast((line) => !adviceLine.test(line) && !/ debug: /.test(line));
         if (says && line === undefined) throw new Error(`no line says ${says}: ${finished.stderr}`);
         const left = world.aws.running().length;
         addRow({
@@ -4022,6 +4024,7 @@ describe("the record cannot be kept", () => {
       const path = directory();
       if (!mount(options, path)) throw new SkipFault("mount(8) is not permitted");
       try {
+        if (fill) managerId(path);
         if (fill) spawnSync("dd", ["if=/dev/zero", `of=${join(path, "fill")}`], { stdio: "ignore" });
         scene.configure({ TaskMetadata: { Directory: path } });
         const finished = await scene.stage("prepare");

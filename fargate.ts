@@ -691,7 +691,9 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
     withSync(temporary, "wx", (file) => fs.writeFileSync(file, content));
     put(temporary, path);
   } finally {
-    fs.rmSync(temporary, { force: true });
+    try {
+      fs.rmSync(temporary, { force: true });
+    } catch {} // what went wrong before says more
   }
   withSync(join(path, ".."), "r", () => {}); // the directory, which holds the name
 }
@@ -1004,7 +1006,8 @@ export function mayHaveWorked(error: unknown): boolean {
 export function awsFailure(action: string, error: unknown): Failure {
   const { name = "Error", $metadata } = error as AwsError;
   const answered = ($metadata?.httpStatusCode ?? 0) >= 300;
-  const reason = reasonOf(error).split("\n")[0]; // the SDK adds hints for programmers
+  // The SDK and bun add hints for programmers.
+  const reason = reasonOf(error).replace(/(?: For more information, pass `verbose|\n)[\s\S]*/, "");
   const detail = answered ? `${name}: ${reason}` : reason;
   return new Failure("system", `${action} ${answered ? "was refused" : "got no answer"}: ${detail}`, {
     cause: error,
