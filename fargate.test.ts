@@ -6,7 +6,7 @@ import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
-import { connect as connectTcp } from "node:net";
+import { connect as connectTcp, type Socket } from "node:net";
 import { join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
@@ -1022,7 +1022,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ecs.on(RunTaskCommand).rejects(noContainer);
     const refused = "Override for container named ci-coordinator is not a container in the TaskDefinition.";
     await expect(prepare(contextOf())).rejects.toThrow(refused);
-    expect(adviceFor(refused)?.advice).toMatch(/^the task definition must have a container ci-coordinator/);
+    expect(adviceFor(refused)?.advice).toMatch(/^its container must be named ci-coordinator/);
     expect(inputs(RunTaskCommand)).toHaveLength(1);
   });
 
@@ -2144,7 +2144,7 @@ describe("the compiled program", () => {
       expect(text).toContain(
         "the job's own choice of TaskDefinition, legacy-task, cannot be used: ecs:RunTask was refused",
       );
-      expect(text).toContain("what to do: the task definition must have a container ci-coordinator");
+      expect(text).toContain("what to do: its container must be named ci-coordinator");
       // A build failure: the runner does not try again.
       expect(legacy.map(({ stage }) => stage)).toEqual(["config", "prepare", "cleanup"]);
       nothingLeft();
@@ -2579,10 +2579,13 @@ function fifo(): { path: string; reached: Promise<unknown>; release: (content: s
   const path = join(directory(), "fifo");
   execFileSync("mkfifo", [path]);
   const opened = promisify(fs.open)(path, "w"); // calls back when there is a reader
+  let released = false;
   return {
     path,
     reached: opened,
     release: async (content) => {
+      if (released) return;
+      released = true;
       const file = await opened;
       try {
         fs.writeSync(file, content);
@@ -2717,7 +2720,7 @@ const steps: Step[] = [
   },
 ];
 
-describe("prepare is killed or told to stop", () => {
+describe.concurrent("prepare is killed or told to stop", () => {
   for (const step of steps) {
     faultTest(
       `prepare is killed (SIGKILL) ${step.name}; cleanup follows`,
@@ -2766,7 +2769,7 @@ describe("prepare is killed or told to stop", () => {
   }
 });
 
-describe("RunTask's answer", () => {
+describe.concurrent("RunTask's answer", () => {
   for (const [what, fault] of [
     ["is lost with the connection, after it took effect", "reset-after"],
     ["is a 500, after it took effect", "500-after"],
@@ -2856,7 +2859,7 @@ describe("RunTask's answer", () => {
   });
 });
 
-describe("cleanup", () => {
+describe.concurrent("cleanup", () => {
   /** A scene whose job has a task that is ready. */
   const prepared = async (scene: Scene) => {
     ended(await scene.stage("prepare"), 0);
@@ -3050,7 +3053,7 @@ describe("cleanup", () => {
   }
 });
 
-describe("run gets a signal", () => {
+describe.concurrent("run gets a signal", () => {
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     faultTest(`run gets ${signal} while it connects`, async (scene) => {
       ended(await scene.stage("prepare"), 0);
@@ -3083,7 +3086,7 @@ describe("run gets a signal", () => {
   }
 });
 
-describe("sweep", () => {
+describe.concurrent("sweep", () => {
   const sweeping = async (scene: Scene, ...args: string[]) => {
     const finished = await scene.begin("sweep", { operands: args }).finished;
     return { ...finished, report: args.includes("--json") ? (JSON.parse(`${finished.stdout}`) as SweepReport) : null };
@@ -3314,7 +3317,7 @@ describe("sweep", () => {
   );
 });
 
-describe("RunTask is refused", () => {
+describe.concurrent("RunTask is refused", () => {
   const capacity = "Capacity is unavailable at this time. Please try again later or in a different availability zone";
   /** AWS's answer, and what the log advises. */
   const refusals: [what: string, fault: FaultAction, advice: RegExp][] = [
@@ -3539,7 +3542,7 @@ describe("RunTask is refused", () => {
   });
 });
 
-describe("the task stops", () => {
+describe.concurrent("the task stops", () => {
   const causes: [what: string, cause: StopCause, advice: RegExp][] = [
     [
       "its image cannot be pulled",
@@ -3558,7 +3561,7 @@ describe("the task stops", () => {
           "ResourceInitializationError: unable to pull secrets or registry auth: AccessDeniedException: User: x is not " +
           "authorized to perform: secretsmanager:GetSecretValue on resource: y",
       },
-      /allow secretsmanager:GetSecretValue to the definition's execution role/,
+      /allow secretsmanager:GetSecretValue to the task definition's execution role/,
     ],
     [
       "the registry cannot be reached",
@@ -3710,7 +3713,7 @@ describe("the task stops", () => {
   });
 });
 
-describe("SSH fails", () => {
+describe.concurrent("SSH fails", () => {
   const prepareFails = async (scene: Scene, last: RegExp, advice: RegExp): Promise<Met> => {
     const finished = await scene.stage("prepare");
     ended(finished, 2);
@@ -3729,7 +3732,7 @@ describe("SSH fails", () => {
     [
       "silent",
       /no login worked within ConnectTimeout \(5 s\); .*nothing answered for 3 s/,
-      /security group must allow Port/,
+      /allow Port in the task's security group/,
     ],
     ["refusing", /no login worked within ConnectTimeout \(5 s\); .*ECONNREFUSED/, /the image must start an SSH server/],
   ] as const)
@@ -3852,9 +3855,20 @@ describe("SSH fails", () => {
     "sshd has as many logins under way as it takes (MaxStartups)",
     async (scene) => {
       const { ContainerIP: host } = await ready(scene);
-      // By default sshd turns everybody away from 100 on.
-      const waiting = Array.from({ length: 110 }, () => connectTcp(scene.world.sshPort, host).on("error", () => {}));
-      const begun = scene.begin("run", { script: "echo at last", operands: undefined });
+      // sshd turns away a growing share of those that come while 10 have not logged in, and everybody from 100 on.
+      const waiting = new Set<Socket>();
+      const knock = async () => {
+        const socket = connectTcp(scene.world.sshPort, host).on("error", () => {});
+        const first = await new Promise<string>((said) => {
+          socket.once("data", (data) => said(data.toString("latin1")));
+          socket.once("close", () => said(""));
+        });
+        if (!first.startsWith("SSH-")) return void socket.destroy();
+        waiting.add(socket);
+        socket.once("close", () => waiting.delete(socket));
+      };
+      while (waiting.size < 100) await Promise.all(Array.from({ length: 10 }, knock));
+      const begun = scene.begin("run", { script: "echo at last" });
       await begun.shows("trying again");
       for (const socket of waiting) socket.destroy();
       const finished = await begun.finished;
@@ -3876,7 +3890,7 @@ describe("SSH fails", () => {
   );
 });
 
-describe("what the official driver's guides list as troubles", () => {
+describe.concurrent("what the official driver's guides list as troubles", () => {
   faultTest(
     "ECS cannot be reached",
     async (scene) => {
@@ -3993,7 +4007,7 @@ describe("what the official driver's guides list as troubles", () => {
   });
 });
 
-describe("the record cannot be kept", () => {
+describe.concurrent("the record cannot be kept", () => {
   /** A directory that nobody can write to, root included. */
   const places: [what: string, path: string][] = [
     ["cannot be made", "/proc/fargate"],

@@ -101,8 +101,7 @@ export interface Advice {
 const PASSES = { again: true } as const;
 const DEFINITION = { setting: "TaskDefinition" } as const;
 const PLATFORM = { setting: "PlatformVersion" } as const;
-const DEFINITION_NEEDS =
-  "the task definition must have a container ci-coordinator, without a secret named SSH_PUBLIC_KEY; or set PrivateKeyPath";
+const NEEDS = "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath";
 
 /**
  * The words of AWS, of SSH and of this program for what has failed, and what to do about it; the first that fits counts,
@@ -110,6 +109,7 @@ const DEFINITION_NEEDS =
  * stopped tasks' errors and on API failure reasons.
  */
 const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
+  [/^(the record|the manager's|TaskMetadata).* cannot be (made|used|written)/, "the runner's user must write there"],
   // Starts that may work a little later or elsewhere.
   [/Capacity is unavailable/i, "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy", PASSES],
   [/reached the limit on the number of/i, "lower the runner's limit, or ask AWS for a higher Fargate quota", PASSES],
@@ -118,61 +118,43 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
   [/Timeout waiting for|Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
   [/Unexpected EC2 error|InternalError|ContainerRuntime\w*Error/, "ask AWS if it happens again", PASSES],
   [/SpotInterruption|Spot Task was interrupted/, "run it again, with on-demand capacity if it must not happen", PASSES],
-  // Calls that were refused: to the execution role first, which starts the container, then to the runner's host.
-  [
-    /(?:CannotPull|Initialization|secret).*authorized to perform: ([\w-]+:\w+)/,
-    "allow $1 to the definition's execution role",
-  ],
+  // Tasks that did not start: their execution role is refused what the runner's host may be allowed.
+  [/(?:CannotPull|ResourceInit).* perform: ([\w-]+:\w+)/, "allow $1 to the task definition's execution role"],
+  [/toomanyrequests|Too Many Requests|pull rate limit/i, "copy the image to ECR, or give the registry's credentials"],
+  [/CannotPull.*no space left/, "give the task definition more ephemeralStorage"],
+  [/CannotPull/, "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)"],
+  [/ResourceNotFound/, "create what the task definition names: a secret, a parameter, a log group"],
+  [/ResourceInit/, "check the execution role, and the subnet's route to Secrets Manager, ECR and CloudWatch Logs"],
+  [/CannotStartContainer/, "check the command and the processor architecture of the image"],
+  // Tasks that stopped.
+  [/OutOfMemory/, "give the task definition more memory, or the job less to do at once"],
+  [/EssentialContainerExited/, "read the container's log: its SSH server must run until the task is stopped"],
+  [/TerminationNotice|InfrastructureHealth|performing maintenance/, "run it again: AWS took the task's host away"],
+  [/UserInitiated/, "CloudTrail shows who called StopTask"],
+  // Calls that were refused.
   [/not authorized to perform: ([\w-]+:\w+)/, "allow $1 in the IAM policy of the runner's host"],
   [/AccessDenied|UnauthorizedOperation/, "allow this action in the IAM policy of the runner's host"],
   [/Signature (expired|not yet)|RequestExpired/, "set the clock of the runner's host right"],
   [
     /Credential|security token|UnrecognizedClient/,
-    "give the runner's host a role, or valid AWS_* variables with a key",
+    "give the runner's host a role, or AWS_* variables with a valid key",
   ],
   [/ClusterNotFound/, "check Cluster and Region in the configuration file"],
   [/No Container Instances/, 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy'],
-  [
-    /capacity provider.*not (associated|found)/i,
-    "give the cluster that provider: aws ecs put-cluster-capacity-providers",
-  ],
+  [/capacity provider.*not (associated|found)/i, "add it to the cluster: aws ecs put-cluster-capacity-providers"],
   [/TaskDefinition (not found|is inactive)/i, "name a task definition that is active in this region", DEFINITION],
-  [/not a container in the|secret name must be unique/i, DEFINITION_NEEDS, DEFINITION],
+  [/not a container in the|secret name must be unique/i, NEEDS, DEFINITION],
   [/PlatformUnknown|PlatformTaskDefinition/, "set PlatformVersion to one that AWS lists, or not at all", PLATFORM],
   [/InvalidSubnet|InvalidGroup|same VPC/, "check Subnet, SecurityGroup and Region: all must belong to one VPC"],
   [/configuration is above your limit|is currently blocked/, "ask AWS support to lift the account's limit"],
   [/assume the (role|service)/, "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute"],
-  // Tasks that stopped.
-  [/OutOfMemory/, "give the task definition more memory, or the job less to do at once"],
-  [/toomanyrequests|Too Many Requests|pull rate limit/i, "copy the image to ECR, or give the registry's credentials"],
-  [/no space left on device/, "give the task definition more ephemeralStorage"],
-  [
-    /CannotPull/,
-    "check the image's name, the execution role, and the subnet's route to the registry (NAT, VPC endpoints)",
-  ],
-  [/ResourceNotFound/, "create what the task definition names: a secret, a parameter, a log group"],
-  [
-    /ResourceInitialization/,
-    "check the execution role, and the subnet's route to Secrets Manager, ECR and CloudWatch Logs",
-  ],
-  [/CannotStartContainer/, "check the command and the processor architecture of the image"],
-  [/EssentialContainerExited/, "read the container's log: its SSH server must run until the task is stopped"],
-  [
-    /TerminationNotice|InfrastructureHealth|ECS is performing maintenance/,
-    "run it again: AWS took the task's host away",
-  ],
-  [/UserInitiated/, "CloudTrail shows who called StopTask"],
+  [/got no answer/, "the runner's host must reach AWS: NAT gateway, VPC endpoint for ECS, or HTTPS_PROXY"],
   // Logins.
-  [
-    /refused? the key|refuses to let/,
-    "the container must let Username in with the key in SSH_PUBLIC_KEY (authorized_keys)",
-  ],
+  [/refused? the key|refuses to let/, "the container must let Username in with the key in SSH_PUBLIC_KEY"],
   [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
-  [/no login worked/, "the task's security group must allow Port from the runner's host, and its subnet have a route"],
+  [/no login worked|nothing answered/, "allow Port in the task's security group, from the runner's host; check routes"],
   [/no public address/, "set EnablePublicIP, and give the subnet a route to an internet gateway"],
   [/server's key is not the one/, "nothing was sent; find out what answers at that address in place of the task"],
-  // AWS cannot be reached.
-  [/got no answer/, "the runner's host must reach AWS: NAT gateway, VPC endpoint for ECS, or HTTPS_PROXY"],
 ];
 
 /** @returns what is known about a failure; undefined where its text must speak for itself */
