@@ -1171,7 +1171,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     });
     await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask was refused: ClientException: no");
     expect(readRecord(recordFile())).toMatchObject({ TaskARN: "", Unanswered: true });
-    expect(logged.slice(1)).toEqual(["warning: a task is left for cleanup to stop"]);
+    expect(logged.slice(1)).toEqual(["error: a task is left for cleanup to stop"]);
   });
 
   test("told to stop while it clears what an earlier try left, prepare ends and starts nothing", async () => {

@@ -1743,9 +1743,13 @@ export async function prepare(context: Context): Promise<void> {
   const { config, job, log, now, stop } = context;
   openDirectory(config.TaskMetadata.Directory);
   const done = announce(config.TaskMetadata, job.stem, "prepare");
+  const others = usersOf(config.TaskMetadata).filter(
+    ({ stem, stage, pid }) => stem === job.stem && stage === "prepare" && pid !== process.pid,
+  );
   const leave = new AbortController();
   stop.addEventListener("abort", () => setTimeout(() => leave.abort(stop.reason), LEAVE_WITHIN));
   try {
+    if (others[0]?.lives) throw new Failure("system", `another prepare of this job runs, as process ${others[0].pid}`);
     await release(context, stop); // a try before this one may have died without its cleanup
     const key = await chooseKey(context);
     const aws = new Aws(config.Fargate.Region, context);
@@ -1766,11 +1770,15 @@ export async function prepare(context: Context): Promise<void> {
         seconds: Math.round((now() - begun) / 1000),
       });
     } catch (error) {
-      await abandon(context, aws, record, leave.signal).catch((failure) => {
-        if (failure === stop.reason)
-          log.warn("{task} is left for cleanup to stop", { task: record.TaskARN || "a task" });
-        else log.error("{reason}", { reason: reasonOf(failure) });
-      });
+      try {
+        // The record in memory knows more than the one on disk when the disk is full. A stopped prepare has no time to
+        // look for a task; cleanup, which follows, has. One that is known is stopped anyhow.
+        const signal = record.TaskARN ? leave.signal : stop;
+        if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
+      } catch (failure) {
+        const left = `${record.TaskARN || "a task"} is left for cleanup to stop`;
+        log.error("{reason}", { reason: failure === stop.reason ? left : reasonOf(failure) });
+      }
       throw error;
     }
   } finally {
@@ -1843,7 +1851,8 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     return untilReady(context, aws, record, key, begun);
   };
   const again = (error: unknown) => {
-    const passes = !stop.aborted && adviceFor(reasonOf(error))?.again === true;
+    // With a start unanswered there may be a task already.
+    const passes = !stop.aborted && !record.Unanswered && adviceFor(reasonOf(error))?.again === true;
     if (passes && now() < until) {
       const next = places[tries % places.length] as Placement;
       const strategy = next.CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
@@ -1894,7 +1903,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
   try {
     await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((failure: Error) => {
       const [refused] = OVERRIDE_REFUSED.exec(failure.message) ?? [];
-      if (!refused || !key.own) throw failure;
+      if (!refused || !key.own || record.Unanswered) throw failure;
       log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it without");
       return runTask(/secret/i.test(refused) ? deadline : undefined);
     });
@@ -1904,13 +1913,6 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
     const value = config.Fargate[setting];
     throw new Failure("build", `the job's own choice of ${setting}, ${value}, cannot be used: ${reasonOf(error)}`);
   }
-}
-
-/** Ends what a failed prepare has begun. The record in memory knows more than the one on disk when the disk is full. */
-async function abandon(context: Context, aws: Aws, record: TaskRecord, leave: AbortSignal): Promise<void> {
-  // A stopped prepare has no time to look for a task; cleanup, which follows, has. One that is known is stopped anyhow.
-  const signal = record.TaskARN ? leave : context.stop;
-  if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
 }
 
 /**
