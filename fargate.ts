@@ -930,6 +930,7 @@ export interface Limits {
  *
  * @param again whether an error may pass
  * @param most the longest pause, in ms, before jitter of a half up or down
+ * @param least the shortest one after an error
  * @throws the last error, or the reason of `signal`
  */
 export async function retry<T>(
@@ -940,14 +941,20 @@ export async function retry<T>(
     now,
     signal,
     most = 5_000,
-  }: Limits & { again: (error: unknown) => boolean; now: () => number; most?: number },
+    least = () => 0,
+  }: Limits & {
+    again: (error: unknown) => boolean;
+    now: () => number;
+    most?: number;
+    least?: (error: unknown) => number;
+  },
 ): Promise<T> {
   for (let wait = 100; ; wait = Math.min(wait * 2, most)) {
     signal?.throwIfAborted();
     try {
       return await call();
     } catch (error) {
-      const pause = wait * (0.5 + Math.random());
+      const pause = Math.max(wait, least(error)) * (0.5 + Math.random());
       if (!again(error) || now() + pause > until) throw error;
       await sleep(pause, signal);
     }
@@ -962,11 +969,15 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
 /** What the SDK throws; without a status no answer came. */
 type AwsError = { name?: string; $metadata?: { httpStatusCode?: number } };
 
+/** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
+const isThrottling = (error: unknown): boolean =>
+  /Throttl|TooManyRequests|RequestLimitExceeded|SlowDown/.test((error as AwsError | undefined)?.name ?? "");
+
 /** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
 export function isTransient(error: unknown): boolean {
   const { name = "", $metadata } = (error ?? {}) as AwsError;
   const status = $metadata?.httpStatusCode ?? 0;
-  if (/Throttl|TooManyRequests|RequestLimitExceeded|SlowDown/.test(name)) return true;
+  if (isThrottling(error)) return true;
   // Without a status the request or its answer was lost on the way; with one of success, the answer broke off.
   // Missing credentials look alike.
   if (status < 300) return $metadata !== undefined && !/Credential/.test(name);
@@ -999,8 +1010,8 @@ export function awsFailure(action: string, error: unknown): Failure {
 /** Most ms for one call to AWS, from getting credentials to the last byte of the answer. */
 const CALL_TIMEOUT = 30_000;
 
-/** For how long a call may fail and be tried again before the log says so, in ms. */
-const PATIENCE = 10_000;
+/** For how long a call may fail and be tried again before the log says so, in ms; throttled, longer than a rush lasts. */
+const PATIENCE = { throttled: 60_000, other: 10_000 } as const;
 
 interface CallLimits extends Limits {
   /** Which failures may pass; `isTransient` unless given. */
@@ -1014,6 +1025,8 @@ interface CallLimits extends Limits {
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
 export class Aws {
   #clients = new Map<string, Promise<unknown>>();
+  /** How often AWS has throttled a call of this process. */
+  throttled = 0;
 
   constructor(
     private readonly region: string,
@@ -1064,7 +1077,8 @@ export class Aws {
         return await Promise.race([call({ abortSignal: sdk.signal }), cut.promise]);
       } catch (error) {
         log.debug("{action} failed after {ms} ms: {reason}", { action, ms: now() - begun, reason: reasonOf(error) });
-        if (!told && now() > first + PATIENCE && now() < until && !signal?.aborted && again(error)) {
+        const patience = isThrottling(error) ? PATIENCE.throttled : PATIENCE.other;
+        if (!told && now() > first + patience && now() < until && !signal?.aborted && again(error)) {
           told = true;
           log.warn("{action} still fails, and is tried again: {reason}", { action, reason: reasonOf(error) });
         }
@@ -1074,8 +1088,10 @@ export class Aws {
         signal?.removeEventListener("abort", onSignal);
       }
     };
+    // A call that was throttled must not come again sooner than the one that it stands for.
+    const least = (error: unknown) => (isThrottling(error) ? Math.min(500 * 2 ** ++this.throttled, 5_000) : 0);
     try {
-      return await retry(once, { until, again: (e) => !(e instanceof Failure) && again(e), now, signal });
+      return await retry(once, { until, again: (e) => !(e instanceof Failure) && again(e), now, signal, least });
     } catch (error) {
       if (error instanceof Failure) throw error; // of onSend: nothing was sent
       throw signal?.aborted ? signal.reason : awsFailure(action, error);
@@ -1198,11 +1214,12 @@ export function explainStop(task: Task): string {
 /**
  * Pause before the next DescribeTasks, in ms, with jitter. Twenty jobs that poll once a second use up what an
  * account may ask for (20 calls a second), so: quickly at first, when the address is about to come, to 2 s; and 5 s
- * once there is nothing to learn from it but the task's death, or when the address is long in coming.
+ * once there is nothing to learn from it but the task's death, or when the address is long in coming. Each throttled call
+ * makes the pauses longer, to at most 10 and 30 s.
  */
-export function pollPause(polls: number, addressKnown: boolean, random: number): number {
+export function pollPause(polls: number, addressKnown: boolean, random: number, throttled = 0): number {
   const pause = addressKnown || polls > 30 ? 5_000 : Math.min(500 * 1.3 ** polls, 2_000);
-  return pause * (0.75 + random / 2);
+  return Math.min(pause * (1 + throttled), addressKnown ? 30_000 : 10_000) * (0.75 + random / 2);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1253,25 +1270,26 @@ const ALGORITHMS = {
   ],
 } as const;
 
-/** Most ms from the exchange of keys to the accepted login: name look-ups of the server, and PAM, can take long. */
-const LOGIN_TIMEOUT = 20_000;
+/** Most ms from the first packet to the accepted login: a busy host, a server's name look-ups and PAM can take long. */
+const LOGIN_TIMEOUT = 30_000;
 
 /**
  * Logs in once.
  *
- * @param timeout ms until keys are exchanged; the login itself then has LOGIN_TIMEOUT
- * @param onAnswer called when they are
+ * @param silence ms in which the server must say its first word; a dropped packet is not waited for
+ * @param onAnswer called when it has
  * @throws {SshFailure}
  */
 export async function connect(
   target: SshTarget,
-  timeout: number,
+  silence: number,
   signal: AbortSignal,
   onAnswer = () => {},
 ): Promise<Connection> {
-  const { Client } = await import("ssh2");
+  const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net")]);
   signal.throwIfAborted();
   const client = new Client();
+  const socket = new Socket();
   const where = `${target.username}@${target.host}:${target.port}`;
   let hostKey: Buffer | undefined;
   let changed = false;
@@ -1283,16 +1301,18 @@ export async function connect(
     const fail = (error: unknown) => {
       settle();
       client.destroy();
+      socket.destroy();
       reject(error);
     };
     const abort = () => fail(signal.reason);
-    const late = (what: string) => () => fail(new SshFailure("unreachable", `${where}: ${what}`));
-    let timer = setTimeout(late(`nothing answered for ${timeout / 1000} s`), timeout);
+    const late = (ms: number, what: string) =>
+      setTimeout(() => fail(new SshFailure("unreachable", `${where}: ${what} for ${ms / 1000} s`)), ms);
+    let timer = late(silence, "nothing answered");
     signal.addEventListener("abort", abort);
-    client.on("handshake", () => {
+    socket.once("data", () => {
       onAnswer();
       clearTimeout(timer);
-      timer = setTimeout(late(`no login within ${LOGIN_TIMEOUT / 1000} s`), LOGIN_TIMEOUT);
+      timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in");
     });
     client.on("ready", () => {
       settle();
@@ -1309,8 +1329,7 @@ export async function connect(
     });
     client.on("close", () => fail(new SshFailure("unreachable", `${where}: the server closed the connection`)));
     client.connect({
-      host: target.host,
-      port: target.port,
+      sock: socket.connect({ host: target.host, port: target.port }),
       username: target.username,
       privateKey: target.privateKey,
       authHandler: ["publickey"],
@@ -1391,9 +1410,15 @@ export function logIn(
   });
 }
 
+/** A command that runs. */
+interface Execution {
+  readonly channel: ClientChannel;
+  /** Its exit code, or the signal that ended it; undefined when the channel closed without either. */
+  readonly exit: Promise<number | NodeJS.Signals | undefined>;
+}
+
 /** Opens a channel that executes a command in the login user's shell; `signal` ends the connection until it is open. */
-function execute(connection: Connection, command: string, signal: AbortSignal): Promise<ClientChannel> {
-  const { client } = connection;
+function execute({ client }: Connection, command: string, signal: AbortSignal): Promise<Execution> {
   return new Promise((resolve, reject) => {
     signal.throwIfAborted();
     const abort = () => client.destroy();
@@ -1409,8 +1434,13 @@ function execute(connection: Connection, command: string, signal: AbortSignal): 
     signal.addEventListener("abort", abort);
     client.exec(command, (error, channel) => {
       done();
-      if (error) reject(new SshFailure("unreachable", `the server opened no channel: ${reasonOf(error)}`));
-      else resolve(channel);
+      if (error) return reject(new SshFailure("unreachable", `the server opened no channel: ${reasonOf(error)}`));
+      // At once: all that a short command has to say can come in the packet that opens its channel.
+      const exit = new Promise<number | NodeJS.Signals | undefined>((ended) => {
+        channel.on("exit", (code: number | null, name?: string) => ended(code ?? (name as NodeJS.Signals)));
+        channel.on("close", () => ended(undefined));
+      });
+      resolve({ channel, exit });
     });
   });
 }
@@ -1422,19 +1452,15 @@ async function ask(connection: Connection, command: string, signal: AbortSignal)
   const timer = setTimeout(() => late.abort(failure), 10_000);
   const bound = AbortSignal.any([signal, late.signal]);
   try {
-    const channel = await execute(connection, command, bound);
+    const { channel, exit } = await execute(connection, command, bound);
     let output = "";
-    let exited = false;
     channel.stderr.resume();
-    channel.on("exit", () => {
-      exited = true;
-    });
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 65_536) output += chunk.toString("latin1");
     });
     return await new Promise((resolve, reject) => {
       const lost = new SshFailure("unreachable", "the connection was lost");
-      channel.on("close", () => (exited ? resolve(output) : reject(lost)));
+      channel.on("close", async () => ((await exit) === undefined ? reject(lost) : resolve(output)));
       bound.addEventListener("abort", () => reject(bound.reason));
     });
   } finally {
@@ -1639,11 +1665,7 @@ export async function runScript(
   connection.client.on("close", () => {
     if (reason.startsWith("the server closed the script")) reason = "the server closed the connection";
   });
-  const channel = await execute(connection, command, stop);
-  const exit = new Promise<number | NodeJS.Signals | undefined>((resolve) => {
-    channel.on("exit", (code: number | null, signal?: string) => resolve(code ?? (signal as NodeJS.Signals)));
-    channel.on("close", () => resolve(undefined));
-  });
+  const { channel, exit } = await execute(connection, command, stop);
   const marks = new MarkFilter(mark);
   let session: number | undefined;
   const out = passOn(channel, stdout, marks, () => {
@@ -2004,7 +2026,7 @@ async function untilReady(
         const noAddress = `; it has no ${usePublic ? "public address" : "address"}`;
         throw new Failure("system", `${late}${host ? tried : noAddress}`);
       }
-      await sleep(pollPause(polls, host !== undefined, Math.random()), signal);
+      await sleep(pollPause(polls, host !== undefined, Math.random(), aws.throttled), signal);
     }
   };
   try {
