@@ -90,6 +90,15 @@ import { driver, type Finished, fargate, type Started, start } from "./fixtures/
 import { startProxy } from "./fixtures/proxy.ts";
 import { Runner } from "./fixtures/runner.ts";
 import { type Misbehaviour, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
+import {
+  enumerateSteps,
+  isPiece,
+  type StepOptions,
+  type StepResult,
+  stepTable,
+  stepTiming,
+  straceWorks,
+} from "./fixtures/steps.ts";
 import { containerHosts, embeddedHosts, NEWER_BASE_IMAGE, type TaskHosts, taskHosts } from "./fixtures/tasks.ts";
 import {
   type ConfigChanges,
@@ -754,6 +763,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     });
     ecs.on(StopTaskCommand).resolves({});
     ecs.on(ListTasksCommand).resolves({ taskArns: [] });
+    ecs.on(DescribeTasksCommand).resolves({ tasks: [] });
   });
   afterEach(() => server?.close());
   afterAll(() => {
@@ -1093,6 +1103,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
   test("cleanup where nothing was ever started asks nothing; where ListTasks is not permitted it warns", async () => {
     await cleanup(contextOf());
     expect(ecs.calls()).toHaveLength(0);
+    expect(logged.splice(0)).toEqual([expect.stringMatching(/^warning: \S+ is not there: nothing was ever started/)]);
     openDirectory(records);
     managerId(records);
     ecs.on(ListTasksCommand).rejects(awsError("AccessDeniedException", "no"));
@@ -1216,6 +1227,48 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ]);
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
     expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("a list that still shows the stopped task of an earlier try is not the end of looking", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: Date.now() / 1000 });
+    const earlier = arn.replace(/.$/, "0");
+    ecs
+      .on(ListTasksCommand)
+      .resolvesOnce({ taskArns: [earlier] })
+      .resolves({ taskArns: [earlier, arn] });
+    ecs.on(DescribeTasksCommand).callsFake(({ tasks }) => ({
+      tasks: tasks.map((task: string) => ({
+        ...taskIn(task === earlier ? "STOPPED" : "PENDING"),
+        taskArn: task,
+        desiredStatus: task === earlier ? "STOPPED" : "RUNNING",
+      })),
+    }));
+    await cleanup(contextOf());
+    expect((inputs(StopTaskCommand) as { task: string }[]).map(({ task }) => task)).toContain(arn);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("a clock that was set back does not make cleanup look for longer than half a minute", async () => {
+    openDirectory(records);
+    const future = Date.now() / 1000 + 3_600;
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: future });
+    let now = Date.now();
+    ecs.on(ListTasksCommand).callsFake(() => {
+      now += 10_000;
+      return { taskArns: [] };
+    });
+    await cleanup({ ...contextOf(), now: () => now });
+    expect(inputs(ListTasksCommand)).toHaveLength(3);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  }, 15_000);
+
+  test("an answer of RunTask without a task and without a reason is asked for again", async () => {
+    let calls = 0;
+    ecs.on(RunTaskCommand).callsFake(() => (calls++ === 0 ? {} : { failures: [{ reason: "enough" }] }));
+    await expect(prepare(contextOf())).rejects.toThrow("enough");
+    const tokens = (inputs(RunTaskCommand) as RunTaskCommandInput[]).map(({ clientToken }) => clientToken);
+    expect(tokens).toEqual([tokens[0], tokens[0]]);
   });
 
   test("a damaged record is told, and its task looked for by name", async () => {
@@ -2863,6 +2916,40 @@ describe.concurrent("RunTask's answer", () => {
   );
 
   faultTest(
+    "DescribeTasks is throttled until StartTimeout",
+    async (scene) => {
+      const { aws } = scene.world;
+      const throttled: FaultAction = { error: "ThrottlingException", message: "Rate exceeded" };
+      aws.inject({ operation: "DescribeTasks", times: Number.POSITIVE_INFINITY, do: throttled });
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      // Its text is one that may pass for a start; but here there is a task.
+      expect(aws.tasks()).toHaveLength(1);
+      expect(aws.running()).toEqual([]);
+      return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { StartTimeout: 8 } } },
+  );
+
+  faultTest(
+    "RunTask's answer is lost, then its token is refused for want of capacity",
+    async (scene) => {
+      const { aws } = scene.world;
+      aws.inject({ operation: "RunTask", do: "500-after" });
+      const message = "You've reached the limit on the number of vCPUs you can run concurrently";
+      aws.inject({ operation: "RunTask", do: { error: "ClientException", message } });
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      // No other token is tried while the first may have started a task; that is looked for, and stopped.
+      expect(aws.callsTo("RunTask")).toHaveLength(2);
+      expect(aws.tasks()).toHaveLength(1);
+      expect(aws.running()).toEqual([]);
+      return { stage: "prepare", finished };
+    },
+    { timing: { hideList: 1_000 } },
+  );
+
+  faultTest(
     "RunTask's answer is lost each time, until StartTimeout",
     async (scene) => {
       const { aws } = scene.world;
@@ -2982,6 +3069,75 @@ describe.concurrent("cleanup", () => {
       return { stage: "cleanup", finished };
     });
 
+  faultTest("StopTask does not know the task yet, for 2 s after RunTask", async (scene) => {
+    const { aws } = scene.world;
+    const arn = await prepared(scene);
+    const unknown = aws.inject({
+      operation: "StopTask",
+      times: Number.POSITIVE_INFINITY,
+      do: { error: "InvalidParameterException", message: "The referenced task was not found." },
+    });
+    const cleaning = scene.begin("cleanup");
+    await aws.waitFor(() => unknown.used > 3, 30_000);
+    unknown.remove();
+    const finished = await cleaning.finished;
+    ended(finished, 0);
+    expect(aws.running()).toEqual([]);
+    expect(aws.callsTo("StopTask").at(-1)).toMatchObject({ status: 200, input: { task: arn } });
+    return { stage: "cleanup", finished };
+  });
+
+  faultTest("cleanup gets SIGQUIT, which asks the runner to end when its jobs have", async (scene) => {
+    const { aws } = scene.world;
+    await prepared(scene);
+    aws.inject({ operation: "StopTask", times: 3, do: { error: "ThrottlingException", message: "Rate exceeded" } });
+    const cleaning = scene.begin("cleanup");
+    await aws.waitFor(() => aws.callsTo("StopTask").length > 0);
+    cleaning.process.kill("SIGQUIT");
+    const finished = await cleaning.finished;
+    ended(finished, 0);
+    expect(aws.running()).toEqual([]);
+    return { stage: "cleanup", finished };
+  });
+
+  faultTest("cleanup is killed before StopTask works; sweep follows at once", async (scene) => {
+    const { aws } = scene.world;
+    await prepared(scene);
+    const held = aws.inject({ operation: "StopTask", times: Number.POSITIVE_INFINITY, do: { holdUntil: forever } });
+    const cleaning = scene.begin("cleanup");
+    await aws.waitFor(() => aws.callsTo("StopTask").length > 0);
+    cleaning.process.kill("SIGKILL");
+    const finished = await cleaning.finished;
+    held.remove();
+    // The deadline of the task itself is hours away, but its job is over.
+    const swept = await scene.begin("sweep").finished;
+    ended(swept, 0);
+    expect(aws.running()).toEqual([]);
+    return { stage: "cleanup", finished };
+  });
+
+  faultTest("the disk of the records becomes read-only while a job runs", async (scene) => {
+    const path = directory();
+    const mount = (...args: string[]) => spawnSync("mount", [...args, path], { stdio: "ignore" }).status === 0;
+    if (!mount("-t", "tmpfs", "-o", "size=1m", "tmpfs")) throw new SkipFault("mount(8) is not permitted");
+    try {
+      scene.configure({ TaskMetadata: { Directory: path } });
+      await prepared(scene);
+      const run = scene.begin("run", { script: "echo running; read -r _ < /dev/zero; sleep 1" });
+      await run.shows("running");
+      if (!mount("-o", "remount,ro")) throw new SkipFault("mount(8) cannot remount");
+      run.process.kill("SIGKILL");
+      await run.finished;
+      const finished = await scene.stage("cleanup");
+      ended(finished, 2);
+      expect(scene.world.aws.running()).toEqual([]);
+      scene.configure();
+      return { stage: "cleanup", finished };
+    } finally {
+      spawnSync("umount", [path]);
+    }
+  });
+
   const damages: [what: string, damage: (path: string) => void, right?: { code: number; keepsRecord: boolean }][] = [
     ["is missing", (path) => fs.rmSync(path)],
     ["is empty", (path) => fs.truncateSync(path, 0)],
@@ -3028,7 +3184,7 @@ describe.concurrent("cleanup", () => {
     const record = readRecord(scene.record) as TaskRecord;
     writeRecord(scene.record, { ...record, TaskARN: unknown });
     const finished = await scene.stage("cleanup");
-    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    ended(finished, 0);
     expect(filesLeft(scene.world)).toEqual([]);
     // The real one, which the record does not name, is none of this test.
     await scene.world.aws.stopTask(record.TaskARN, { stopCode: "UserInitiated", stoppedReason: "test over" });
@@ -3128,6 +3284,7 @@ describe.concurrent("sweep", () => {
     const finished = await scene.begin("sweep", { operands: args }).finished;
     return { ...finished, report: args.includes("--json") ? (JSON.parse(`${finished.stdout}`) as SweepReport) : null };
   };
+  const managerOf = (scene: Scene) => scene.world.aws.callsTo("RunTask")[0]?.input.startedBy?.split("-")[1] as string;
   /** Makes a task look older than it is, to the driver: AWS's times are its only clock. */
   const age = (scene: Scene, seconds: number) => {
     for (const task of scene.world.aws.tasks()) (task as { createdAt: number }).createdAt -= seconds * 1000;
@@ -3176,7 +3333,7 @@ describe.concurrent("sweep", () => {
 
   faultTest("the runner's host dies with its directory; sweep on another host, past the deadline", async (scene) => {
     const arn = await prepared(scene);
-    const manager = fs.readFileSync(join(scene.world.records, ".manager-id"), "utf8").trim();
+    const manager = managerOf(scene);
     fs.rmSync(scene.world.records, { recursive: true });
     age(scene, 100_000);
     const early = await sweeping(scene, "--json");
@@ -3291,6 +3448,26 @@ describe.concurrent("sweep", () => {
   });
 
   faultTest(
+    "the task of a record is in another cluster than the file names by now; sweep, past the deadline",
+    async (scene) => {
+      const arn = await prepared(scene);
+      expect(arn).toContain("/bare-cluster/");
+      scene.configure();
+      ageRecord(scene.record, 7_200, { Deadline: Math.floor(Date.now() / 1000 + 60) });
+      expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { stopped: [], removedRecords: [] } });
+      ageRecord(scene.record, 7_200, { Deadline: 2 });
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return {
+        stage: "sweep",
+        finished: { ...finished, stderr: finished.stdout.toString() },
+        says: /past its deadline/,
+      };
+    },
+    { changes: { Fargate: { Cluster: "bare-cluster", LaunchType: "FARGATE" } } },
+  );
+
+  faultTest(
     "more tasks than a page of ListTasks has; sweep",
     async (scene) => {
       const first = await prepared(scene);
@@ -3300,7 +3477,7 @@ describe.concurrent("sweep", () => {
         endpoint: scene.world.aws.url,
         credentials: { accessKeyId: "test", secretAccessKey: "test" },
       });
-      const manager = fs.readFileSync(join(scene.world.records, ".manager-id"), "utf8").trim();
+      const manager = managerOf(scene);
       for (let n = 0; n < 7; n++) {
         const startedBy = `fargate-${manager}-${String(n).padStart(32, "0")}`;
         await client.send(new RunTaskCommand({ ...input, startedBy, clientToken: startedBy }));
@@ -4112,11 +4289,14 @@ describe.concurrent("the record cannot be kept", () => {
 });
 
 /** What takes minutes; its name begins with `soak: `, which is what `npm run soak` selects. */
-function soakTest(name: string, body: (task: TaskMeta) => Promise<Omit<FaultRow, "fault">>): void {
+function soakTest(
+  name: string,
+  body: (task: TaskMeta, skip: (why: string) => void) => Promise<Omit<FaultRow, "fault">>,
+): void {
   soaks.push(name);
   if (!SOAK) return;
-  test(`soak: ${name}`, { timeout: 900_000 }, async ({ task }) => {
-    const row = await body(task.meta);
+  test(`soak: ${name}`, { timeout: 900_000 }, async ({ task, skip }) => {
+    const row = await body(task.meta, (why) => skip(why));
     addRow({ fault: name, ...row });
     expect(row.left).toBe(0);
   });
@@ -4185,6 +4365,107 @@ soakTest("sshd bars the address for connections that left without a login (OpenS
     await newer.close();
   }
 });
+
+/** Interrupts a stage after each of its system calls that changes or waits for something outside of it. */
+async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<number> {
+  const world = await makeWorld({ embedded: true, timing: stepTiming });
+  try {
+    const all = await Promise.all(enumerations.map((options) => enumerateSteps({ world, ...options })));
+    const results = all.flat();
+    console.log(
+      `${results.length} steps: ${enumerations.map((e, n) => `${e.stage} ${e.signal} ${all[n]?.length}`).join(", ")}`,
+    );
+    const table = (which: (result: StepResult) => boolean) => stepTable(results.filter(which));
+    for (const steps of all) expect(steps.length).toBeGreaterThan(0);
+    expect(
+      table(({ reached, step }) => !reached && !isPiece(step)),
+      "not reached",
+    ).toBe("");
+    expect(
+      table(({ tasksLeft }) => tasksLeft > 0),
+      "tasks left",
+    ).toBe("");
+    // What was to become the manager's identity holds no secret; sweep removes it.
+    const litter = (name: string) => !/^\.manager-id\.[0-9a-f]{12}\.tmp$/.test(name);
+    expect(
+      table(({ filesLeft }) => filesLeft.some(litter)),
+      "files left",
+    ).toBe("");
+    expect(
+      table(({ cleanup }) => cleanup.exitCode !== 0),
+      "cleanup failed",
+    ).toBe("");
+    const again = ({ nextTry }: StepResult) => nextTry && (nextTry.exitCode !== 0 || nextTry.tasks !== 1);
+    expect(
+      table((result) => Boolean(again(result))),
+      "the next try",
+    ).toBe("");
+    const killed = results.filter(({ reached, signal }) => reached && signal === "SIGKILL");
+    expect(stepTable(killed.filter(({ exitSignal }) => exitSignal !== "SIGKILL")), "not killed").toBe("");
+    const told = results.filter(({ reached, signal }) => reached && signal !== "SIGKILL");
+    // A stage that has done its work may end as if nothing had been; cleanup does its work whatever comes.
+    const right = ({ stage, exitCode, output, step }: StepResult) =>
+      exitCode === 2 ||
+      (exitCode === 0 &&
+        (stage === "cleanup" || (stage === "prepare" ? /Ready/.test(output) : /SSH|remove the/.test(step))));
+    expect(stepTable(told.filter((result) => !right(result))), "exit code").toBe("");
+    expect(stepTable(told.filter(({ scriptProcesses }) => scriptProcesses > 0)), "the script goes on").toBe("");
+    return results.reduce((left, { tasksLeft }) => left + tasksLeft, 0);
+  } finally {
+    await world.close();
+  }
+}
+
+/** Without strace there is no stopping after each system call: where CI=true that is a failure, elsewhere a skip. */
+function stepTest(name: string, ended: string, ...enumerations: Omit<StepOptions, "world">[]): void {
+  soakTest(name, async (_, skip) => {
+    if (!(await straceWorks())) {
+      if (process.env.CI === "true") throw new Error("CI=true, and strace does not work");
+      skip("strace is missing, or may not trace");
+    }
+    return { ended, says: "", left: await stepsOf(...enumerations) };
+  });
+}
+
+const atRunTask = { only: (step: string) => /RunTask/.test(step), runTask: { delay: 3_000 } };
+stepTest(
+  "prepare is killed after each of its system calls; cleanup, or the next try, follows",
+  "prepare: SIGKILL",
+  { stage: "prepare", signal: "SIGKILL" },
+  { stage: "prepare", signal: "SIGKILL", followedBy: "next try" },
+  { stage: "prepare", signal: "SIGKILL", ...atRunTask },
+  { stage: "prepare", signal: "SIGKILL", ...atRunTask, followedBy: "next try" },
+);
+const whenSent = (step: string) => step === "send RunTask";
+stepTest(
+  "prepare gets SIGTERM or SIGINT after each of its system calls",
+  "prepare: 2, or 0 once it is ready",
+  { stage: "prepare", signal: "SIGTERM" },
+  { stage: "prepare", signal: "SIGINT" },
+  { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: { delay: 3_000 } },
+  { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: { delay: 8_000 } },
+  { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: "hang-after" },
+  { stage: "prepare", signal: "SIGINT", only: whenSent, runTask: "hang-after" },
+);
+stepTest(
+  "run gets SIGTERM or SIGINT, or is killed, after each of its system calls",
+  "run: 2, or 0 once its script has ended",
+  { stage: "run", signal: "SIGTERM" },
+  { stage: "run", signal: "SIGINT" },
+  { stage: "run", signal: "SIGKILL" },
+);
+stepTest(
+  "cleanup gets SIGTERM or SIGINT, or is killed, after each of its system calls; cleanup follows",
+  "cleanup: 0",
+  ...(["ready", "unanswered", "unsent", "unrecorded"] as const).flatMap((from) =>
+    (["SIGTERM", "SIGINT", "SIGKILL"] as const).map((signal) => ({
+      stage: "cleanup" as const,
+      signal,
+      from,
+      ...(from === "unsent" && { only: (step: string) => !/\(\d+\)$/.test(step) }),
+    })),
+  ),
+);
 
 describe("the table of faults", () => {
   test(SOAK ? "soak: the README shows what each fault came to" : "the README shows what each fault came to", () => {

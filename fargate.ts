@@ -31,8 +31,8 @@
 
 import { createHash, generateKeyPairSync, randomBytes, randomUUID } from "node:crypto";
 import * as fs from "node:fs";
-import { constants as osConstants } from "node:os";
-import { join } from "node:path";
+import { hostname, constants as osConstants } from "node:os";
+import { dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ECSClient, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
@@ -136,7 +136,7 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
   [/AccessDenied|UnauthorizedOperation/, "allow this action in the IAM policy of the runner's host"],
   [/Signature (expired|not yet)|RequestExpired/, "set the clock of the runner's host right"],
   [
-    /Credential|security token|UnrecognizedClient/,
+    /credential|security token|UnrecognizedClient/i,
     "give the runner's host a role, or AWS_* variables with a valid key",
   ],
   [/ClusterNotFound/, "check Cluster and Region in the configuration file"],
@@ -426,6 +426,8 @@ export function readConfig(
     const problems = result.issues.map(describeProblem);
     throw new Failure("system", `${path} cannot be used:\n  ${problems.join("\n  ")}`);
   }
+  // The runner calls each try in a directory of its own, which it removes.
+  result.output.TaskMetadata.Directory = resolve(dirname(path), result.output.TaskMetadata.Directory);
   const byJob = [
     ["TaskDefinition", options.TaskDefinition, env.CUSTOM_ENV_FARGATE_TASK_DEFINITION] as const,
     ["PlatformVersion", options.PlatformVersion, env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION] as const,
@@ -655,6 +657,13 @@ export function openDirectory(directory: string): void {
   }
 }
 
+/** Removes a file that does no harm where it cannot be removed. */
+function removeQuietly(path: string): void {
+  try {
+    fs.rmSync(path, { force: true });
+  } catch {}
+}
+
 /** Does something with a file's descriptor, syncs the file to disk and closes it. */
 function withSync(path: string, flags: string, use: (file: number) => void): void {
   const file = fs.openSync(path, flags, 0o600);
@@ -673,9 +682,7 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
     withSync(temporary, "wx", (file) => fs.writeFileSync(file, content));
     put(temporary, path);
   } finally {
-    try {
-      fs.rmSync(temporary, { force: true });
-    } catch {} // what went wrong before says more
+    removeQuietly(temporary);
   }
   withSync(join(path, ".."), "r", () => {}); // the directory, which holds the name
 }
@@ -733,10 +740,11 @@ function startOf(pid: number): string | undefined {
   }
 }
 
-/** The namespace in which this process's id holds: another container's processes cannot be looked at. */
+/** Where this process's id holds: the processes of another host or container cannot be looked at. */
 function pidNamespace(): string {
   try {
-    return fs.readlinkSync("/proc/self/ns/pid").replace(/\D/g, "");
+    const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "latin1").slice(0, 8);
+    return boot + fs.readlinkSync("/proc/self/ns/pid").replace(/\D/g, "");
   } catch {
     return "";
   }
@@ -744,10 +752,12 @@ function pidNamespace(): string {
 
 /** A process that works on a job's record. */
 export interface User {
+  /** The file's. */
+  readonly name: string;
   readonly stem: string;
   readonly stage: string;
   readonly pid: number;
-  /** Undefined where that cannot be known: the process belongs to another container. */
+  /** Undefined where that cannot be known: the process belongs to another host or container, or to one before a reboot. */
   readonly lives: boolean | undefined;
 }
 
@@ -765,7 +775,7 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
   } catch {
     return () => {}; // a record that can be read is enough for a run
   }
-  return () => fs.rmSync(path, { force: true });
+  return () => removeQuietly(path);
 }
 
 /** Who works on records in a directory. What dead processes left is removed: their file names are theirs alone. */
@@ -773,18 +783,19 @@ export function usersOf({ Directory }: Config["TaskMetadata"]): User[] {
   const users: User[] = [];
   for (const name of fs.readdirSync(Directory)) {
     const [, stem, stage, pid, start, namespace] =
-      /^(.+-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\d*)\.lock$/.exec(name) ?? [];
+      /^(.+-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
     if (!stem || !stage) continue;
     const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
-    if (lives === false) fs.rmSync(join(Directory, name), { force: true });
-    else users.push({ stem, stage, pid: Number(pid), lives });
+    if (lives === false) removeQuietly(join(Directory, name));
+    else users.push({ name, stem, stage, pid: Number(pid), lives });
   }
   return users;
 }
 
 /**
- * Who this manager is among those that share a cluster: 12 hex digits, made once for a directory of records.
- * link(2) makes the file appear whole and for one of several makers only.
+ * Who this manager is among those that share a cluster: 12 hex digits, made once for a directory of records and a host
+ * name, so that a copy of the directory on another host is another manager. link(2) makes the file appear whole and for
+ * one of several makers only.
  */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
@@ -799,7 +810,7 @@ export function managerId(directory: string): string {
     }
     const id = read();
     if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
-    return id;
+    return sha256(`${id} ${hostname()}`).slice(0, 12);
   } catch (error) {
     throw new Failure("system", `the manager's identity ${path} cannot be used: ${reasonOf(error)}`);
   }
@@ -984,6 +995,9 @@ export function isTransient(error: unknown): boolean {
   return status >= 500 || status === 429;
 }
 
+/** The same where a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
+const mayPass = (error: unknown): boolean => isTransient(error) || /Credential/.test((error as Error).name);
+
 /**
  * Whether a RunTask that failed may have started a task: it reached AWS, and what came back does not deny it. A
  * conflict means that the token, which is nobody else's, has started one.
@@ -1120,9 +1134,11 @@ export class Aws {
    * @returns the task's ARN, or why there is none
    */
   async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
-    const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, { RunTaskCommand }, abort) =>
-      ecs.send(new RunTaskCommand(input), abort),
-    );
+    const { tasks, failures } = await this.#ecs("RunTask", limits, async (ecs, { RunTaskCommand }, abort) => {
+      const answer = await ecs.send(new RunTaskCommand(input), abort);
+      if (answer.tasks?.length || answer.failures?.length) return answer;
+      throw Object.assign(new Error("the answer is empty"), { $metadata: {} }); // a proxy's, and none of ECS
+    });
     const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" "));
     return { arn: tasks?.[0]?.taskArn, why: reasons.join("; ") || "AWS gave no reason" };
   }
@@ -1141,11 +1157,13 @@ export class Aws {
   }
 
   /**
-   * Stops a task; one that is unknown or gone counts as stopped. Credentials may fail for a moment as well, and the
-   * runner does not repeat a cleanup. `reason` holds ids only.
+   * Stops a task; one that is gone counts as stopped. `reason` holds ids only.
+   *
+   * @param young until when, in epoch ms, ECS may not know the task yet
    */
-  async stopTask(cluster: string, task: string, reason: string, limits: Limits): Promise<void> {
-    const again = (error: unknown) => isTransient(error) || /Credential/.test((error as Error).name);
+  async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
+    const again = (error: unknown) =>
+      mayPass(error) || (/task was not found/i.test(reasonOf(error)) && this.context.now() < young);
     const stop = this.#ecs("StopTask", { ...limits, again }, (ecs, { StopTaskCommand }, abort) =>
       ecs.send(new StopTaskCommand({ cluster, task, reason }), abort),
     );
@@ -1161,7 +1179,7 @@ export class Aws {
     const arns: string[] = [];
     let nextToken: string | undefined;
     do {
-      const page = await this.#ecs("ListTasks", limits, (ecs, { ListTasksCommand }, abort) =>
+      const page = await this.#ecs("ListTasks", { ...limits, again: mayPass }, (ecs, { ListTasksCommand }, abort) =>
         ecs.send(new ListTasksCommand({ cluster, startedBy, nextToken }), abort),
       );
       arns.push(...(page.taskArns ?? []));
@@ -1784,6 +1802,7 @@ export async function prepare(context: Context): Promise<void> {
       record.HostKey = connection.hostKey.toString("base64");
       Object.assign(record, await findShells(connection, stop));
       connection.client.end();
+      await sleep(0, stop); // signals are heard between turns of the event loop only
       stop.throwIfAborted();
       keepRecord(context, record);
       log.info("Ready: logged in to {host} as {user} ({seconds} s)", {
@@ -1870,16 +1889,22 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     const place = places[tries++ % places.length] as Placement;
     const placed = { ...config, Fargate: { ...config.Fargate, ...place } };
     await startTask({ ...context, config: placed }, aws, record, key, until);
-    return untilReady(context, aws, record, key, begun);
+    const ready = await untilReady(context, aws, record, key, begun);
+    // A key that every task takes does not tell whose address it is by now.
+    const fate = key.own ? await fateOf(context, record, 0) : { ended: false, says: "" };
+    if (fate.ended) throw new Failure("system", `the task stopped before it was ready: ${fate.says}`);
+    return ready;
   };
   const again = (error: unknown) => {
-    // With a start unanswered there may be a task already.
-    const passes = !stop.aborted && !record.Unanswered && adviceFor(reasonOf(error))?.again === true;
+    const reason = reasonOf(error);
+    // With a start unanswered, or any other failure, there may be a task already.
+    const noTask = !record.Unanswered && /^(ecs:RunTask |the task stopped before it was ready)/.test(reason);
+    const passes = !stop.aborted && noTask && adviceFor(reason)?.again === true;
     if (passes && now() < until) {
       const next = places[tries % places.length] as Placement;
       const strategy = next.CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
       log.warn("{reason}; trying again in {where}", {
-        reason: reasonOf(error),
+        reason,
         where: `${next.Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`,
       });
     }
@@ -2058,8 +2083,19 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   const record = readRecord(path);
   if (!record?.ContainerIP)
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
+  // A run that nobody ends any more, because its runner has died, would hold its task for ever.
+  const late = new AbortController();
+  const left = Math.max(record.Deadline * 1000 - context.now(), 60_000);
+  const timer = setTimeout(
+    () => late.abort(new Failure("system", "the job is past its deadline")),
+    Math.min(left, 2 ** 31 - 1),
+  );
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
-  const outcome = await runInTask(context, record, script, stage).finally(done);
+  const stop = AbortSignal.any([context.stop, late.signal]);
+  const outcome = await runInTask({ ...context, stop }, record, script, stage).finally(() => {
+    clearTimeout(timer);
+    done();
+  });
   log.debug("{stage} ended with exit code {code}", { stage, code: outcome.code });
   if (outcome.code === 0) return;
   if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(outcome.code));
@@ -2198,7 +2234,10 @@ const PREPARE_LASTS = 30_000;
 export async function cleanup(context: Context): Promise<void> {
   const { job, log, now } = context;
   const { Directory } = context.config.TaskMetadata;
-  if (!fs.existsSync(Directory)) return; // nothing was ever started
+  if (!fs.existsSync(Directory)) {
+    log.warn("{Directory} is not there: nothing was ever started, or its records are lost", { Directory });
+    return;
+  }
   const until = now() + PREPARE_LASTS;
   for (let known = false; ; await sleep(250)) {
     // Looked for before its record is: a prepare that has ended by now has left there what it started.
@@ -2238,10 +2277,15 @@ type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy"
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
   const { Region, Cluster } = context.config.Fargate;
   const path = recordPath(context);
-  let trace: TaskTrace | undefined;
+  let trace: TaskTrace;
   try {
-    trace = readRecord(path);
-    if (!trace) return false;
+    const record = readRecord(path);
+    if (!record) return false;
+    trace = record;
+    try {
+      // The task is to go: whatever becomes of this process, sweep need not wait for the deadline.
+      if (record.Deadline > 1) writeRecord(path, { ...record, Deadline: 1 });
+    } catch {} // a full disk is no reason to let a task run
   } catch (error) {
     context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
     const named = { TaskARN: "", Cluster, Region, StartedBy: startedBy(context), Unanswered: true, UpdatedAt: 0 };
@@ -2261,13 +2305,10 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
 async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
   const { job, now } = context;
+  const young = record.UpdatedAt * 1000 + LIST_LAG;
   if (record.TaskARN)
-    await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal });
-  if (!record.Unanswered) return true;
-  return stopByName(context, aws, record.Cluster, record.StartedBy, {
-    until: record.UpdatedAt * 1000 + LIST_LAG,
-    signal,
-  });
+    await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal }, young);
+  return !record.Unanswered || stopByName(context, aws, record.Cluster, record.StartedBy, { until: young, signal });
 }
 
 /**
@@ -2282,6 +2323,7 @@ async function stopByName(
   name: string,
   { until, signal }: Limits,
 ): Promise<boolean> {
+  const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
     let tasks: string[];
@@ -2295,8 +2337,13 @@ async function stopByName(
       });
       return false;
     }
+    // Lists may go on showing a task of an earlier try that has been stopped.
+    const ended = await aws.describeTasks(cluster, tasks, limits).then(
+      (known) => known.filter(isEnding).length,
+      () => 0,
+    );
     for (const task of tasks) await aws.stopTask(cluster, task, job.title, limits);
-    if (tasks.length > 0 || now() + 2_000 > until) return true;
+    if (tasks.length > ended || now() + 2_000 > latest) return true;
     await sleep(2_000, signal);
   }
 }
@@ -2417,7 +2464,12 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     const mine = own.includes(starter);
     const record = mine ? records.find((record) => record.job === job) : undefined;
     const createdAt = (task.createdAt?.getTime() ?? now()) / 1000;
-    const deadline = deadlineOf(task) ?? (record?.Deadline || createdAt + MaxTaskAge);
+    const known = Math.min(
+      ...([deadlineOf(task), record?.Deadline].filter(
+        (deadline) => deadline !== undefined && deadline > 0,
+      ) as number[]),
+    );
+    const deadline = Number.isFinite(known) ? known : createdAt + MaxTaskAge;
     const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER;
     const why = lost ? "its record is gone" : seconds > deadline ? "it is past its deadline" : undefined;
     const swept = {
@@ -2440,21 +2492,33 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       const { TaskARN, StartedBy, Cluster: cluster = Cluster } = record;
       const there = new Aws(record.Region ?? Region, context);
       const arns = TaskARN ? [TaskARN] : StartedBy ? await there.listTasks(cluster, StartedBy, limits()) : undefined;
-      const named = arns
-        ? await there.describeTasks(cluster, arns, limits())
-        : tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job));
-      if (named.some((task) => !isEnding(task))) return;
+      const named = arns ? await there.describeTasks(cluster, arns, limits()) : [];
+      const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
+        (task) => !isEnding(task) && !report.stopped.some(({ taskArn }) => taskArn === task.taskArn),
+      );
+      for (const { taskArn = "" } of running) {
+        // One of the configured cluster has been looked at above. Of one elsewhere, its record is all that tells.
+        if (!record.Deadline || seconds <= record.Deadline || tasks.some((task) => task.taskArn === taskArn)) continue;
+        const why = "it is past its deadline";
+        if (!dryRun) await there.stopTask(cluster, taskArn, `fargate sweep: ${why}`, limits());
+        const { StartedBy: startedBy = "", UpdatedAt: createdAt = 0, Deadline: deadline } = record;
+        report.stopped.push({ taskArn, startedBy, createdAt, deadline, why });
+      }
+      if (running.length > 0) return;
       if (dryRun || removeUnchanged(join(Directory, record.name), record.content))
         report.removedRecords.push(record.name);
     });
   }
   for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
     if (!/\.(json|manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
-    const path = join(Directory, name);
-    const { mtimeMs = now() } = fs.statSync(path, { throwIfNoEntry: false }) ?? {};
+    const { mtimeMs = now() } = fs.statSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     // A write that was cut off.
-    if (now() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) fs.rmSync(path, { force: true });
+    if (now() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
+  // Of a host or container that is gone, in all likelihood.
+  for (const { name, stem, lives } of dryRun ? [] : users)
+    if (lives === undefined && !inUse(jobOf(stem), records.find((record) => record.stem === stem)?.Deadline))
+      removeQuietly(join(Directory, name));
   log.debug("sweep left {left} tasks alone", { left: report.left.length });
   return report;
 }
@@ -2468,15 +2532,15 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
 function removeUnchanged(path: string, content: string): boolean {
   const taken = `${path}.${randomBytes(6).toString("hex")}.swept`;
   fs.renameSync(path, taken);
+  const same = content === "" || fs.readFileSync(taken, "utf8") === content;
   try {
-    if (content === "" || fs.readFileSync(taken, "utf8") === content) return true;
-    fs.linkSync(taken, path); // fails where there is a newer one by now, which is as good
+    if (!same) fs.linkSync(taken, path);
   } catch (error) {
+    // Where there is a newer one by now, that is as good.
     if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-  } finally {
-    fs.rmSync(taken, { force: true });
   }
-  return false;
+  removeQuietly(taken);
+  return same;
 }
 
 /** What a sweep has done, for a person's or a program's eyes. */
@@ -2625,7 +2689,10 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   let log = openLog({ LogLevel: "info", LogFormat: "text", LogFile: "" });
   const stopping = new AbortController();
   const stopFor = (why: string) => stopping.abort(new Failure("system", why));
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.on(signal, () => stopFor(`stopped by ${signal}`));
+  for (const signal of ["SIGTERM", "SIGINT", "SIGHUP"] as const)
+    process.on(signal, () => stopFor(`stopped by ${signal}`));
+  // Asks the runner to take no further jobs; systemd sends it to the stages of the running ones as well.
+  process.on("SIGQUIT", () => {});
   const crash = (error: unknown) => {
     // bun would end with 1, which the runner takes for the job's own failure.
     log.fatal("{reason}", { reason: `this is a bug of the driver: ${reasonOf(error)}` });
