@@ -3321,7 +3321,7 @@ describe.concurrent("sweep", () => {
     expect(scene.world.aws.running()).toEqual([]);
     const lines = finished.stdout.toString().trimEnd().split("\n");
     expect(lines[0]).toMatch(`${arn} stopped: its record is gone; created 20`);
-    expect(lines[1]).toBe("1 tasks stopped, 0 left alone, 0 records removed, 0 problems");
+    expect(lines[1]).toBe("tasks: 1 stopped, 0 left alone; records: 0 removed; problems: 0");
     const stop = scene.world.aws.callsTo("StopTask").at(-1);
     expect(stop?.input.reason).toBe("fargate sweep: its record is gone");
     return {

@@ -297,13 +297,9 @@ export const ConfigSchema = v.object({
 export type Config = v.InferOutput<typeof ConfigSchema>;
 
 /** Options of the command line, by the name of their setting. Each beats variable and file. */
-export interface Options {
-  readonly LogLevel?: string | undefined;
-  readonly LogFormat?: string | undefined;
-  readonly LogFile?: string | undefined;
-  readonly TaskDefinition?: string | undefined;
-  readonly PlatformVersion?: string | undefined;
-}
+export type Options = Readonly<
+  Partial<Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>>
+>;
 
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
@@ -936,29 +932,20 @@ export interface Limits {
   readonly signal?: AbortSignal | undefined;
 }
 
-/**
- * Calls until it works, with jittered backoff.
- *
- * @param again whether an error may pass
- * @param most the longest pause, in ms, before jitter of a half up or down
- * @param least the shortest one after an error
- * @throws the last error, or the reason of `signal`
- */
+/** How something is repeated. */
+export interface Repetition extends Limits {
+  /** Whether an error may pass. */
+  readonly again: (error: unknown) => boolean;
+  readonly now: () => number;
+  /** The longest pause, and the shortest after an error, in ms, before jitter of a half up or down. */
+  readonly most?: number;
+  readonly least?: (error: unknown) => number;
+}
+
+/** Calls until it works, with jittered backoff. @throws the last error, or the reason of `signal` */
 export async function retry<T>(
   call: () => Promise<T>,
-  {
-    until,
-    again,
-    now,
-    signal,
-    most = 5_000,
-    least = () => 0,
-  }: Limits & {
-    again: (error: unknown) => boolean;
-    now: () => number;
-    most?: number;
-    least?: (error: unknown) => number;
-  },
+  { until, again, now, signal, most = 5_000, least = () => 0 }: Repetition,
 ): Promise<T> {
   for (let wait = 100; ; wait = Math.min(wait * 2, most)) {
     signal?.throwIfAborted();
@@ -1783,13 +1770,11 @@ export async function prepare(context: Context): Promise<void> {
   const { config, job, log, now, stop } = context;
   openDirectory(config.TaskMetadata.Directory);
   const done = announce(config.TaskMetadata, job.stem, "prepare");
-  const others = usersOf(config.TaskMetadata).filter(
-    ({ stem, stage, pid }) => stem === job.stem && stage === "prepare" && pid !== process.pid,
-  );
+  const other = prepareOf(context);
   const leave = new AbortController();
   stop.addEventListener("abort", () => setTimeout(() => leave.abort(stop.reason), LEAVE_WITHIN));
   try {
-    if (others[0]?.lives) throw new Failure("system", `another prepare of this job runs, as process ${others[0].pid}`);
+    if (other) throw new Failure("system", `another prepare of this job runs, as process ${other.pid}`);
     await release(context, stop); // a try before this one may have died without its cleanup
     const key = await chooseKey(context);
     const aws = new Aws(config.Fargate.Region, context);
@@ -1826,6 +1811,12 @@ export async function prepare(context: Context): Promise<void> {
     done();
   }
 }
+
+/** Another process that prepares the same job, and lives. */
+const prepareOf = ({ config, job }: Context): User | undefined =>
+  usersOf(config.TaskMetadata).find(
+    ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
+  );
 
 function newRecord(context: Context, key: ChosenKey): TaskRecord {
   const { config, now } = context;
@@ -2241,9 +2232,7 @@ export async function cleanup(context: Context): Promise<void> {
   const until = now() + PREPARE_LASTS;
   for (let known = false; ; await sleep(250)) {
     // Looked for before its record is: a prepare that has ended by now has left there what it started.
-    const prepares = usersOf(context.config.TaskMetadata).find(
-      ({ stem, stage, lives }) => stem === job.stem && stage === "prepare" && lives,
-    );
+    const prepares = prepareOf(context);
     if (prepares) log.debug("prepare still runs, as process {pid}", { pid: prepares.pid });
     known = (await release(context)) || known;
     if (!prepares) {
@@ -2552,8 +2541,8 @@ export function formatSweep(report: SweepReport, json: boolean): string {
     ...report.stopped.map((task) => `${task.taskArn} ${would}stopped: ${task.why}; created ${time(task.createdAt)}`),
     ...report.removedRecords.map((name) => `${name} ${would}removed: its task is gone`),
     ...report.problems,
-    `${report.stopped.length} tasks ${would}stopped, ${report.left.length} left alone, ` +
-      `${report.removedRecords.length} records ${would}removed, ${report.problems.length} problems`,
+    `tasks: ${report.stopped.length} ${would}stopped, ${report.left.length} left alone; ` +
+      `records: ${report.removedRecords.length} ${would}removed; problems: ${report.problems.length}`,
   ]
     .map((line) => `${printable(line)}\n`)
     .join("");
