@@ -35,7 +35,8 @@ import { hostname, constants as osConstants } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
-import type { ECSClient, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
+import type { EC2 } from "@aws-sdk/client-ec2";
+import type { ECS, ListTasksCommandOutput, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
 import { configureSync, getLogger, type Logger, type LogLevel, type LogRecord } from "@logtape/logtape";
 import { Command, CommanderError, InvalidArgumentError } from "commander";
 import { distance } from "fastest-levenshtein";
@@ -44,14 +45,10 @@ import type { Client, ClientChannel } from "ssh2";
 import * as v from "valibot";
 
 /** Set by the build: the package's version and the commit it was built from. */
-declare const BUILD_VERSION: string | undefined;
-declare const BUILD_REVISION: string | undefined;
+declare const BUILD: string | undefined;
 
 /** `version (revision)`; `dev (HEAD)` when run from source. */
-export const VERSION =
-  typeof BUILD_VERSION === "string" && typeof BUILD_REVISION === "string"
-    ? `${BUILD_VERSION} (${BUILD_REVISION})`
-    : "dev (HEAD)";
+export const VERSION = typeof BUILD === "string" ? BUILD : "dev (HEAD)";
 
 /** The environment variables of a process. */
 export type Environment = Readonly<Record<string, string | undefined>>;
@@ -69,18 +66,16 @@ export class Failure extends Error {
   constructor(
     readonly kind: "build" | "system",
     message: string,
-    options: { cause?: unknown } = {},
   ) {
-    super(message, options);
+    super(message);
   }
 }
 
 /** The exit code that GitLab Runner gave for a kind of failure; 1 and 2 where it gave none. */
 export function exitCode(kind: Failure["kind"], env: Environment): number {
-  const [name, fallback] =
-    kind === "build" ? (["BUILD_FAILURE_EXIT_CODE", 1] as const) : (["SYSTEM_FAILURE_EXIT_CODE", 2] as const);
-  const code = Number(env[name]);
-  return Number.isInteger(code) && code > 0 && code < 256 ? code : fallback;
+  const code = Number(kind === "build" ? env.BUILD_FAILURE_EXIT_CODE : env.SYSTEM_FAILURE_EXIT_CODE);
+  if (Number.isInteger(code) && code > 0 && code < 256) return code;
+  return kind === "build" ? 1 : 2;
 }
 
 /** One line for any thrown value, without a stack. */
@@ -102,6 +97,8 @@ const PASSES = { again: true } as const;
 const DEFINITION = { setting: "TaskDefinition" } as const;
 const PLATFORM = { setting: "PlatformVersion" } as const;
 const NEEDS = "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath";
+/** ECS's words for an override that the task definition does not bear: no such container, or a secret of that name. */
+const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must be unique/i;
 
 /**
  * The words of AWS, of SSH and of this program for what has failed, and what to do about it; the first that fits counts,
@@ -109,51 +106,75 @@ const NEEDS = "its container must be named ci-coordinator and get no secret SSH_
  * stopped tasks' errors and on API failure reasons.
  */
 const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
-  [/^(the record|the manager's|TaskMetadata).* cannot be (made|used|written)/, "the runner's user must write there"],
+  [
+    /^(the record|the manager's|TaskMetadata).* cannot be (made|written|used: E[A-Z]+:)/,
+    "the runner's user must be able to write there, on a disk with room",
+  ],
+  // Images and roles, before the words that they share with RunTask: here it is the task's registry, and its own role.
+  [
+    /(?:CannotPull|ResourceInit|Fetching secret).* perform: ([\w-]+:\w+)/,
+    "allow $1 to the task definition's execution role",
+  ],
+  [/toomanyrequests|Too Many Requests|pull rate limit/i, "copy the image to ECR, or give the registry's credentials"],
+  [/CannotPull.*no space left/, "give the task definition more ephemeralStorage"],
+  [/CannotPull.*matching platform/, "build the image for the definition's cpuArchitecture, or change that"],
+  [/CannotPull/, "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)"],
+  [/CannotStartContainer|container runtime task/, "check the image's command and processor architecture, and memory"],
+  [
+    /Unexpected EC2 error.*(Invalid|Unauthorized|NotFound)/,
+    "check Subnet, SecurityGroup and Region: all must be of one VPC",
+  ],
   // Starts that may work a little later or elsewhere.
   [/Capacity is unavailable/i, "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy", PASSES],
   [/reached the limit on the number of/i, "lower the runner's limit, or ask AWS for a higher Fargate quota", PASSES],
+  [/InterfaceLimitExceeded/, "ask AWS for more network interfaces in this region", PASSES],
   [/RESOURCE:ENI|InsufficientFreeAddresses|interface limit/i, "give Subnets with more free addresses", PASSES],
   [/RESOURCE:\w/, "give the cluster's instances more room, or lower the runner's limit", PASSES],
-  [/Timeout waiting for|Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
-  [/Unexpected EC2 error|InternalError|ContainerRuntime\w*Error/, "ask AWS if it happens again", PASSES],
+  [/Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
+  [/Timeout waiting for|Unexpected EC2|InternalError|ContainerRuntime\w*Error/, "ask AWS if it happens again", PASSES],
   [/SpotInterruption|Spot Task was interrupted/, "run it again, with on-demand capacity if it must not happen", PASSES],
-  // Tasks that did not start: their execution role is refused what the runner's host may be allowed.
-  [/(?:CannotPull|ResourceInit).* perform: ([\w-]+:\w+)/, "allow $1 to the task definition's execution role"],
-  [/toomanyrequests|Too Many Requests|pull rate limit/i, "copy the image to ECR, or give the registry's credentials"],
-  [/CannotPull.*no space left/, "give the task definition more ephemeralStorage"],
-  [/CannotPull/, "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)"],
   [/ResourceNotFound/, "create what the task definition names: a secret, a parameter, a log group"],
   [/ResourceInit/, "check the execution role, and the subnet's route to Secrets Manager, ECR and CloudWatch Logs"],
-  [/CannotStartContainer/, "check the command and the processor architecture of the image"],
   // Tasks that stopped.
   [/OutOfMemory/, "give the task definition more memory, or the job less to do at once"],
   [/EssentialContainerExited/, "read the container's log: its SSH server must run until the task is stopped"],
   [/TerminationNotice|InfrastructureHealth|performing maintenance/, "run it again: AWS took the task's host away"],
+  [/UserInitiated: (fargate sweep|job )/, "this driver did: see GitLab Runner's log, and what runs fargate sweep"],
   [/UserInitiated/, "CloudTrail shows who called StopTask"],
   // Calls that were refused.
   [/not authorized to perform: ([\w-]+:\w+)/, "allow $1 in the IAM policy of the runner's host"],
   [/AccessDenied|UnauthorizedOperation/, "allow this action in the IAM policy of the runner's host"],
   [/Signature (expired|not yet)|RequestExpired/, "set the clock of the runner's host right"],
   [
-    /credential|security token|UnrecognizedClient/i,
+    /credential|security token|UnrecognizedClient|signature we calculated|AuthenticationToken/i,
     "give the runner's host a role, or AWS_* variables with a valid key",
   ],
   [/ClusterNotFound/, "check Cluster and Region in the configuration file"],
   [/No Container Instances/, 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy'],
   [/capacity provider.*not (associated|found)/i, "add it to the cluster: aws ecs put-cluster-capacity-providers"],
   [/TaskDefinition (not found|is inactive)/i, "name a task definition that is active in this region", DEFINITION],
-  [/not a container in the|secret name must be unique/i, NEEDS, DEFINITION],
+  [/not support launch_type/, "the task definition must be compatible with FARGATE, or LaunchType with it", DEFINITION],
+  [OVERRIDE_REFUSED, NEEDS, DEFINITION],
   [/PlatformUnknown|PlatformTaskDefinition/, "set PlatformVersion to one that AWS lists, or not at all", PLATFORM],
   [/InvalidSubnet|InvalidGroup|same VPC/, "check Subnet, SecurityGroup and Region: all must belong to one VPC"],
   [/configuration is above your limit|is currently blocked/, "ask AWS support to lift the account's limit"],
-  [/assume the (role|service)/, "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute"],
-  [/got no answer/, "the runner's host must reach AWS: NAT gateway, VPC endpoint for ECS, or HTTPS_PROXY"],
+  [/service linked role/, "create it: aws iam create-service-linked-role --aws-service-name ecs.amazonaws.com"],
+  [/assume the role/, "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute"],
+  [/got no answer.*certificate/i, "trust the CA: NODE_EXTRA_CA_CERTS in the runner's environment"],
+  [/got no answer/, "the runner's host must reach AWS in Region: NAT gateway, VPC endpoint for ECS, or HTTPS_PROXY"],
   // Logins.
   [/refused? the key|refuses to let/, "the container must let Username in with the key in SSH_PUBLIC_KEY"],
-  [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
-  [/no login worked|nothing answered/, "allow Port in the task's security group, from the runner's host; check routes"],
   [/no public address/, "set EnablePublicIP, and give the subnet a route to an internet gateway"],
+  [
+    /did not begin.*RUNNING|was lost while.*RUNNING/,
+    "the task runs on: look at what the job did to sshd, at its load and memory",
+  ],
+  [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
+  [
+    /no login worked.*(before handshake|closed the conn|Handshake)/,
+    "Port must lead to an SSH server that lets this host in",
+  ],
+  [/no login worked|nothing answered/, "allow Port in the task's security group, from the runner's host; check routes"],
   [/server's key is not the one/, "nothing was sent; find out what answers at that address in place of the task"],
 ];
 
@@ -166,14 +187,18 @@ export function adviceFor(text: string): Advice | undefined {
   return undefined;
 }
 
-/** Reads a file that must be there. @throws {Failure} naming it as `what` */
-function readFile(path: string, what: string): Buffer {
+/** Does something whose failure is told as `what`, with the reason. @throws {Failure} */
+function orFail<T>(what: string, action: () => T): T {
   try {
-    return fs.readFileSync(path);
+    return action();
   } catch (error) {
-    throw new Failure("system", `${what} ${path} cannot be read: ${reasonOf(error)}`);
+    throw new Failure("system", `${what}: ${reasonOf(error)}`);
   }
 }
+
+/** Reads a file that must be there. @throws {Failure} naming it as `what` */
+const readFile = (path: string, what: string): Buffer =>
+  orFail(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
 
 // ---------------------------------------------------------------------------------------------------------
 // 3. Configuration
@@ -184,8 +209,8 @@ const FORMATS = ["text", "text-simple", "json"] as const;
 
 // The description of a key says what it means and what is allowed; error texts and the README's table use it.
 const text = (allowed: string) => v.pipe(v.string(), v.trim(), v.nonEmpty(), v.description(allowed));
-const whole = (least: number, most: number, allowed: string) =>
-  v.pipe(v.number(), v.integer(), v.minValue(least), v.maxValue(most), v.description(allowed));
+const whole = (least: number, most: number, what: string) =>
+  v.pipe(v.number(), v.integer(), v.minValue(least), v.maxValue(most), v.description(`${what}, ${least} to ${most}`));
 const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
   v.pipe(
     v.string(),
@@ -201,8 +226,8 @@ const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}:
 
 const CapacityProviderSchema = v.object({
   CapacityProvider: text("the capacity provider's name, such as FARGATE or FARGATE_SPOT"),
-  Weight: v.optional(whole(0, 1000, "its share of the tasks, a whole number from 0 to 1000"), 1),
-  Base: v.optional(whole(0, 100_000, "how many tasks it runs at least, a whole number from 0 to 100000")),
+  Weight: v.optional(whole(0, 1000, "its share of the tasks"), 1),
+  Base: v.optional(whole(0, 100_000, "how many tasks it runs at least")),
 });
 
 const strategy = v.pipe(
@@ -246,35 +271,25 @@ export const ConfigSchema = v.object({
         {},
       ),
       PropagateTags: v.optional(exactly(["TASK_DEFINITION", "NONE"], "whose tags the task gets beside its own")),
-      StartTimeout: v.optional(
-        whole(1, 86_400, "seconds from the start of a task until it must be ready, 1 to 86400"),
-        600,
-      ),
+      StartTimeout: v.optional(whole(1, 86_400, "seconds from the start of a task until it must be ready"), 600),
       DeadlineMargin: v.optional(
-        whole(0, 604_800, "seconds that a task may outlive StartTimeout and the job's timeout, 0 to 604800"),
+        whole(0, 604_800, "seconds a task may outlive StartTimeout and the job's timeout"),
         3600,
       ),
-      MaxTaskAge: v.optional(
-        whole(3600, 2_592_000, "seconds after which sweep stops a task without a deadline, 3600 to 2592000"),
-        86_400,
-      ),
+      MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
     v.rawCheck(({ dataset, addIssue }) => {
       if (!isTable(dataset.value)) return;
       const has = (key: string) => (dataset.value as Table)[key] !== undefined;
-      const must = (holds: boolean, message: string) => holds || addIssue({ message });
-      must(
-        has("Subnet") !== has("Subnets"),
-        "Fargate.Subnet: give either Subnet, a subnet ID, or Subnets, a list of 1 to 16",
-      );
-      must(
-        has("SecurityGroup") !== has("SecurityGroups"),
-        "Fargate.SecurityGroup: give either SecurityGroup, a security group ID, or SecurityGroups, a list of 1 to 5",
-      );
-      must(
-        !has("LaunchType") || !has("CapacityProviderStrategy"),
-        "Fargate.LaunchType: cannot be given together with CapacityProviderStrategy; ECS takes one of the two",
-      );
+      for (const [key, what] of [
+        ["Subnet", "a subnet ID, or Subnets, a list of 1 to 16"],
+        ["SecurityGroup", "a security group ID, or SecurityGroups, a list of 1 to 5"],
+      ])
+        if (has(`${key}`) === has(`${key}s`)) addIssue({ message: `Fargate.${key}: give either ${key}, ${what}` });
+      if (has("LaunchType") && has("CapacityProviderStrategy")) {
+        const both = "cannot be given together with CapacityProviderStrategy; ECS takes one of the two";
+        addIssue({ message: `Fargate.LaunchType: ${both}` });
+      }
     }),
   ),
   TaskMetadata: v.object({
@@ -282,14 +297,11 @@ export const ConfigSchema = v.object({
   }),
   SSH: v.object({
     Username: text("the user to log in as"),
-    Port: v.optional(whole(1, 65_535, "the port of the task's SSH server, 1 to 65535"), 22),
+    Port: v.optional(whole(1, 65_535, "the port of the task's SSH server"), 22),
     PrivateKeyPath: v.optional(text("a private key to log in with, instead of one made for the job")),
     KeyType: v.optional(oneOf(["ed25519", "rsa"], "the type of the key made for the job"), "ed25519"),
-    ConnectTimeout: v.optional(whole(1, 3600, "seconds in which the SSH server must accept a login, 1 to 3600"), 120),
-    KeepAliveInterval: v.optional(
-      whole(0, 3600, "seconds between signs of life on an idle connection, 0 for none, up to 3600"),
-      15,
-    ),
+    ConnectTimeout: v.optional(whole(1, 3600, "seconds in which the SSH server must accept a login"), 120),
+    KeepAliveInterval: v.optional(whole(0, 3600, "seconds between signs of life on an idle connection"), 15),
   }),
 });
 
@@ -297,8 +309,8 @@ export const ConfigSchema = v.object({
 export type Config = v.InferOutput<typeof ConfigSchema>;
 
 /** Options of the command line, by the name of their setting. Each beats variable and file. */
-export type Options = Readonly<
-  Partial<Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>>
+export type Options = Partial<
+  Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>
 >;
 
 type Table = Record<string, unknown>;
@@ -351,7 +363,9 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown
     if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
     else if (key !== name && Object.hasOwn(value, name))
       unknown.push(`${path}${key} has no effect beside ${path}${name}`);
-    else folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
+    else if (item !== "" && !(name === "Port" && item === 0))
+      // as good as not given, as with the official driver
+      folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
   }
   return folded;
 }
@@ -379,12 +393,7 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
  *   that is not known
  * @throws {Failure} naming every problem at once
  */
-export function readConfig(
-  file: string,
-  path: string,
-  options: Options,
-  env: Environment,
-): { config: Config; byJob: string[]; warnings: string[] } {
+export function readConfig(file: string, path: string, options: Options, env: Environment) {
   let table: Table;
   try {
     table = parseToml(file.replace(/^\uFEFF/, ""));
@@ -395,27 +404,25 @@ export function readConfig(
   }
   const unknown: string[] = [];
   const folded = foldKeys(table, ConfigSchema, "", unknown) as Table;
-  // An empty text stands for a missing one, and port 0 for none, as with the official driver.
   const given = (...values: unknown[]) =>
     values.find((value) => value !== undefined && (typeof value !== "string" || value.trim() !== ""));
-  const part = (name: string): Table => {
-    const table = folded[name] ?? {};
-    if (!isTable(table)) return table as Table; // the schema says what is wrong with it
-    const entries = Object.entries(table);
-    return Object.fromEntries(entries.filter(([key, value]) => value !== "" && !(key === "Port" && value === 0)));
-  };
-  const fargate = part("Fargate");
-  const overrides = {
-    TaskDefinition: given(options.TaskDefinition, env.CUSTOM_ENV_FARGATE_TASK_DEFINITION, fargate.TaskDefinition),
-    PlatformVersion: given(options.PlatformVersion, env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION, fargate.PlatformVersion),
-  };
+  const fargate = folded.Fargate ?? {}; // where it is no table, the schema says so
+  const overrides: Table = {};
+  const byJob: string[] = [];
+  for (const [key, variable] of [
+    ["TaskDefinition", env.CUSTOM_ENV_FARGATE_TASK_DEFINITION],
+    ["PlatformVersion", env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION],
+  ] as const) {
+    overrides[key] = given(options[key], variable, (fargate as Table)[key]);
+    if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
+  }
   const merged: Table = {
     LogLevel: given(options.LogLevel, folded.LogLevel),
     LogFormat: given(options.LogFormat, folded.LogFormat),
     LogFile: given(options.LogFile, folded.LogFile),
     Fargate: isTable(fargate) ? { ...fargate, ...overrides } : fargate,
-    TaskMetadata: part("TaskMetadata"),
-    SSH: part("SSH"),
+    TaskMetadata: folded.TaskMetadata ?? {},
+    SSH: folded.SSH ?? {},
   };
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
@@ -424,15 +431,7 @@ export function readConfig(
   }
   // The runner calls each try in a directory of its own, which it removes.
   result.output.TaskMetadata.Directory = resolve(dirname(path), result.output.TaskMetadata.Directory);
-  const byJob = [
-    ["TaskDefinition", options.TaskDefinition, env.CUSTOM_ENV_FARGATE_TASK_DEFINITION] as const,
-    ["PlatformVersion", options.PlatformVersion, env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION] as const,
-  ].filter(([, option, variable]) => given(option) === undefined && given(variable) !== undefined);
-  return {
-    config: result.output,
-    byJob: byJob.map(([key]) => key),
-    warnings: unknown.map((warning) => `${path}: ${warning}`),
-  };
+  return { config: result.output, byJob, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -517,11 +516,8 @@ export function openLog(settings: LogSettings): Logger {
     ],
   });
   const log = getLogger("fargate");
-  if (trouble)
-    log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", {
-      file: settings.LogFile,
-      reason: reasonOf(trouble),
-    });
+  const told = { file: settings.LogFile, reason: reasonOf(trouble) };
+  if (trouble) log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", told);
   return log;
 }
 
@@ -585,12 +581,8 @@ function labelOf(env: Environment): string {
 export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
-    let response: v.InferOutput<typeof JobResponseSchema>;
-    try {
-      response = readJson(path, JobResponseSchema);
-    } catch (error) {
-      throw new Failure("system", `JOB_RESPONSE_FILE ${path} cannot be used: ${reasonOf(error)}`);
-    }
+    const what = `JOB_RESPONSE_FILE ${path} cannot be used`;
+    const response = orFail(what, () => readJson(path, JobResponseSchema));
     const { protocol, host } = new URL(response.git_info.repo_url);
     const project = response.job_info.project_id;
     const hash = sha256(JSON.stringify([`${protocol}//${host}`, project, response.id]));
@@ -646,11 +638,8 @@ export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
 /** Makes the directory of records, for its owner alone, unless it is there. */
 export function openDirectory(directory: string): void {
-  try {
-    fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
-  } catch (error) {
-    throw new Failure("system", `TaskMetadata.Directory ${directory} cannot be made: ${reasonOf(error)}`);
-  }
+  const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
+  orFail(`TaskMetadata.Directory ${directory} cannot be made`, make);
 }
 
 /** Removes a file that does no harm where it cannot be removed. */
@@ -660,36 +649,24 @@ function removeQuietly(path: string): void {
   } catch {}
 }
 
-/** Does something with a file's descriptor, syncs the file to disk and closes it. */
-function withSync(path: string, flags: string, use: (file: number) => void): void {
-  const file = fs.openSync(path, flags, 0o600);
-  try {
-    use(file);
-    fs.fsyncSync(file);
-  } finally {
-    fs.closeSync(file);
-  }
-}
-
 /** Writes a file so that after a crash it holds either its old or its new content, whole, and survives power loss. */
 function writeDurably(path: string, content: string, put: (temporary: string, path: string) => void): void {
   const temporary = `${path}.${randomBytes(6).toString("hex")}.tmp`;
   try {
-    withSync(temporary, "wx", (file) => fs.writeFileSync(file, content));
+    fs.writeFileSync(temporary, content, { flag: "wx", mode: 0o600, flush: true });
     put(temporary, path);
   } finally {
     removeQuietly(temporary);
   }
-  withSync(join(path, ".."), "r", () => {}); // the directory, which holds the name
+  const directory = fs.openSync(join(path, ".."), "r"); // it holds the name
+  fs.fsyncSync(directory);
+  fs.closeSync(directory);
 }
 
 /** @throws {Failure} when the record cannot be kept safe; the caller must not go on to start a task */
 export function writeRecord(path: string, record: TaskRecord): void {
-  try {
-    writeDurably(path, `${JSON.stringify(record, null, 2)}\n`, fs.renameSync);
-  } catch (error) {
-    throw new Failure("system", `the record ${path} cannot be written: ${reasonOf(error)}`);
-  }
+  const content = `${JSON.stringify(record, null, 2)}\n`;
+  orFail(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync));
 }
 
 /**
@@ -697,12 +674,13 @@ export function writeRecord(path: string, record: TaskRecord): void {
  * @throws {Failure} when there is one that cannot be understood
  */
 export function readRecord(path: string): TaskRecord | undefined {
-  try {
-    return readJson(path, RecordSchema);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
-    throw new Failure("system", `the record ${path} cannot be used: ${reasonOf(error)}`);
-  }
+  return orFail(`the record ${path} cannot be used`, () => {
+    try {
+      return readJson(path, RecordSchema);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    }
+  });
 }
 
 const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
@@ -722,10 +700,8 @@ export function remainsOf(path: string): Partial<Pick<TaskRecord, "TaskARN" | "R
 function startOf(pid: number): string | undefined {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
-    const [state = "", ...fields] = fs
-      .readFileSync(`/proc/${pid}/stat`, "latin1")
-      .replace(/^.*\) /s, "")
-      .split(" ");
+    const stat = fs.readFileSync(`/proc/${pid}/stat`, "latin1");
+    const [state = "", ...fields] = stat.replace(/^.*\) /s, "").split(" ");
     return /[ZX]/.test(state) ? undefined : fields[18];
   } catch {}
   try {
@@ -795,21 +771,16 @@ export function usersOf({ Directory }: Config["TaskMetadata"]): User[] {
  */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
-  const read = () => fs.readFileSync(path, "utf8").trim();
-  try {
-    if (!fs.existsSync(path)) {
-      try {
-        writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
-      } catch (error) {
-        if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-      }
+  return orFail(`the manager's identity ${path} cannot be used`, () => {
+    try {
+      if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
-    const id = read();
+    const id = fs.readFileSync(path, "utf8").trim();
     if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
-  } catch (error) {
-    throw new Failure("system", `the manager's identity ${path} cannot be used: ${reasonOf(error)}`);
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -887,7 +858,7 @@ export function runTaskInput(
   return {
     cluster: f.Cluster,
     taskDefinition: f.TaskDefinition,
-    ...(f.PlatformVersion && { platformVersion: f.PlatformVersion }),
+    platformVersion: f.PlatformVersion,
     count: 1,
     networkConfiguration: {
       awsvpcConfiguration: {
@@ -899,28 +870,20 @@ export function runTaskInput(
     ...(environment && {
       overrides: {
         containerOverrides: [
-          {
-            name: CONTAINER,
-            environment: Object.entries(environment).map(([name, value]) => ({ name, value })),
-          },
+          { name: CONTAINER, environment: Object.entries(environment).map(([name, value]) => ({ name, value })) },
         ],
       },
     }),
-    ...(f.LaunchType && { launchType: f.LaunchType }),
-    ...(f.CapacityProviderStrategy && {
-      capacityProviderStrategy: f.CapacityProviderStrategy.map((p) => ({
-        capacityProvider: p.CapacityProvider,
-        weight: p.Weight,
-        ...(p.Base !== undefined && { base: p.Base }),
-      })),
-    }),
+    launchType: f.LaunchType,
+    capacityProviderStrategy: f.CapacityProviderStrategy?.map(({ CapacityProvider, Weight, Base }) => ({
+      capacityProvider: CapacityProvider,
+      weight: Weight,
+      base: Base,
+    })),
     ...(f.EnableExecuteCommand && { enableExecuteCommand: true }),
-    ...(Object.keys(f.Tags).length > 0 && {
-      tags: Object.entries(f.Tags).map(([key, value]) => ({ key, value })),
-    }),
-    ...(f.PropagateTags && { propagateTags: f.PropagateTags }),
-    startedBy: identity.startedBy,
-    clientToken: identity.clientToken,
+    ...(Object.keys(f.Tags).length > 0 && { tags: Object.entries(f.Tags).map(([key, value]) => ({ key, value })) }),
+    propagateTags: f.PropagateTags,
+    ...identity,
   };
 }
 
@@ -930,14 +893,13 @@ export interface Limits {
   readonly until: number;
   /** Ends it with the signal's reason. */
   readonly signal?: AbortSignal | undefined;
+  /** Which failures may pass; `isTransient` unless given. */
+  readonly again?: (error: unknown) => boolean;
 }
 
-/** How something is repeated. */
-export interface Repetition extends Limits {
-  /** Whether an error may pass. */
-  readonly again: (error: unknown) => boolean;
+/** How `retry` waits between two calls, in ms, before jitter of a half up or down. */
+interface Pauses {
   readonly now: () => number;
-  /** The longest pause, and the shortest after an error, in ms, before jitter of a half up or down. */
   readonly most?: number;
   readonly least?: (error: unknown) => number;
 }
@@ -945,7 +907,7 @@ export interface Repetition extends Limits {
 /** Calls until it works, with jittered backoff. @throws the last error, or the reason of `signal` */
 export async function retry<T>(
   call: () => Promise<T>,
-  { until, again, now, signal, most = 5_000, least = () => 0 }: Repetition,
+  { until, again = isTransient, signal, now, most = 5_000, least = () => 0 }: Limits & Pauses,
 ): Promise<T> {
   for (let wait = 100; ; wait = Math.min(wait * 2, most)) {
     signal?.throwIfAborted();
@@ -966,6 +928,7 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
 
 /** What the SDK throws; without a status no answer came. */
 type AwsError = { name?: string; $metadata?: { httpStatusCode?: number } };
+const statusOf = (error: unknown): number => (error as AwsError | undefined)?.$metadata?.httpStatusCode ?? 0;
 
 /** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
 const isThrottling = (error: unknown): boolean =>
@@ -974,7 +937,7 @@ const isThrottling = (error: unknown): boolean =>
 /** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
 export function isTransient(error: unknown): boolean {
   const { name = "", $metadata } = (error ?? {}) as AwsError;
-  const status = $metadata?.httpStatusCode ?? 0;
+  const status = statusOf(error);
   if (isThrottling(error)) return true;
   // Without a status the request or its answer was lost on the way; with one of success, the answer broke off.
   // Missing credentials look alike.
@@ -990,7 +953,7 @@ const mayPass = (error: unknown): boolean => isTransient(error) || /Credential/.
  * conflict means that the token, which is nobody else's, has started one.
  */
 export function mayHaveWorked(error: unknown): boolean {
-  const status = (error as AwsError).$metadata?.httpStatusCode ?? 0;
+  const status = statusOf(error);
   if (status >= 300) return status >= 500 || (error as Error).name === "ConflictException";
   const { name = "", code = "", message = "" } = error as NodeJS.ErrnoException;
   return !/Credential|ECONNREFUSED|ConnectionRefused|ENOTFOUND|EAI_AGAIN/.test(`${name} ${code} ${message}`);
@@ -998,14 +961,13 @@ export function mayHaveWorked(error: unknown): boolean {
 
 /** What a call to AWS came to, as a Failure that names the call and the error. */
 export function awsFailure(action: string, error: unknown): Failure {
-  const { name = "Error", $metadata } = error as AwsError;
-  const answered = ($metadata?.httpStatusCode ?? 0) >= 300;
+  const { name = "Error" } = error as AwsError;
+  const answered = statusOf(error) >= 300;
   // The SDK and bun add hints for programmers.
   const reason = reasonOf(error).replace(/(?: For more information, pass `verbose|\n)[\s\S]*/, "");
   const detail = answered ? `${name}: ${reason}` : reason;
-  return new Failure("system", `${action} ${answered ? "was refused" : "got no answer"}: ${detail}`, {
-    cause: error,
-  });
+  const what = answered ? "was refused" : /Credential/.test(name) ? "was not sent" : "got no answer";
+  return new Failure("system", `${action} ${what}: ${detail}`);
 }
 
 /** Most ms for one call to AWS, from getting credentials to the last byte of the answer. */
@@ -1015,17 +977,19 @@ const CALL_TIMEOUT = 30_000;
 const PATIENCE = { throttled: 60_000, other: 10_000 } as const;
 
 interface CallLimits extends Limits {
-  /** Which failures may pass; `isTransient` unless given. */
-  readonly again?: (error: unknown) => boolean;
   /** Called before each time it is sent. */
   readonly onSend?: () => void;
   /** How long a call that was sent may still take after the signal, in ms; not at all unless given. */
   readonly grace?: number;
 }
 
+/** What the SDK takes to end a call. */
+type Abort = { abortSignal: AbortSignal };
+
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
 export class Aws {
-  #clients = new Map<string, Promise<unknown>>();
+  #ecsClient: Promise<ECS> | undefined;
+  #ec2Client: Promise<EC2> | undefined;
   /** How often AWS has throttled a call of this process. */
   throttled = 0;
 
@@ -1033,13 +997,6 @@ export class Aws {
     private readonly region: string,
     private readonly context: Pick<Operator, "log" | "now">,
   ) {}
-
-  /** Loads an SDK and makes its client, once. */
-  #load<T>(name: string, load: (settings: object) => Promise<T>): Promise<T> {
-    const made = this.#clients.get(name) ?? this.#settings().then(load);
-    this.#clients.set(name, made);
-    return made as Promise<T>;
-  }
 
   /**
    * fetch, because bun's honours HTTPS_PROXY, HTTP_PROXY and NO_PROXY as the Go SDK does; the SDK's own handler does
@@ -1053,7 +1010,7 @@ export class Aws {
   async #send<T>(
     action: string,
     { until, signal, again = isTransient, onSend = () => {}, grace = 0 }: CallLimits,
-    call: (abort: { abortSignal: AbortSignal }) => Promise<T>,
+    call: (abort: Abort) => Promise<T>,
   ): Promise<T> {
     const { log, now } = this.context;
     const first = now();
@@ -1099,20 +1056,10 @@ export class Aws {
     }
   }
 
-  async #ecs<T>(
-    action: string,
-    limits: CallLimits,
-    call: (
-      ecs: ECSClient,
-      sdk: typeof import("@aws-sdk/client-ecs"),
-      abort: { abortSignal: AbortSignal },
-    ) => Promise<T>,
-  ): Promise<T> {
-    const { sdk, client } = await this.#load("ecs", async (settings) => {
-      const sdk = await import("@aws-sdk/client-ecs");
-      return { sdk, client: new sdk.ECSClient(settings) };
-    });
-    return this.#send(`ecs:${action}`, limits, (abort) => call(client, sdk, abort));
+  async #ecs<T>(action: string, limits: CallLimits, call: (ecs: ECS, abort: Abort) => Promise<T>): Promise<T> {
+    this.#ecsClient ??= this.#settings().then(async (made) => new (await import("@aws-sdk/client-ecs")).ECS(made));
+    const ecs = await this.#ecsClient;
+    return this.#send(`ecs:${action}`, limits, (abort) => call(ecs, abort));
   }
 
   /**
@@ -1121,8 +1068,8 @@ export class Aws {
    * @returns the task's ARN, or why there is none
    */
   async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
-    const { tasks, failures } = await this.#ecs("RunTask", limits, async (ecs, { RunTaskCommand }, abort) => {
-      const answer = await ecs.send(new RunTaskCommand(input), abort);
+    const { tasks, failures } = await this.#ecs("RunTask", limits, async (ecs, abort) => {
+      const answer = await ecs.runTask(input, abort);
       if (answer.tasks?.length || answer.failures?.length) return answer;
       throw Object.assign(new Error("the answer is empty"), { $metadata: {} }); // a proxy's, and none of ECS
     });
@@ -1134,10 +1081,8 @@ export class Aws {
   async describeTasks(cluster: string, arns: readonly string[], limits: CallLimits): Promise<Task[]> {
     const found: Task[] = [];
     for (let from = 0; from < arns.length; from += 100) {
-      const tasks = arns.slice(from, from + 100);
-      const answer = await this.#ecs("DescribeTasks", limits, (ecs, { DescribeTasksCommand }, abort) =>
-        ecs.send(new DescribeTasksCommand({ cluster, tasks }), abort),
-      );
+      const asked = { cluster, tasks: arns.slice(from, from + 100) };
+      const answer = await this.#ecs("DescribeTasks", limits, (ecs, abort) => ecs.describeTasks(asked, abort));
       found.push(...(answer.tasks ?? []));
     }
     return found;
@@ -1151,13 +1096,12 @@ export class Aws {
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const again = (error: unknown) =>
       mayPass(error) || (/task was not found/i.test(reasonOf(error)) && this.context.now() < young);
-    const stop = this.#ecs("StopTask", { ...limits, again }, (ecs, { StopTaskCommand }, abort) =>
-      ecs.send(new StopTaskCommand({ cluster, task, reason }), abort),
-    );
+    const asked = { cluster, task, reason };
+    const stop = this.#ecs("StopTask", { ...limits, again }, (ecs, abort) => ecs.stopTask(asked, abort));
     await stop.catch((error) => {
       if (/task was not found/i.test(reasonOf(error))) return;
       if (error === limits.signal?.reason) throw error;
-      throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`, { cause: error });
+      throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`);
     });
   }
 
@@ -1166,8 +1110,9 @@ export class Aws {
     const arns: string[] = [];
     let nextToken: string | undefined;
     do {
-      const page = await this.#ecs("ListTasks", { ...limits, again: mayPass }, (ecs, { ListTasksCommand }, abort) =>
-        ecs.send(new ListTasksCommand({ cluster, startedBy, nextToken }), abort),
+      const asked = { cluster, startedBy, nextToken };
+      const page: ListTasksCommandOutput = await this.#ecs("ListTasks", { ...limits, again: mayPass }, (ecs, abort) =>
+        ecs.listTasks(asked, abort),
       );
       arns.push(...(page.taskArns ?? []));
       nextToken = page.nextToken;
@@ -1177,13 +1122,11 @@ export class Aws {
 
   /** The public address of a network interface; undefined while it has none, or is unknown. */
   async publicAddress(networkInterfaceId: string, limits: CallLimits): Promise<string | undefined> {
-    const { sdk, client } = await this.#load("ec2", async (settings) => {
-      const sdk = await import("@aws-sdk/client-ec2");
-      return { sdk, client: new sdk.EC2Client(settings) };
-    });
-    const command = { NetworkInterfaceIds: [networkInterfaceId] };
+    this.#ec2Client ??= this.#settings().then(async (made) => new (await import("@aws-sdk/client-ec2")).EC2(made));
+    const ec2 = await this.#ec2Client;
+    const asked = { NetworkInterfaceIds: [networkInterfaceId] };
     const { NetworkInterfaces } = await this.#send("ec2:DescribeNetworkInterfaces", limits, (abort) =>
-      client.send(new sdk.DescribeNetworkInterfacesCommand(command), abort),
+      ec2.describeNetworkInterfaces(asked, abort),
     ).catch((failure: Failure) => {
       // EC2 may learn of the interface a moment after ECS.
       if (/InvalidNetworkInterfaceID\.NotFound/.test(failure.message)) return { NetworkInterfaces: [] };
@@ -1231,23 +1174,15 @@ export function pollPause(polls: number, addressKnown: boolean, random: number, 
 // 9. SSH
 // ---------------------------------------------------------------------------------------------------------
 
-/** Where to log in, and how. */
-export interface SshTarget {
+/** Where to log in, and how; the rest of `Config["SSH"]` says as whom and on which port. */
+export interface SshTarget extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval"> {
   readonly host: string;
-  readonly port: number;
-  readonly username: string;
   readonly privateKey: string;
   /** The only server key that is accepted; undefined on first use, which pins it. */
   readonly hostKey?: Buffer;
-  /** Seconds between signs of life; 0 for none. With two unanswered, the connection ends when the third is due. */
-  readonly keepAlive: number;
 }
 
-/** An open, logged-in connection. */
-export interface Connection {
-  readonly client: Client;
-  readonly hostKey: Buffer;
-}
+export type Connection = Readonly<{ client: Client; hostKey: Buffer }>;
 
 /** Why no connection came about; `unreachable` may pass, the others are final. */
 export class SshFailure extends Failure {
@@ -1258,22 +1193,6 @@ export class SshFailure extends Failure {
     super("system", message);
   }
 }
-
-/**
- * Ciphers: AES-GCM only is fast here, AES-CTR is for old servers; chacha20-poly1305 does not work under bun. Server
- * keys: no SHA-1 signatures (ssh-rsa), which OpenSSH refuses since 8.8 (Debian 12) as well.
- */
-const ALGORITHMS = {
-  cipher: ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes192-ctr", "aes256-ctr"],
-  serverHostKey: [
-    "ssh-ed25519",
-    "ecdsa-sha2-nistp256",
-    "ecdsa-sha2-nistp384",
-    "ecdsa-sha2-nistp521",
-    "rsa-sha2-512",
-    "rsa-sha2-256",
-  ],
-} as const;
 
 /** Most ms from the first packet to the accepted login: a busy host, a server's name look-ups and PAM can take long. */
 const LOGIN_TIMEOUT = 30_000;
@@ -1295,60 +1214,57 @@ export async function connect(
   signal.throwIfAborted();
   const client = new Client();
   const socket = new Socket();
-  const where = `${target.username}@${target.host}:${target.port}`;
+  const where = `${target.Username}@${target.host}:${target.Port}`;
   let hostKey: Buffer | undefined;
   let changed = false;
-  return new Promise((resolve, reject) => {
-    const settle = () => {
-      clearTimeout(timer);
-      signal.removeEventListener("abort", abort);
-    };
-    const fail = (error: unknown) => {
-      settle();
-      client.destroy();
-      socket.destroy();
-      reject(error);
-    };
-    const abort = () => fail(signal.reason);
-    const late = (ms: number, what: string) =>
-      setTimeout(() => fail(new SshFailure("unreachable", `${where}: ${what} for ${ms / 1000} s`)), ms);
-    let timer = late(silence, "nothing answered");
-    signal.addEventListener("abort", abort);
-    socket.once("data", () => {
-      onAnswer();
-      clearTimeout(timer);
-      timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in");
-    });
-    client.on("ready", () => {
-      settle();
-      resolve({ client, hostKey: hostKey as Buffer });
-    });
-    // Stays for the connection's life: an error event without a listener would end the process.
-    client.on("error", (error: Error & { level?: string }) => {
-      const [why, text] = changed
-        ? (["host-key", "the server's key is not the one seen when the task was prepared"] as const)
-        : error.level === "client-authentication"
-          ? (["login", "the server refused the key"] as const)
-          : (["unreachable", reasonOf(error)] as const);
-      fail(new SshFailure(why, `${where}: ${text}`));
-    });
-    client.on("close", () => fail(new SshFailure("unreachable", `${where}: the server closed the connection`)));
-    client.connect({
-      sock: socket.connect({ host: target.host, port: target.port }),
-      username: target.username,
-      privateKey: target.privateKey,
-      authHandler: ["publickey"],
-      readyTimeout: 0,
-      keepaliveInterval: target.keepAlive * 1000,
-      keepaliveCountMax: 2,
-      algorithms: { cipher: [...ALGORITHMS.cipher], serverHostKey: [...ALGORITHMS.serverHostKey] },
-      hostVerifier: (key: Buffer) => {
-        hostKey = Buffer.from(key);
-        changed = target.hostKey !== undefined && !target.hostKey.equals(hostKey);
-        return !changed;
-      },
-    });
+  const done = Promise.withResolvers<Connection>();
+  const fail = (why: SshFailure["why"], text: string) => done.reject(new SshFailure(why, `${where}: ${text}`));
+  const late = (ms: number, what: string) => setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`), ms);
+  let timer = late(silence, "nothing answered");
+  const abort = () => done.reject(signal.reason);
+  signal.addEventListener("abort", abort);
+  socket.once("data", () => {
+    onAnswer();
+    clearTimeout(timer);
+    timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in");
   });
+  client.on("ready", () => done.resolve({ client, hostKey: hostKey as Buffer }));
+  // Stays for the connection's life: an error event without a listener would end the process.
+  client.on("error", (error: Error & { level?: string }) => {
+    if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared");
+    else if (error.level === "client-authentication") fail("login", "the server refused the key");
+    else fail("unreachable", reasonOf(error));
+  });
+  client.on("close", () => fail("unreachable", "the server closed the connection"));
+  client.connect({
+    sock: socket.connect({ host: target.host, port: target.Port }),
+    username: target.Username,
+    privateKey: target.privateKey,
+    authHandler: ["publickey"],
+    readyTimeout: 0,
+    keepaliveInterval: target.KeepAliveInterval * 1000,
+    keepaliveCountMax: 2,
+    // chacha20-poly1305 does not work under bun; ssh-rsa signs with SHA-1, which OpenSSH refuses since 8.8 as well.
+    algorithms: {
+      cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] },
+      serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] },
+    },
+    hostVerifier: (key: Buffer) => {
+      hostKey = Buffer.from(key);
+      changed = target.hostKey !== undefined && !target.hostKey.equals(hostKey);
+      return !changed;
+    },
+  });
+  try {
+    return await done.promise;
+  } catch (error) {
+    client.destroy();
+    socket.destroy();
+    throw error;
+  } finally {
+    clearTimeout(timer);
+    signal.removeEventListener("abort", abort);
+  }
 }
 
 /**
@@ -1369,49 +1285,42 @@ export function logIn(
   signal: AbortSignal,
   onFailure: (failure: SshFailure) => void,
 ): Promise<Connection> {
-  return new Promise((resolve, reject) => {
-    const attempts = new AbortController();
-    let open = 0;
-    let answered = 0;
-    let pause = 0;
-    const finish = () => {
-      clearInterval(timer);
-      signal.removeEventListener("abort", abort);
-      attempts.abort(new SshFailure("unreachable", "no longer needed"));
-    };
-    const abort = () => {
-      finish();
-      reject(signal.reason);
-    };
-    const attempt = () => {
-      if (--pause > 0 || open >= LOGIN.open || answered > 0) return;
-      open++;
-      let answers = 0;
-      connect(target, LOGIN.cut, attempts.signal, () => {
+  const won = Promise.withResolvers<Connection>();
+  const over = new AbortController();
+  let open = 0;
+  let answered = 0;
+  let pause = 0;
+  const attempt = async () => {
+    if (--pause > 0 || open >= LOGIN.open || answered > 0) return;
+    open++;
+    let answers = 0;
+    try {
+      const connection = await connect(target, LOGIN.cut, over.signal, () => {
         answers = 1;
         answered++;
-      })
-        .then(
-          (connection) => {
-            if (attempts.signal.aborted) return void connection.client.destroy();
-            finish();
-            resolve(connection);
-          },
-          (failure: SshFailure) => {
-            if (attempts.signal.aborted) return;
-            if (failure.why === "login") pause = LOGIN.pauseAfterRefusal / LOGIN.every;
-            onFailure(failure);
-          },
-        )
-        .finally(() => {
-          open--;
-          answered -= answers;
-        });
-    };
-    const timer = setInterval(attempt, LOGIN.every);
-    if (signal.aborted) return abort();
-    signal.addEventListener("abort", abort);
-    attempt();
+      });
+      if (over.signal.aborted) return void connection.client.destroy();
+      over.abort(new SshFailure("unreachable", "no longer needed"));
+      won.resolve(connection);
+    } catch (error) {
+      if (over.signal.aborted) return;
+      const failure = error as SshFailure;
+      if (failure.why === "login") pause = LOGIN.pauseAfterRefusal / LOGIN.every;
+      onFailure(failure);
+    } finally {
+      open--;
+      answered -= answers;
+    }
+  };
+  const timer = setInterval(attempt, LOGIN.every);
+  const abort = () => won.reject(signal.reason);
+  signal.addEventListener("abort", abort);
+  if (signal.aborted) abort();
+  else attempt();
+  return won.promise.finally(() => {
+    clearInterval(timer);
+    signal.removeEventListener("abort", abort);
+    over.abort(new SshFailure("unreachable", "no longer needed"));
   });
 }
 
@@ -1474,15 +1383,13 @@ async function ask(connection: Connection, command: string, signal: AbortSignal)
 }
 
 /** Which shells a container has. `sh -c` so that the question is understood by any login shell. */
-export async function findShells(
-  connection: Connection,
-  signal: AbortSignal,
-): Promise<Pick<TaskRecord, "Interpreter" | "LoginShell">> {
+export async function findShells(connection: Connection, signal: AbortSignal) {
   const question = 'echo "fargate-shells $SHELL $(command -v bash || command -v sh)"';
   const answer = await ask(connection, `exec sh -c '${question}'`, signal);
   const [, login, best] = /fargate-shells (\S*) (\S+)/.exec(answer) ?? [];
   if (!best) throw new Failure("system", "the container has neither bash nor sh for the user that logs in");
-  return { Interpreter: /bash$/.test(best) ? "bash" : "sh", LoginShell: login?.split("/").at(-1) ?? "" };
+  const Interpreter: TaskRecord["Interpreter"] = /bash$/.test(best) ? "bash" : "sh";
+  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "" };
 }
 
 /**
@@ -1495,10 +1402,8 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
   const name = named?.split("/").at(-1) ?? "bash";
   if (name === "sh") return "sh";
   if (name === "bash") return best;
-  throw new Failure(
-    "system",
-    `the script is for ${name}, but only bash and sh can be used; set shell = "bash" in the runner's config.toml`,
-  );
+  const instead = `only bash and sh can be used; set shell = "bash" in the runner's config.toml`;
+  throw new Failure("system", `the script is for ${name}, but ${instead}`);
 }
 
 /**
@@ -1552,7 +1457,8 @@ export function endSessionProgram(session: number): string {
 export class MarkFilter {
   /** What followed each mark on its line: a process id, `end` or `incomplete`. */
   readonly marks: string[] = [];
-  #held: Buffer = Buffer.alloc(0);
+  /** May be the beginning of a mark; the script's own when the stream ends without the rest. */
+  held: Buffer = Buffer.alloc(0);
   readonly #mark: Buffer;
 
   constructor(mark: string) {
@@ -1566,7 +1472,7 @@ export class MarkFilter {
 
   /** @returns the stream's own bytes, without the marks; what may be the beginning of one is held back */
   push(chunk: Buffer): Buffer[] {
-    let data = this.#held.length > 0 ? Buffer.concat([this.#held, chunk]) : chunk;
+    let data = this.held.length > 0 ? Buffer.concat([this.held, chunk]) : chunk;
     const own: Buffer[] = [];
     for (;;) {
       const first = data.indexOf(this.#mark);
@@ -1578,7 +1484,7 @@ export class MarkFilter {
         const short = at >= 0 && data.length - at <= this.#mark.length + 64;
         const keep = short ? data.length - at : this.#beginning(data);
         own.push(data.subarray(0, data.length - keep));
-        this.#held = data.subarray(data.length - keep);
+        this.held = data.subarray(data.length - keep);
         return own.filter((part) => part.length > 0);
       }
       const text = data.toString("latin1", at + this.#mark.length, end);
@@ -1588,11 +1494,6 @@ export class MarkFilter {
       own.push(data.subarray(0, mark ? at : end + 1));
       data = data.subarray(end + 1);
     }
-  }
-
-  /** @returns what was held back, when the stream ends without the rest of a mark */
-  flush(): Buffer {
-    return this.#held;
   }
 
   #beginning(data: Buffer): number {
@@ -1633,7 +1534,7 @@ function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: ()
     }
   });
   source.on("close", () => {
-    if (!filter.ended && filter.flush().length > 0) write(filter.flush());
+    if (!filter.ended && filter.held.length > 0) write(filter.held);
     written.then(() => over.resolve());
   });
   const silence = async () => {
@@ -1663,12 +1564,12 @@ export async function runScript(
 ): Promise<Outcome> {
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
   const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
-  let reason = "the server closed the script's channel without an exit status";
+  let reason: string | undefined;
   connection.client.on("error", (error) => {
     reason = reasonOf(error);
   });
   connection.client.on("close", () => {
-    if (reason.startsWith("the server closed the script")) reason = "the server closed the connection";
+    reason ??= "the server closed the connection";
   });
   const { channel, exit } = await execute(connection, command, stop);
   const marks = new MarkFilter(mark);
@@ -1690,15 +1591,14 @@ export async function runScript(
     else await over;
     if (status === undefined) {
       await sleep(50); // the end of the connection, where that is the cause, is told after the channel's
+      reason ??= "the server closed the script's channel without an exit status";
       return { ended: "lost", begun: session !== undefined, reason };
     }
     if (session === undefined)
       throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
+    const needs = "it needs cat and wc, and a script without NUL characters";
     if (marks.marks.at(-1) === "incomplete")
-      throw new Failure(
-        "system",
-        "the container's shell could not take the script whole: it needs cat and wc, and a script without NUL characters",
-      );
+      throw new Failure("system", `the container's shell could not take the script whole: ${needs}`);
     return { ended: "exited", code: typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0) };
   };
 
@@ -1739,27 +1639,16 @@ export function configAnswer(job: Job | undefined): string {
   return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: job?.stem ?? "" });
 }
 
-/** `own`: the operator's, which stays where it is and is not copied into the record. */
-type ChosenKey = KeyPair & { own: boolean };
-
-/** The operator's own key where it can be read, else one made for this job. */
-async function chooseKey({ config, log }: Context): Promise<ChosenKey> {
+/** The operator's own key, where it can be read. */
+async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
   const path = config.SSH.PrivateKeyPath;
-  if (path) {
-    try {
-      return { ...(await keyPairOf(fs.readFileSync(path, "utf8"))), own: true };
-    } catch (error) {
-      log.warn("PrivateKeyPath {path} cannot be used: {reason}; a key is made for this job instead", {
-        path,
-        reason: reasonOf(error),
-      });
-    }
+  try {
+    return path ? await keyPairOf(fs.readFileSync(path, "utf8")) : undefined;
+  } catch (error) {
+    const reason = reasonOf(error);
+    log.warn("PrivateKeyPath {path} cannot be used: {reason}; a key is made for this job instead", { path, reason });
   }
-  return { ...(await makeKeyPair(config.SSH.KeyType)), own: false };
 }
-
-/** ECS's words for an override that the task definition does not bear: no such container, or a secret of that name. */
-const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must be unique/i;
 
 /** Most ms from SIGTERM until prepare has ended, and of these, how long it waits for RunTask's answer. */
 const LEAVE_WITHIN = 4_500;
@@ -1776,9 +1665,10 @@ export async function prepare(context: Context): Promise<void> {
   try {
     if (other) throw new Failure("system", `another prepare of this job runs, as process ${other.pid}`);
     await release(context, stop); // a try before this one may have died without its cleanup
-    const key = await chooseKey(context);
+    const own = await ownKey(context); // stays where it is, and out of the record
+    const key = own ?? (await makeKeyPair(config.SSH.KeyType));
     const aws = new Aws(config.Fargate.Region, context);
-    const record = newRecord(context, key);
+    const record = newRecord(context, own ? "" : key.privateKey);
     writeRecord(recordPath(context), record);
     const begun = now();
     try {
@@ -1818,13 +1708,13 @@ const prepareOf = ({ config, job }: Context): User | undefined =>
     ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
   );
 
-function newRecord(context: Context, key: ChosenKey): TaskRecord {
+function newRecord(context: Context, privateKey: string): TaskRecord {
   const { config, now } = context;
   return {
     Version: RECORD_VERSION,
     TaskARN: "",
     ContainerIP: "",
-    PrivateKey: key.own ? "" : Buffer.from(key.privateKey).toString("base64"),
+    PrivateKey: Buffer.from(privateKey).toString("base64"),
     Cluster: config.Fargate.Cluster,
     Region: config.Fargate.Region,
     StartedBy: startedBy(context),
@@ -1838,13 +1728,14 @@ function newRecord(context: Context, key: ChosenKey): TaskRecord {
   };
 }
 
-/**
- * Writes the record anew.
- *
- * @throws {Failure} when it is gone: the job was cleaned up meanwhile, and nobody would stop what is started from here on
- */
-function keepRecord(context: Context, record: TaskRecord): void {
+/** @throws {Failure} when the record is gone: nobody would stop what is started from here on */
+function mustBeKept(context: Context): void {
   if (!fs.existsSync(recordPath(context))) throw new Failure("system", "the job was cleaned up while prepare ran");
+}
+
+/** Writes the record anew. @throws {Failure} when it is gone */
+function keepRecord(context: Context, record: TaskRecord): void {
+  mustBeKept(context);
   writeRecord(recordPath(context), record);
 }
 
@@ -1871,7 +1762,7 @@ export function placements(f: Config["Fargate"]): Placement[] {
  * Starts a task and follows it until a login works. A start that fails for want of capacity is tried again, elsewhere
  * first, for as long as StartTimeout allows.
  */
-async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, key: ChosenKey, begun: number) {
+async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
   const until = begun + config.Fargate.StartTimeout * 1000;
   const places = placements(config.Fargate);
@@ -1882,8 +1773,8 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     await startTask({ ...context, config: placed }, aws, record, key, until);
     const ready = await untilReady(context, aws, record, key, begun);
     // A key that every task takes does not tell whose address it is by now.
-    const fate = key.own ? await fateOf(context, record, 0) : { ended: false, says: "" };
-    if (fate.ended) throw new Failure("system", `the task stopped before it was ready: ${fate.says}`);
+    const fate = record.PrivateKey ? undefined : await fateOf(context, record, 0);
+    if (fate?.ended) throw new Failure("system", `the task stopped before it was ready: ${fate.says}`);
     return ready;
   };
   const again = (error: unknown) => {
@@ -1908,7 +1799,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
  * Starts the task, with the public key and the deadline where its definition takes them, and notes it in the record. The
  * record says so before each call and after its answer, so that a task whose answer is lost can be found.
  */
-async function startTask(context: Context, aws: Aws, record: TaskRecord, key: ChosenKey, until: number): Promise<void> {
+async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
   const { config, job, byJob, log, now, stop } = context;
   const { StartTimeout, DeadlineMargin } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
@@ -1932,24 +1823,26 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ch
   };
 
   stop.throwIfAborted();
-  log.info("Starting a task of {definition} on cluster {cluster}", {
+  log.info("Starting a task of {definition} on cluster {cluster} in {region}", {
     definition: config.Fargate.TaskDefinition,
     cluster: config.Fargate.Cluster,
+    region: config.Fargate.Region,
   });
   record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
   try {
     await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((failure: Error) => {
       const [refused] = OVERRIDE_REFUSED.exec(failure.message) ?? [];
-      if (!refused || !key.own || record.Unanswered) throw failure;
+      if (!refused || record.PrivateKey || record.Unanswered) throw failure;
       log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it without");
       return runTask(/secret/i.test(refused) ? deadline : undefined);
     });
   } catch (error) {
     const { setting } = adviceFor(reasonOf(error)) ?? {};
     if (!setting || !byJob.includes(setting)) throw error;
-    const value = config.Fargate[setting];
-    throw new Failure("build", `the job's own choice of ${setting}, ${value}, cannot be used: ${reasonOf(error)}`);
+    const variable = setting === "TaskDefinition" ? "FARGATE_TASK_DEFINITION" : "FARGATE_PLATFORM_VERSION";
+    const choice = `${variable} of this job, ${config.Fargate[setting]},`;
+    throw new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`);
   }
 }
 
@@ -1965,17 +1858,10 @@ const REFUSAL_PATIENCE = 25_000;
  *
  * @throws {Failure} when the task ends, or is not ready in time
  */
-async function untilReady(
-  context: Context,
-  aws: Aws,
-  record: TaskRecord,
-  key: KeyPair,
-  begun: number,
-): Promise<{ host: string; connection: Connection }> {
+async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
   const { StartTimeout } = config.Fargate;
   const { ConnectTimeout } = config.SSH;
-  const secondsSince = () => Math.round((now() - begun) / 1000);
   const deadline = begun + StartTimeout * 1000;
   const id = record.TaskARN.split("/").at(-1);
   const over = new AbortController();
@@ -1988,11 +1874,13 @@ async function untilReady(
   let refusedSince: number | undefined;
   let refusedFor = 0;
   let lastFailure = "";
+  let lastTold = "";
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
-    logIn(sshTarget(config, address, key.privateKey), signal, ({ why, message }) => {
-      if (message !== lastFailure) log.debug("no login yet: {message}", { message });
+    logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, ({ why, message }) => {
+      if (message !== lastTold) log.debug("no login yet: {message}", { message });
+      lastTold = message;
       if (why === "login") {
         refusedSince ??= now();
         refusedFor = now() - refusedSince;
@@ -2001,13 +1889,14 @@ async function untilReady(
       if (why === "login" || refusedSince === undefined) lastFailure = message;
     }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
   };
-  const describeTask = async (limits: Limits): Promise<Task | undefined> =>
-    (await aws.describeTasks(record.Cluster, [record.TaskARN], limits))[0];
   const describe = async () => {
-    // A login may work any moment: from then on a failure of this call is none of the task.
-    if (!host) return describeTask({ until: deadline, signal });
-    const call = describeTask({ until: now() + 10_000, signal });
-    return call.catch((failure) => log.debug("{reason}", { reason: reasonOf(failure) }));
+    const until = host ? now() + 10_000 : deadline;
+    const call = aws.describeTasks(record.Cluster, [record.TaskARN], { until, signal });
+    // With an address, a login may work any moment: from then on a failure of this call is none of the task.
+    const [task] = await (host
+      ? call.catch((failure) => [log.debug("{reason}", { reason: reasonOf(failure) })])
+      : call);
+    return task;
   };
   const tooLong = () => {
     if (runningSince !== undefined && refusedFor > REFUSAL_PATIENCE)
@@ -2021,10 +1910,10 @@ async function untilReady(
   const watch = async (): Promise<never> => {
     for (let polls = 0; ; polls++) {
       const task = await describe();
-      if (!fs.existsSync(recordPath(context))) throw new Failure("system", "the job was cleaned up while prepare ran");
+      mustBeKept(context);
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
-        log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: secondsSince() });
+        log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
       if (task && isEnding(task))
         throw new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`);
@@ -2052,20 +1941,15 @@ async function untilReady(
   }
 }
 
-const sshTarget = (config: Config, host: string, privateKey: string, hostKey?: Buffer): SshTarget => ({
-  host,
-  port: config.SSH.Port,
-  username: config.SSH.Username,
-  privateKey,
-  keepAlive: config.SSH.KeepAliveInterval,
-  ...(hostKey && { hostKey }),
-});
-
 /** Most ms for one attempt to connect; a dropped packet is not waited for. */
 const CONNECT_CUT = 10_000;
 
-/** The `run` stage: runs a script of the job in its task. */
-export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<void> {
+/**
+ * The `run` stage: runs a script of the job in its task. A script that fails says itself why.
+ *
+ * @returns the process's exit code
+ */
+export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
@@ -2083,34 +1967,37 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   );
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
-  const outcome = await runInTask({ ...context, stop }, record, script, stage).finally(() => {
+  const code = await runInTask({ ...context, stop }, record, script, stage).finally(() => {
     clearTimeout(timer);
     done();
   });
-  log.debug("{stage} ended with exit code {code}", { stage, code: outcome.code });
-  if (outcome.code === 0) return;
-  if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(outcome.code));
-  throw new ScriptFailure(outcome.code);
+  log.debug("{stage} ended with exit code {code}", { stage, code });
+  if (code === 0) return 0;
+  if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
+  return exitCode("build", env);
 }
 
 /**
  * Connects and runs the script; one of which no command can have run is sent again, any other never.
  *
+ * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
  */
-async function runInTask(
-  context: Context & Sinks,
-  record: TaskRecord,
-  script: Buffer,
-  stage: string,
-): Promise<{ code: number }> {
+async function runInTask(context: Context & Sinks, record: TaskRecord, script: Buffer, stage: string): Promise<number> {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
-  const hostKey = Buffer.from(record.HostKey, "base64");
-  const target = sshTarget(config, record.ContainerIP, privateKeyOf(record, config), hostKey);
+  const target: SshTarget = {
+    ...config.SSH,
+    host: record.ContainerIP,
+    // What prepare logged in with: the job's own key, else the operator's.
+    privateKey: record.PrivateKey
+      ? Buffer.from(record.PrivateKey, "base64").toString()
+      : readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath").toString(),
+    hostKey: Buffer.from(record.HostKey, "base64"),
+  };
   let tries = 0;
   let asked = 0;
-  const attempt = async (): Promise<{ code: number }> => {
+  const attempt = async (): Promise<number> => {
     if (++tries > 2 && now() > asked + 5_000) {
       // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
       asked = now();
@@ -2128,7 +2015,7 @@ async function runInTask(
         throw new Failure("system", lost);
       }
       if (outcome.code === 137) await explainKill(context, record, connection, stage);
-      return outcome;
+      return outcome.code;
     } finally {
       connection.client.end();
     }
@@ -2163,30 +2050,13 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
   context.log.error("what to do: {advice}", { advice: adviceFor("OutOfMemory")?.advice });
 }
 
-/** The key that prepare logged in with: the job's own from its record, else the operator's from its file. */
-function privateKeyOf(record: TaskRecord, config: Config): string {
-  if (record.PrivateKey) return Buffer.from(record.PrivateKey, "base64").toString();
-  return readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath").toString();
-}
-
-/** The script itself failed; its own output says why, so nothing is added to the job log. */
-export class ScriptFailure extends Failure {
-  constructor(readonly code: number) {
-    super("build", `exit code ${code}`);
-  }
-}
-
 /**
  * What ECS says about a record's task.
  *
  * @param patience ms for which it is asked again about a task that has not ended; one that has may take up to 10 s until
  *   its containers' exit codes are known
  */
-async function fateOf(
-  context: Context,
-  record: TaskRecord,
-  patience: number,
-): Promise<{ ended: boolean; says: string }> {
+async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
   const aws = new Aws(record.Region, context);
   const begun = now();
@@ -2197,11 +2067,8 @@ async function fateOf(
       if (!task) return { ended: true, says: "ECS no longer knows the task" };
       const ended = isEnding(task);
       const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
-      if ((ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500)
-        return {
-          ended,
-          says: ended ? `the task stopped: ${explainStop(task)}` : `ECS says that the task is ${task.lastStatus}`,
-        };
+      const says = ended ? `the task stopped: ${explainStop(task)}` : `ECS says that the task is ${task.lastStatus}`;
+      if ((ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500) return { ended, says };
       await sleep(1_500, stop);
     }
   } catch (error) {
@@ -2232,20 +2099,17 @@ export async function cleanup(context: Context): Promise<void> {
   const until = now() + PREPARE_LASTS;
   for (let known = false; ; await sleep(250)) {
     // Looked for before its record is: a prepare that has ended by now has left there what it started.
-    const prepares = prepareOf(context);
-    if (prepares) log.debug("prepare still runs, as process {pid}", { pid: prepares.pid });
+    const busy = prepareOf(context);
+    if (busy) log.debug("prepare still runs, as process {pid}", { pid: busy.pid });
     known = (await release(context)) || known;
-    if (!prepares) {
+    if (!busy) {
       const { Region, Cluster } = context.config.Fargate;
       if (!known && fs.existsSync(join(Directory, ".manager-id")))
         await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
       break;
     }
-    if (now() > until)
-      throw new Failure(
-        "system",
-        `prepare of this job still runs, as process ${prepares.pid}: end it, and clean up again`,
-      );
+    const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
+    if (now() > until) throw new Failure("system", still);
   }
   // What a killed process was writing; it may hold a key.
   for (const name of fs.readdirSync(Directory))
@@ -2281,13 +2145,9 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     trace = { ...named, ...remainsOf(path) };
   }
   const aws = new Aws(trace.Region, context);
-  if (await stopRecorded(context, aws, trace, signal)) {
-    try {
-      fs.rmSync(path, { force: true });
-    } catch (error) {
-      throw new Failure("system", `its task is stopped, but the record ${path} cannot be removed: ${reasonOf(error)}`);
-    }
-  }
+  const stopped = await stopRecorded(context, aws, trace, signal);
+  const left = `its task is stopped, but the record ${path} cannot be removed`;
+  if (stopped) orFail(left, () => fs.rmSync(path, { force: true }));
   return true;
 }
 
@@ -2305,13 +2165,8 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
  *
  * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
  */
-async function stopByName(
-  { job, log, now }: Context,
-  aws: Aws,
-  cluster: string,
-  name: string,
-  { until, signal }: Limits,
-): Promise<boolean> {
+async function stopByName(context: Context, aws: Aws, cluster: string, name: string, { until, signal }: Limits) {
+  const { job, log, now } = context;
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
@@ -2320,10 +2175,8 @@ async function stopByName(
       tasks = await aws.listTasks(cluster, name, limits);
     } catch (error) {
       if (!/AccessDenied/.test(reasonOf(error))) throw error;
-      log.warn("whether a task started by {name} is left could not be looked up: {reason}", {
-        name,
-        reason: reasonOf(error),
-      });
+      const reason = reasonOf(error);
+      log.warn("whether a task started by {name} is left could not be looked up: {reason}", { name, reason });
       return false;
     }
     // Lists may go on showing a task of an earlier try that has been stopped.
@@ -2540,7 +2393,6 @@ export function formatSweep(report: SweepReport, json: boolean): string {
   return [
     ...report.stopped.map((task) => `${task.taskArn} ${would}stopped: ${task.why}; created ${time(task.createdAt)}`),
     ...report.removedRecords.map((name) => `${name} ${would}removed: its task is gone`),
-    ...report.problems,
     `tasks: ${report.stopped.length} ${would}stopped, ${report.left.length} left alone; ` +
       `records: ${report.removedRecords.length} ${would}removed; problems: ${report.problems.length}`,
   ]
@@ -2704,15 +2556,13 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     if (request.sweep) {
       const report = await sweep(operator, request.sweep);
       writeWhole(1, formatSweep(report, request.sweep.json));
+      for (const reason of report.problems) log.error("{reason}", { reason });
       return report.problems.length > 0 ? exitCode("system", env) : 0;
     }
     const job = readJob(env);
     if (command === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
-    if (!job)
-      throw new Failure(
-        "system",
-        "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set",
-      );
+    const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
+    if (!job) throw new Failure("system", none);
     const context: Context = { ...operator, job, byJob, env };
     if (command === "prepare") await prepare(context);
     else if (command === "cleanup") await cleanup(context);
@@ -2720,16 +2570,14 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
       const { stdout, stderr } = process; // bun makes these streams when they are asked for; no other stage needs them
       for (const stream of [stdout, stderr])
         stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
-      await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
+      return await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
     }
     return 0;
   } catch (error) {
-    const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error), { cause: error });
-    if (!(failure instanceof ScriptFailure)) {
-      const advice = adviceFor(failure.message)?.advice;
-      const lines = [...failure.message.split("\n"), ...(advice ? [`what to do: ${advice}`] : [])];
-      for (const line of lines) log.fatal(line.replace(/[{}]/g, "$&$&")); // no placeholders
-    }
+    const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
+    const advice = adviceFor(failure.message)?.advice;
+    const lines = [...failure.message.split("\n"), ...(advice ? [`what to do: ${advice}`] : [])];
+    for (const line of lines) log.fatal(line.replace(/[{}]/g, "$&$&")); // no placeholders
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     return exitCode(failure.kind, env);
   }
@@ -2740,7 +2588,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
  * was told not to: a checkout could so redirect signed requests. Then nothing is done. The compiled program reads none.
  */
 function refuseForeignSettings(): void {
-  if (typeof BUILD_VERSION === "string" || process.execArgv.includes("--no-env-file")) return;
+  if (typeof BUILD === "string" || process.execArgv.includes("--no-env-file")) return;
   const found = fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
   if (found.length === 0) return;
   const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;

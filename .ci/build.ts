@@ -66,7 +66,7 @@ async function compile(outfile: string, target?: Bun.Build.CompileTarget): Promi
     format: "cjs",
     minify: true,
     plugins: [resolve],
-    define: { BUILD_VERSION: JSON.stringify(manifest.version), BUILD_REVISION: JSON.stringify(revision()) },
+    define: { BUILD: JSON.stringify(`${manifest.version} (${revision()})`) },
   });
   for (const log of result.logs) console.warn(String(log));
   console.log(`dist/${outfile}`);
