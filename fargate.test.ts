@@ -2299,7 +2299,7 @@ describe("the compiled program", () => {
     const failed = await fargate(["--config", gone, "custom", "run", scriptFile("echo never"), "x"], { env });
     expect(failed).toMatchObject({ code: 2, stdout: Buffer.from("") });
     expect(failed.stderr).toMatch(
-      /error: x did not begin: \w+@127\.\S+: .*ECONNREFUSED.*; ECS says that the task is RUNNING\n.*what to do: the image must start an SSH server on Port\n$/,
+      /error: x did not begin: \w+@127\.\S+: .*ECONNREFUSED.*; ECS says that the task is RUNNING\n.*what to do: the task runs on: .*\n$/,
     );
     expect(await fargate(["--config", world.configure(), "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
     nothingLeft();
@@ -3401,9 +3401,60 @@ describe.concurrent("sweep", () => {
     ).toEqual([arn, ...strangers].sort());
     run.process.kill("SIGTERM");
     await run.finished;
+    expect(fs.existsSync(scene.record)).toBe(true);
+    const finished = await sweeping(scene);
     for (const stranger of strangers)
       await aws.stopTask(stranger, { stopCode: "UserInitiated", stoppedReason: "over" });
-    expect(fs.existsSync(scene.record)).toBe(true);
+    return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() } };
+  });
+
+  faultTest(
+    "a job past its deadline that a run still works on; sweep leaves it, and takes it when the run is gone",
+    async (scene) => {
+      const { aws } = scene.world;
+      await prepared(scene);
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      deadlineIn(scene, -1);
+      ageRecord(scene.record, 7_200, { Deadline: 1 });
+      expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { stopped: [], removedRecords: [] } });
+      expect(aws.running()).toHaveLength(1);
+      run.process.kill("SIGKILL");
+      await run.finished;
+      const finished = await sweeping(scene, "--json");
+      expect(finished.report).toMatchObject({ stopped: [{ why: "it is past its deadline" }] });
+      expect(aws.running()).toEqual([]);
+      // In the same sweep, or as soon as the task is on its way down, the record goes as well.
+      expect(filesLeft(scene.world)).toEqual([]);
+      return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /./ };
+    },
+  );
+
+  faultTest("records older than an hour whose tasks are gone, and what killed writers left; sweep", async (scene) => {
+    const arn = await prepared(scene);
+    await scene.world.aws.stopTask(arn, { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" });
+    const cutOff = `${scene.record}.0123456789ab.tmp`;
+    fs.writeFileSync(cutOff, "{");
+    expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { removedRecords: [] } });
+    ageRecord(scene.record, 3_700);
+    const hourAgo = Date.now() / 1000 - 3_700;
+    fs.utimesSync(cutOff, hourAgo, hourAgo);
+    const dry = await sweeping(scene, "--json", "--dry-run");
+    expect(dry.report?.removedRecords).toHaveLength(1);
+    expect(filesLeft(scene.world)).toHaveLength(2);
+    const finished = await sweeping(scene);
+    expect(filesLeft(scene.world)).toEqual([]);
+    return {
+      stage: "sweep",
+      finished: { ...finished, stderr: finished.stdout.toString() },
+      says: /removed: its task is gone/,
+    };
+  });
+
+  faultTest("a record older than an hour whose task runs; sweep leaves both", async (scene) => {
+    await prepared(scene);
+    ageRecord(scene.record, 7_200);
+    age(scene, 7_200);
     const finished = await sweeping(scene);
     expect(fs.existsSync(scene.record)).toBe(true);
     expect(scene.world.aws.running()).toHaveLength(1);
