@@ -6,7 +6,7 @@ import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
-import { connect as connectTcp, type Socket } from "node:net";
+import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
@@ -160,6 +160,41 @@ const thrown = (call: () => unknown): Error => {
 // ---------------------------------------------------------------------------------------------------------
 
 describe("failures", () => {
+  // Texts of AWS that share words: which of them may pass, and whose trouble each is.
+  test.each<[text: string, advice: RegExp, again?: true]>([
+    [
+      "CannotPullContainerError: ref pull has been retried: toomanyrequests: You have reached your pull rate limit",
+      /ECR/,
+    ],
+    ["CannotPullContainerError: failed to resolve ref: 429: toomanyrequests: Rate exceeded", /fewer tasks/, true],
+    ["CannotPullContainerError: write /var/lib/containerd/x: no space left on device", /ephemeralStorage/],
+    ["CannotPullContainerError: does not contain descriptor matching platform 'linux/amd64'", /cpuArchitecture/],
+    [
+      "ResourceInitializationError: AccessDeniedException: User: x is not authorized to perform: ssm:GetParameters",
+      /allow ssm:GetParameters to the task definition's execution role/,
+    ],
+    ["ecs:RunTask was refused: User: x is not authorized to perform: ecs:TagResource on resource: y", /runner's host/],
+    ["CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task", /command/],
+    ["TaskFailedToStart: Unexpected EC2 error while attempting to Create Network Interface: AuthFailure", /AWS/, true],
+    ["Unexpected EC2 error while attempting to Create Network Interface: InvalidSubnetID.NotFound", /one VPC/],
+    ["Unexpected EC2 error: InsufficientFreeAddressesInSubnet", /more free addresses/, true],
+    ["You\u2019ve reached the limit on the number of vCPUs you can run concurrently", /quota/, true],
+    ["TaskFailedToStart: Timeout waiting for network interface provisioning to complete.", /AWS/, true],
+    ["the task runs, but no login worked within ConnectTimeout (120 s); it has no public address", /EnablePublicIP/],
+    ["ecs:RunTask was not sent: Could not load credentials from any providers", /give the runner's host a role/],
+    ["ecs:RunTask got no answer: unable to verify the first certificate", /NODE_EXTRA_CA_CERTS/],
+    ["the record /x/y.json cannot be written: ENOSPC: no space left on device, write", /disk with room/],
+    ["the task stopped: UserInitiated: fargate sweep: it is past its deadline", /this driver/],
+    ["the task stopped: UserInitiated: Task stopped by user", /CloudTrail/],
+  ])("%s", (text, advice, again) => {
+    const known = adviceFor(text);
+    expect(known?.advice).toMatch(advice);
+    expect(known?.again).toBe(again);
+  });
+  test("a text that nothing is known about gets no advice", () => {
+    expect(adviceFor("build_script did not begin: something else")).toBeUndefined();
+  });
+
   test("end with the exit codes that the runner gave, else with 1 and 2", () => {
     const env = { BUILD_FAILURE_EXIT_CODE: "71", SYSTEM_FAILURE_EXIT_CODE: "72" };
     expect([exitCode("build", env), exitCode("system", env)]).toEqual([71, 72]);
@@ -315,7 +350,9 @@ describe("configuration", () => {
       ].sort(),
     );
     expect(problems).toContain("  Fargate.Cluster is missing; expected: the name or ARN of the ECS cluster");
-    expect(problems).toContain("  SSH.Port is 70000; expected: the port of the task's SSH server, 1 to 65535");
+    expect(problems).toContain(
+      "  SSH.Port is 70000; expected: the port of the task's SSH server, a whole number from 1 to 65535",
+    );
     for (const line of problems) expect(line).toMatch(/; expected: \S|: give either|: cannot be given/);
   });
 
@@ -1447,6 +1484,67 @@ test("a server may say all that a command has to say in the packet that opens it
     connection.client.destroy();
   }
   server.close();
+});
+
+test.each(["garbage", "a disconnect"])(
+  "a server that sends %s and keeps its side open ends the script at once",
+  async (what) => {
+    const { privateKey } = await makeKeyPair("ed25519");
+    const sockets: Socket[] = [];
+    let disconnect = () => {};
+    const server = new SshServerOfAPacket(
+      { hostKeys: [privateKey], algorithms: { cipher: ["aes128-gcm@openssh.com"] } },
+      (client) => {
+        disconnect = () =>
+          (client as unknown as { _protocol: { disconnect(code: number): void } })._protocol.disconnect(2);
+        client
+          .on("error", () => {})
+          .on("authentication", (attempt) => attempt.accept())
+          .on("session", (accept) =>
+            accept().on("exec", (accept, _, { command }) => {
+              const channel = accept();
+              channel.write(`${/fargate-[0-9a-f]{32}/.exec(command)?.[0]} 4242\n`);
+              channel.on("data", () => {
+                if (what === "garbage") for (const socket of sockets) socket.write(Buffer.alloc(4096, 0x41));
+                else disconnect();
+              });
+            }),
+          );
+      },
+    ).listen(0, "127.0.0.1");
+    await new Promise((listening) => server.once("listening", listening));
+    // In front of it, what never closes.
+    const { port: behind } = server.address() as { port: number };
+    const front = createTcpServer({ allowHalfOpen: true }, (socket) => {
+      sockets.push(socket);
+      const upstream = connectTcp({ port: behind, host: "127.0.0.1", allowHalfOpen: true });
+      socket.on("error", () => {}).on("data", (data) => upstream.write(data));
+      upstream.on("error", () => {}).on("data", (data) => socket.write(data));
+    }).listen(0, "127.0.0.1");
+    await new Promise((listening) => front.once("listening", listening));
+    const { port } = front.address() as { port: number };
+    const { signal } = new AbortController();
+    const target = { host: "127.0.0.1", Port: port, Username: "root", privateKey, KeepAliveInterval: 0 };
+    const connection = await connect(target, 3_000, signal);
+    const sink = () => new Writable({ write: (_chunk, _encoding, done) => done() });
+    const outcome = await runScript(
+      connection,
+      Buffer.from("sleep 600"),
+      { interpreter: "bash", loginShell: "bash" },
+      { stop: signal, log: getLogger("fargate"), stdout: sink(), stderr: sink() },
+    );
+    expect(outcome).toMatchObject({ ended: "lost", begun: true });
+    for (const socket of sockets) socket.destroy();
+    front.close();
+    server.close();
+  },
+  20_000,
+);
+
+test("a key that cannot be read fails the login, and nothing else", async () => {
+  const target = { host: "127.0.0.1", Port: 1, Username: "root", privateKey: "no key", KeepAliveInterval: 0 };
+  await expect(connect(target, 200, new AbortController().signal)).rejects.toThrow(/Cannot parse privateKey/);
+  await new Promise((later) => setTimeout(later, 400)); // its timer would have rejected what nobody awaits
 });
 
 describe("scripts over SSH", () => {

@@ -110,6 +110,9 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
     /^(the record|the manager's|TaskMetadata).* cannot be (made|written|used: E[A-Z]+:)/,
     "the runner's user must be able to write there, on a disk with room",
   ],
+  // Whatever else is said beside them, these pass.
+  [/Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
+  [/SpotInterruption|Spot Task was interrupted/, "run it again, with on-demand capacity if it must not happen", PASSES],
   // Images and roles, before the words that they share with RunTask: here it is the task's registry, and its own role.
   [
     /(?:CannotPull|ResourceInit|Fetching secret).* perform: ([\w-]+:\w+)/,
@@ -119,9 +122,9 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
   [/CannotPull.*no space left/, "give the task definition more ephemeralStorage"],
   [/CannotPull.*matching platform/, "build the image for the definition's cpuArchitecture, or change that"],
   [/CannotPull/, "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)"],
-  [/CannotStartContainer|container runtime task/, "check the image's command and processor architecture, and memory"],
+  [/CannotStartContainer/, "check the image's command and processor architecture, and memory"],
   [
-    /Unexpected EC2 error.*(Invalid|Unauthorized|NotFound)/,
+    /Unexpected EC2 error.*(InvalidSubnet|InvalidGroup|InvalidSecurityGroup|Unauthorized)/,
     "check Subnet, SecurityGroup and Region: all must be of one VPC",
   ],
   // Starts that may work a little later or elsewhere.
@@ -130,9 +133,7 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
   [/InterfaceLimitExceeded/, "ask AWS for more network interfaces in this region", PASSES],
   [/RESOURCE:ENI|InsufficientFreeAddresses|interface limit/i, "give Subnets with more free addresses", PASSES],
   [/RESOURCE:\w/, "give the cluster's instances more room, or lower the runner's limit", PASSES],
-  [/Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
   [/Timeout waiting for|Unexpected EC2|InternalError|ContainerRuntime\w*Error/, "ask AWS if it happens again", PASSES],
-  [/SpotInterruption|Spot Task was interrupted/, "run it again, with on-demand capacity if it must not happen", PASSES],
   [/ResourceNotFound/, "create what the task definition names: a secret, a parameter, a log group"],
   [/ResourceInit/, "check the execution role, and the subnet's route to Secrets Manager, ECR and CloudWatch Logs"],
   // Tasks that stopped.
@@ -210,7 +211,13 @@ const FORMATS = ["text", "text-simple", "json"] as const;
 // The description of a key says what it means and what is allowed; error texts and the README's table use it.
 const text = (allowed: string) => v.pipe(v.string(), v.trim(), v.nonEmpty(), v.description(allowed));
 const whole = (least: number, most: number, what: string) =>
-  v.pipe(v.number(), v.integer(), v.minValue(least), v.maxValue(most), v.description(`${what}, ${least} to ${most}`));
+  v.pipe(
+    v.number(),
+    v.integer(),
+    v.minValue(least),
+    v.maxValue(most),
+    v.description(`${what}, a whole number from ${least} to ${most}`),
+  );
 const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
   v.pipe(
     v.string(),
@@ -1218,10 +1225,16 @@ export async function connect(
   let hostKey: Buffer | undefined;
   let changed = false;
   const done = Promise.withResolvers<Connection>();
-  const fail = (why: SshFailure["why"], text: string) => done.reject(new SshFailure(why, `${where}: ${text}`));
+  const end = (reason: unknown) => {
+    done.reject(reason);
+    // After the login as well: ssh2 closes its own half after an error, and waits for a server that need not close.
+    client.destroy();
+    socket.destroy();
+  };
+  const fail = (why: SshFailure["why"], text: string) => end(new SshFailure(why, `${where}: ${text}`));
   const late = (ms: number, what: string) => setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`), ms);
   let timer = late(silence, "nothing answered");
-  const abort = () => done.reject(signal.reason);
+  const abort = () => end(signal.reason);
   signal.addEventListener("abort", abort);
   socket.once("data", () => {
     onAnswer();
@@ -1236,30 +1249,29 @@ export async function connect(
     else fail("unreachable", reasonOf(error));
   });
   client.on("close", () => fail("unreachable", "the server closed the connection"));
-  client.connect({
-    sock: socket.connect({ host: target.host, port: target.Port }),
-    username: target.Username,
-    privateKey: target.privateKey,
-    authHandler: ["publickey"],
-    readyTimeout: 0,
-    keepaliveInterval: target.KeepAliveInterval * 1000,
-    keepaliveCountMax: 2,
-    // chacha20-poly1305 does not work under bun; ssh-rsa signs with SHA-1, which OpenSSH refuses since 8.8 as well.
-    algorithms: {
-      cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] },
-      serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] },
-    },
-    hostVerifier: (key: Buffer) => {
-      hostKey = Buffer.from(key);
-      changed = target.hostKey !== undefined && !target.hostKey.equals(hostKey);
-      return !changed;
-    },
-  });
   try {
+    client.connect({
+      sock: socket.connect({ host: target.host, port: target.Port }),
+      username: target.Username,
+      privateKey: target.privateKey,
+      authHandler: ["publickey"],
+      readyTimeout: 0,
+      keepaliveInterval: target.KeepAliveInterval * 1000,
+      keepaliveCountMax: 2,
+      // chacha20-poly1305 does not work under bun; ssh-rsa signs with SHA-1, which OpenSSH refuses since 8.8 as well.
+      algorithms: {
+        cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] },
+        serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] },
+      },
+      hostVerifier: (key: Buffer) => {
+        hostKey = Buffer.from(key);
+        changed = target.hostKey !== undefined && !target.hostKey.equals(hostKey);
+        return !changed;
+      },
+    });
     return await done.promise;
   } catch (error) {
-    client.destroy();
-    socket.destroy();
+    socket.destroy(); // also when connect itself throws, for a key that it cannot read
     throw error;
   } finally {
     clearTimeout(timer);
@@ -2097,14 +2109,15 @@ export async function cleanup(context: Context): Promise<void> {
     return;
   }
   const until = now() + PREPARE_LASTS;
-  for (let known = false; ; await sleep(250)) {
+  for (let known = false, beside = false; ; await sleep(250)) {
     // Looked for before its record is: a prepare that has ended by now has left there what it started.
     const busy = prepareOf(context);
     if (busy) log.debug("prepare still runs, as process {pid}", { pid: busy.pid });
     known = (await release(context)) || known;
+    beside ||= busy !== undefined; // it may have written a record, and RunTask, in between
     if (!busy) {
       const { Region, Cluster } = context.config.Fargate;
-      if (!known && fs.existsSync(join(Directory, ".manager-id")))
+      if ((!known || beside) && fs.existsSync(join(Directory, ".manager-id")))
         await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
       break;
     }
@@ -2556,7 +2569,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     if (request.sweep) {
       const report = await sweep(operator, request.sweep);
       writeWhole(1, formatSweep(report, request.sweep.json));
-      for (const reason of report.problems) log.error("{reason}", { reason });
+      for (const reason of report.problems) log.fatal("{reason}", { reason });
       return report.problems.length > 0 ? exitCode("system", env) : 0;
     }
     const job = readJob(env);
