@@ -4543,10 +4543,9 @@ async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<n
     expect(stepTable(killed.filter(({ exitSignal }) => exitSignal !== "SIGKILL")), "not killed").toBe("");
     const told = results.filter(({ reached, signal }) => reached && signal !== "SIGKILL");
     // A stage that has done its work may end as if nothing had been; cleanup does its work whatever comes.
-    const right = ({ stage, exitCode, output, step }: StepResult) =>
-      exitCode === 2 ||
-      (exitCode === 0 &&
-        (stage === "cleanup" || (stage === "prepare" ? /Ready/.test(output) : /SSH|remove the/.test(step))));
+    const whole = { prepare: /Ready/, run: /\bdone\b/, cleanup: /^/ };
+    const right = ({ stage, exitCode, output }: StepResult) =>
+      exitCode === 2 || (exitCode === 0 && whole[stage].test(output));
     expect(stepTable(told.filter((result) => !right(result))), "exit code").toBe("");
     expect(stepTable(told.filter(({ scriptProcesses }) => scriptProcesses > 0)), "the script goes on").toBe("");
     return results.reduce((left, { tasksLeft }) => left + tasksLeft, 0);
