@@ -1079,6 +1079,25 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(second?.clientToken).not.toBe(first?.clientToken);
   });
 
+  test("a login with a key that other tasks take as well does not count when the task has ended", async () => {
+    const key = await makeKeyPair("ed25519");
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, key.privateKey);
+    const context = contextOf((config) => {
+      config.SSH.PrivateKeyPath = path;
+      config.SSH.Port = 0;
+    });
+    // Its address is another task's by the time of the login, and ECS says so only then.
+    taskGoesThrough(context, taskIn("PENDING", "127.0.0.1"), {
+      ...taskIn("STOPPED", "127.0.0.1"),
+      desiredStatus: "STOPPED",
+      stopCode: "UserInitiated",
+      stoppedReason: "Task stopped by user",
+    });
+    await expect(prepare(context)).rejects.toThrow("before it was ready, the task stopped: UserInitiated");
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
   test("without PrivateKeyPath that refusal says how the container must be named", async () => {
     ecs.on(RunTaskCommand).rejects(noContainer);
     const refused = "Override for container named ci-coordinator is not a container in the TaskDefinition.";
@@ -1316,6 +1335,15 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(logged).toEqual([expect.stringMatching(/^warning: the record .* cannot be used: it is not JSON; looking/)]);
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
     expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("with a damaged record and an unusable identity, the task that the record still names is stopped", async () => {
+    openDirectory(records);
+    fs.writeFileSync(recordFile(), `{"TaskARN": "${arn}", "Con`);
+    fs.writeFileSync(join(records, ".manager-id"), "not an identity");
+    await expect(cleanup(contextOf())).rejects.toThrow("the manager's identity");
+    expect(inputs(StopTaskCommand)).toMatchObject([{ cluster: "test-cluster", task: arn }]);
+    expect(fs.existsSync(recordFile())).toBe(true);
   });
 
   test("StopTask is repeated when it is throttled, and when credentials fail for a moment", async () => {
@@ -3358,6 +3386,15 @@ describe.concurrent("cleanup", () => {
 });
 
 describe.concurrent("run gets a signal", () => {
+  faultTest("the runner has died, its run goes on, and the job's deadline comes", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const record = readRecord(scene.record) as TaskRecord;
+    writeRecord(scene.record, { ...record, Deadline: Math.floor(Date.now() / 1000) });
+    const finished = await scene.run("echo running; sleep 600");
+    ended(finished, 2);
+    return { stage: "run", finished };
+  });
+
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     faultTest(`run gets ${signal} while it connects`, async (scene) => {
       ended(await scene.stage("prepare"), 0);

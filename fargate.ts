@@ -1786,7 +1786,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     const ready = await untilReady(context, aws, record, key, begun);
     // A key that every task takes does not tell whose address it is by now.
     const fate = record.PrivateKey ? undefined : await fateOf(context, record, 0);
-    if (fate?.ended) throw new Failure("system", `the task stopped before it was ready: ${fate.says}`);
+    if (fate?.ended) throw new Failure("system", `before it was ready, ${fate.says}`);
     return ready;
   };
   const again = (error: unknown) => {
@@ -2154,8 +2154,11 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     } catch {} // a full disk is no reason to let a task run
   } catch (error) {
     context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
-    const named = { TaskARN: "", Cluster, Region, StartedBy: startedBy(context), Unanswered: true, UpdatedAt: 0 };
-    trace = { ...named, ...remainsOf(path) };
+    const named = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
+    // What the record still names is stopped first: the manager's identity may be unusable as well.
+    if (named.TaskARN)
+      await stopRecorded(context, new Aws(named.Region, context), { ...named, Unanswered: false }, signal);
+    trace = { ...named, TaskARN: "", StartedBy: startedBy(context) };
   }
   const aws = new Aws(trace.Region, context);
   const stopped = await stopRecorded(context, aws, trace, signal);
