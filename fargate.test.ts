@@ -1975,7 +1975,7 @@ describe("scripts over SSH", () => {
     const server = file
       ? undefined
       : await startSshServer({ address: "127.0.0.1", port: 0, authorizedKey: rsa.publicKey, home: directory() });
-    const target = server ? { ...task.target, host: server.address, port: server.port } : task.target;
+    const target = server ? { ...task.target, host: server.address, Port: server.port } : task.target;
     const connection = await task.logIn({ ...target, privateKey: rsa.privateKey });
     expect((await runIn(connection, "exit 3")).outcome).toEqual(exited(3));
     connection.client.end();
