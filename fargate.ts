@@ -634,7 +634,7 @@ const RecordSchema = v.object({
   Interpreter: v.picklist(["bash", "sh"]),
   /** File name of the login user's own shell. */
   LoginShell: v.string(),
-  /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent. */
+  /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped. */
   Deadline: v.number(),
   /** Epoch seconds; when the record was made, then when RunTask was last sent. */
   UpdatedAt: v.number(),
