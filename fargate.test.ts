@@ -7,7 +7,7 @@ import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
 import {
@@ -74,6 +74,7 @@ import {
   readConfig,
   readJob,
   readRecord,
+  remainsOf,
   retry,
   runScript,
   runTaskInput,
@@ -363,6 +364,96 @@ describe("configuration", () => {
     );
   });
 
+  const ours = "arn:aws:ecs:us-east-2:123456789012";
+  test.each<[asked: string, allowed: boolean, file?: Record<string, string>]>([
+    ["family", true],
+    ["family:3", true],
+    ["famil", false],
+    ["family-2", false],
+    ["Family", false],
+    ["ci-", true],
+    ["ci-build", true],
+    ["ci-build:12", true],
+    ["ci-build:12:3", false],
+    ["ci-a/b", false],
+    ["x-ci-build", false],
+    ["build:7", true],
+    ["build:70", false],
+    ["build", false],
+    ["build:07", false],
+    ["tool-x:4", true],
+    ["tool-x", false],
+    ["family:", false],
+    ["family:latest", false],
+    ["family\nother", false],
+    ["family\u0000", false],
+    ["fämily", false],
+    [`${"ci-".repeat(2_000)}`, false],
+    // An ARN: with none configured there is no account to compare with.
+    [`${ours}:task-definition/family:1`, false],
+    [`${ours}:task-definition/family:1`, true, { Cluster: `${ours}:cluster/c` }],
+    [`${ours}:task-definition/family:1`, true, { TaskDefinition: `${ours}:task-definition/default:1` }],
+    [`${ours}:task-definition/other:1`, false, { Cluster: `${ours}:cluster/c` }],
+    [`${ours}:task-definition/build:7`, true, { Cluster: `${ours}:cluster/c` }],
+    [`${ours}:task-definition/build:8`, false, { Cluster: `${ours}:cluster/c` }],
+    [`${ours}:task-definition/ci-a/b:1`, false, { Cluster: `${ours}:cluster/c` }],
+    [`${ours}:cluster/family`, false, { Cluster: `${ours}:cluster/c` }],
+    ["arn:aws:ecs:us-east-1:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
+    ["arn:aws-cn:ecs:us-east-2:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
+    ["arn:aws:ecs:us-east-2:210987654321:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
+    ["arn:aws:ecs:us-east-2::task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
+    ["arn:aws:ec2:us-east-2:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
+    ["ARN:aws:ecs:us-east-2:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
+    [
+      "arn:aws:ecs:us-east-2:123456789012:task-definition/family:1",
+      false, // the partition is the cluster's
+      {
+        Cluster: "arn:aws-us-gov:ecs:us-east-2:123456789012:cluster/c",
+        TaskDefinition: `${ours}:task-definition/default:1`,
+      },
+    ],
+  ])("AllowedTaskDefinitions: a job that names %j may: %j %j", (asked, allowed, file = {}) => {
+    const values = { Cluster: "c", Region: "us-east-2", TaskDefinition: "default", ...file };
+    const given = Object.entries(values).map(([key, value]) => `  ${key} = "${value}"\n`);
+    const patterns = '  AllowedTaskDefinitions = ["family", "ci-*", "build:7", "*ol-*:4"]\n';
+    const text = configFile("guide").replace(/^ *(Cluster|Region|TaskDefinition) .*\n/gm, "");
+    const config = text.replace("[Fargate]\n", `[Fargate]\n${patterns}${given.join("")}`);
+    const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: asked };
+    const { refusal } = readConfig(config, "x", {}, env);
+    if (allowed) expect(refusal).toBeUndefined();
+    else
+      expect(refusal).toMatch(/^FARGATE_TASK_DEFINITION of this job, [\s\S]*, is not allowed: (an ARN must|Allowed)/);
+    // An operator's choice is not asked about, and without the setting nobody's is.
+    expect(readConfig(config, "x", { TaskDefinition: asked }, env).refusal).toBeUndefined();
+    expect(readConfig(config, "x", {}, {}).refusal).toBeUndefined();
+    expect(readConfig(config.replace(patterns, ""), "x", {}, env).refusal).toBeUndefined();
+  });
+
+  test("AllowedTaskDefinitions may allow nothing; what is no list of patterns is refused, and never taken for no setting", () => {
+    const read = (value: string) =>
+      readConfig(
+        configFile("guide").replace("[Fargate]\n", `[Fargate]\nAllowedTaskDefinitions = ${value}\n`),
+        "x",
+        {},
+        {
+          CUSTOM_ENV_FARGATE_TASK_DEFINITION: "family",
+        },
+      );
+    expect(read("[]").refusal).toBe(
+      "FARGATE_TASK_DEFINITION of this job, family, is not allowed: AllowedTaskDefinitions has none",
+    );
+    for (const bad of ['""', '"family"', "true", '[""]', '["a/b"]', '["a:b"]', '["a*b*c*d*e"]', '["(a|b)"]', "[3]"])
+      expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedTaskDefinitions\S* is .*; expected: .*family/);
+  });
+
+  test("a pattern full of stars does not hold up prepare", () => {
+    const evil = configFile("guide").replace("[Fargate]\n", '[Fargate]\nAllowedTaskDefinitions = ["*a*a*b"]\n');
+    expect(
+      readConfig(evil, "x", {}, { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "a".repeat(120_000) }).refusal,
+    ).toBeDefined();
+    expect(readConfig(evil, "x", {}, { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "a".repeat(255) }).refusal).toBeDefined();
+  });
+
   test("a syntax error is given with line and column", () => {
     const { message } = thrown(() => readConfig('[Fargate]\n  Cluster = "x"\n  Region = \n', "f.toml", {}, {}));
     expect(message).toMatch(/^f\.toml, line 3, column \d+: not TOML: /);
@@ -433,14 +524,35 @@ describe("logging", () => {
     expect(formatRecord(record("fatal", ["x"]), "text-simple")).toBe("error: x\n");
   });
 
-  test("text from outside cannot end a line, nor control a terminal", () => {
-    const hostile = "a\nb\r\u001b[0Ksection_start:1:x\u0085\u2028\u202e";
+  // What ends lines, moves the cursor, turns the direction of writing, hides, or is half a character.
+  const hostile =
+    'a\nb\r\u001b[0Ksection_start:1:x\u0085\u2028\u202e\u200b\u{e0041}\ud800"}\n{"level":"fatal","msg":"forged"}';
+
+  test("text from outside cannot end a line, forge another or a section, nor control a terminal", () => {
     for (const format of ["text", "text-simple", "json"] as const) {
       const line = formatRecord(record("info", ["", hostile, ""], { hostile }), format);
       expect(line.endsWith("\n")).toBe(true);
-      // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
-      expect(line.slice(0, -1)).not.toMatch(/[\u0000-\u001f\u007f-\u009f]/);
+      expect(line.slice(0, -1)).not.toMatch(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/u);
+      if (format === "json") {
+        // The message is as in a text; the property holds what was there, escaped.
+        const { level, msg, hostile: property } = JSON.parse(line);
+        expect({ level, property }).toEqual({ level: "info", property: hostile });
+        expect(msg).toMatch(/^a \| b\\u000d\\u001b\[0Ksection_start/);
+      }
     }
+  });
+
+  test("a failure is printable, and only what the driver lists has lines of its own", () => {
+    const failure = new Failure("system", `AWS said ${hostile}`, [`one ${hostile}`, "two"]);
+    expect(failure.message.split("\n")).toEqual([
+      expect.stringMatching(/^AWS said a \| b/),
+      expect.stringMatching(/^ {2}one a \| b/),
+      "  two",
+    ]);
+    expect(failure.message.replaceAll("\n", "")).not.toMatch(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/u);
+    expect(new Failure("build", "x".repeat(1_000_000)).message.length).toBeLessThan(5_000);
+    const long = "y".repeat(1_000_000);
+    expect(formatRecord(record("info", ["", long, ""], { long }), "json").length).toBeLessThan(10_000);
   });
 });
 
@@ -468,20 +580,19 @@ describe("the job's identity", () => {
     expect(readJob(variables)?.stem).toBe(`abc12345-${hash}`);
   });
 
-  test("a response outweighs every variable but the label", () => {
+  test("a response outweighs every variable, whatever is in it", () => {
     const JOB_RESPONSE_FILE = response();
-    const stem = `t0ken-${sha256(JSON.stringify(["https://gitlab.example.com", 42, 4711]))}`;
-    const env = { ...variables, CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: "t0ken", JOB_RESPONSE_FILE };
-    const job = { stem, hash: stem.slice(6), title: "job 4711 of project 42", timeout: 3600 };
-    expect(readJob(env)).toEqual(job);
-    for (const name of Object.keys(variables))
-      if (name !== "CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN") expect(readJob({ ...env, [name]: "other" })?.stem).toBe(stem);
+    const hash = sha256(JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711]));
+    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600 };
+    expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
+    for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
+      for (const value of ["", "other", "../../x", "a\u0000b", "\u001b[0K\n", "x".repeat(5_000)])
+        expect(readJob({ ...variables, JOB_RESPONSE_FILE, [name]: value })).toEqual(job);
   });
 
   test.each(["", "../../etc/x", "a/b", "a".repeat(33), "a\u0000b", "é"])("the label %j is not used", (token) => {
-    const JOB_RESPONSE_FILE = response();
-    for (const env of [{ ...variables }, { ...variables, JOB_RESPONSE_FILE }])
-      expect(readJob({ ...env, CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: token })?.stem).toMatch(/^job-[0-9a-f]{64}$/);
+    const env = { ...variables, CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: token };
+    expect(readJob(env)?.stem).toMatch(/^job-[0-9a-f]{64}$/);
   });
 
   test("host, project and id each make another job, the token in the address does not", () => {
@@ -493,6 +604,8 @@ describe("the job's identity", () => {
       stemOf(address("https://gitlab-ci-token:one@gitlab.example.org/a/b.git")),
       stemOf(address("http://gitlab-ci-token:one@gitlab.example.com/a/b.git")),
       stemOf(address("https://gitlab-ci-token:one@gitlab.example.com:8443/a/b.git")),
+      // Two instances below one host name.
+      stemOf(address("https://gitlab-ci-token:one@gitlab.example.com/other/a/b.git")),
       stemOf({ id: 1 }),
       stemOf({ job_info: { ...gitlabJob().response.job_info, project_id: 1 } }),
       own,
@@ -544,8 +657,11 @@ const someRecord: TaskRecord = {
 };
 
 describe("the task record", () => {
+  /** A path whose name says the job, as that in `someRecord`. */
+  const recordIn = (where: string) => join(where, `job-1-${"0123456789abcdef".repeat(4)}.json`);
+
   test("comes back as written, for its owner alone, and leaves nothing beside it", () => {
-    const path = join(directory(), "records", "x.json");
+    const path = recordIn(join(directory(), "records"));
     openDirectory(join(path, ".."));
     expect(readRecord(path)).toBeUndefined();
     writeRecord(path, { ...someRecord, TaskARN: "" });
@@ -553,7 +669,7 @@ describe("the task record", () => {
     expect(readRecord(path)).toEqual(someRecord);
     expect(fs.statSync(path).mode & 0o777).toBe(0o600);
     expect(fs.statSync(join(path, "..")).mode & 0o777).toBe(0o700);
-    expect(fs.readdirSync(join(path, ".."))).toEqual(["x.json"]);
+    expect(fs.readdirSync(join(path, ".."))).toEqual([basename(path)]);
     // The official driver's fields, under its names.
     expect(JSON.parse(fs.readFileSync(path, "utf8"))).toMatchObject({
       TaskARN: someRecord.TaskARN,
@@ -562,10 +678,88 @@ describe("the task record", () => {
     });
   });
 
+  test("one that another could have written, read or put in its place is not used, nor what it says", () => {
+    const path = recordIn(directory());
+    const elsewhere = join(directory(), "x.json");
+    const change = (make: () => void, why: RegExp, remains: boolean) => {
+      fs.rmSync(path, { recursive: true, force: true });
+      writeRecord(path, someRecord);
+      expect(readRecord(path)).toEqual(someRecord);
+      make();
+      expect(thrown(() => readRecord(path)).message).toMatch(why);
+      expect(remainsOf(path).TaskARN).toBe(remains ? someRecord.TaskARN : undefined);
+    };
+    const replace = (by: (path: string) => void) => () => {
+      fs.rmSync(elsewhere, { force: true });
+      fs.renameSync(path, elsewhere);
+      by(path);
+    };
+    change(
+      replace((path) => fs.symlinkSync(elsewhere, path)),
+      /it is a symbolic link$/,
+      false,
+    );
+    change(
+      replace((path) => execFileSync("mkfifo", [path])),
+      /it is not a regular file$/,
+      false,
+    );
+    change(
+      replace((path) => fs.mkdirSync(path)),
+      /it is not a regular file$/,
+      false,
+    );
+    for (const mode of [0o604, 0o640, 0o644])
+      change(() => fs.chmodSync(path, mode), /its mode is 6.., and should/, true);
+    for (const mode of [0o602, 0o620, 0o666])
+      change(() => fs.chmodSync(path, mode), /its mode is 6.., and should/, false);
+    change(
+      () => writeRecord(path, { ...someRecord, StartedBy: `fargate-0123456789ab-${"f".repeat(32)}` }),
+      /it is of another job$/,
+      false,
+    );
+  });
+
+  test("one that belongs to another user is not used, nor what it says", ({ skip }) => {
+    if (process.geteuid?.() !== 0) return skip("only root can give files away");
+    const path = recordIn(directory());
+    writeRecord(path, someRecord);
+    fs.chownSync(path, 12_345, 0);
+    expect(thrown(() => readRecord(path)).message).toMatch(/it belongs to another user, of id 12345$/);
+    expect(remainsOf(path).TaskARN).toBeUndefined();
+    fs.chownSync(path, 0, 0);
+    expect(readRecord(path)).toEqual(someRecord);
+  });
+
+  test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {
+    const where = join(directory(), "records");
+    expect(openDirectory(where)).toBeUndefined();
+    for (const [mode, verdict] of [
+      [0o700, "good"],
+      [0o755, "good"],
+      [0o770, "warning"],
+      [0o1777, "warning"],
+      [0o1703, "good"],
+      [0o702, "refused"],
+      [0o777, "refused"],
+    ] as const) {
+      fs.chmodSync(where, mode);
+      if (verdict === "refused") {
+        const { message } = thrown(() => openDirectory(where));
+        expect(message).toBe(
+          `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; chmod o-w ${where}`,
+        );
+      } else {
+        const warning = `TaskMetadata.Directory ${where} can be written to by its group; chmod g-w ${where}`;
+        expect(openDirectory(where)).toBe(verdict === "warning" ? warning : undefined);
+      }
+    }
+  });
+
   test("one that is damaged, of another version or cannot be written is a failure that shows no key", () => {
     const path = join(directory(), "x.json");
     for (const content of ["", '{"PrivateKey": "c2VjcmV0"', '{"PrivateKey": "c2VjcmV0", "Version": 2}', "[]"]) {
-      fs.writeFileSync(path, content);
+      fs.writeFileSync(path, content, { mode: 0o600 });
       const { message } = thrown(() => readRecord(path));
       expect(message).toContain(path);
       expect(message).not.toContain("c2VjcmV0");
@@ -1329,7 +1523,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
 
   test("a damaged record is told, and its task looked for by name", async () => {
     openDirectory(records);
-    fs.writeFileSync(recordFile(), "{");
+    fs.writeFileSync(recordFile(), "{", { mode: 0o600 });
     ecs.on(ListTasksCommand).resolves({ taskArns: [arn] });
     await cleanup(contextOf());
     expect(logged).toEqual([expect.stringMatching(/^warning: the record .* cannot be used: it is not JSON; looking/)]);
@@ -1339,7 +1533,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
 
   test("with a damaged record and an unusable identity, the task that the record still names is stopped", async () => {
     openDirectory(records);
-    fs.writeFileSync(recordFile(), `{"TaskARN": "${arn}", "Con`);
+    fs.writeFileSync(recordFile(), `{"TaskARN": "${arn}", "Con`, { mode: 0o600 });
     fs.writeFileSync(join(records, ".manager-id"), "not an identity");
     await expect(cleanup(contextOf())).rejects.toThrow("the manager's identity");
     expect(inputs(StopTaskCommand)).toMatchObject([{ cluster: "test-cluster", task: arn }]);
@@ -2186,7 +2380,7 @@ describe("the compiled program", () => {
     const runner = makeRunner({ config: world.configure({ Fargate: { Subnet: "subnet-1", SecurityGroup: "sg-1" } }) });
     const [config, prepared] = (await runner.prepare()).slice(-2);
     expect(config?.stdout.toString()).toMatch(
-      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"t3_Fixtur-[0-9a-f]{64}"\}\n$/,
+      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"job-\d+-[0-9a-f]{64}"\}\n$/,
     );
     expect(prepared?.stdout.toString()).toBe("");
     const time = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\dZ";

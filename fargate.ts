@@ -57,17 +57,35 @@ export type Environment = Readonly<Record<string, string | undefined>>;
 // 2. Failures
 // ---------------------------------------------------------------------------------------------------------
 
+/** Characters that show nothing but act: of control, of format (direction, joining, tags), line ends, half and private ones. */
+const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
+const escaped = (character: string) =>
+  [...Array(character.length).keys()]
+    .map((at) => `\\u${character.charCodeAt(at).toString(16).padStart(4, "0")}`)
+    .join("");
+/** Characters; more than anything that is worth reading has. */
+const LONGEST_TEXT = 4_000;
+
+/** Text from outside must not end a log line, forge another or control a terminal: it is escaped, and cut where it is long. */
+export function printable(value: unknown): string {
+  const text = String(value);
+  const line = text.slice(0, LONGEST_TEXT).replaceAll("\n", " | ").replace(UNPRINTABLE, escaped);
+  return text.length > LONGEST_TEXT ? `${line}...` : line;
+}
+
 /**
  * Everything that ends a stage other than success, with whose fault it is: a `build` failure is the job's (the
- * runner does not try again), a `system` failure is ours, the operator's or AWS's.
+ * runner does not try again), a `system` failure is ours, the operator's or AWS's. Its message is printable; only
+ * `details` have lines of their own.
  */
 export class Failure extends Error {
   override name = "Failure";
   constructor(
     readonly kind: "build" | "system",
     message: string,
+    details: readonly string[] = [],
   ) {
-    super(message);
+    super([message, ...details].map(printable).join("\n  "));
   }
 }
 
@@ -229,6 +247,8 @@ const exactly = <const T extends readonly string[]>(words: T, meaning: string) =
   v.pipe(v.picklist(words), v.description(`${meaning}: ${words.join(", ")}`));
 const listOf = (item: string, most: number) =>
   v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
+const PATTERN = "family or family:revision, with up to three * for anything but : and /";
+const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -262,6 +282,9 @@ export const ConfigSchema = v.object({
       SecurityGroup: v.optional(text("a security group ID, such as sg-0a1b2c3d")),
       SecurityGroups: v.optional(listOf("a security group ID", 5)),
       TaskDefinition: text("family, family:revision or ARN of the task definition"),
+      AllowedTaskDefinitions: v.optional(
+        v.pipe(v.array(pattern), v.maxLength(100), v.description(`what a job's variable may name, a list: ${PATTERN}`)),
+      ),
       EnablePublicIP: v.optional(flag("whether the task gets a public address"), false),
       UsePublicIP: v.optional(flag("whether to connect to the task's public address")),
       PlatformVersion: v.optional(text("a Fargate platform version, such as 1.4.0 or LATEST")),
@@ -370,8 +393,8 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown
     if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
     else if (key !== name && Object.hasOwn(value, name))
       unknown.push(`${path}${key} has no effect beside ${path}${name}`);
-    else if (item !== "" && !(name === "Port" && item === 0))
-      // as good as not given, as with the official driver
+    else if ((item !== "" || "item" in unwrap(entries[name] as v.GenericSchema)) && !(name === "Port" && item === 0))
+      // else as good as not given, as with the official driver; it knows no lists
       folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
   }
   return folded;
@@ -393,11 +416,42 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 }
 
 /**
+ * Whether a job's variable may name the task definition that it names. A pattern without a revision allows any; an ARN
+ * must also be of the configured region, and of the partition and account that an ARN in the configuration file says.
+ *
+ * @param configured the file's own TaskDefinition, if it has one
+ * @returns why not; undefined where it may
+ */
+export function refusalOf(f: Config["Fargate"], configured: unknown): string | undefined {
+  if (!f.AllowedTaskDefinitions) return undefined;
+  const asked = f.TaskDefinition;
+  const refused = `FARGATE_TASK_DEFINITION of this job, ${asked.slice(0, 300)}, is not allowed:`;
+  const [, partition, region, account, named] =
+    /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
+  if (account) {
+    const own = [f.Cluster, String(configured)].flatMap((name) => {
+      const [, partition, account] = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/.exec(name) ?? [];
+      return account ? [{ partition, account }] : [];
+    });
+    const known = own.some((arn) => arn.account === account) && own.every((arn) => arn.partition === partition);
+    if (!known || region !== f.Region)
+      return `${refused} an ARN must be of region ${f.Region}, and of the account that Cluster or TaskDefinition in the configuration file names by an ARN`;
+  }
+  const name = named ?? asked;
+  const fits = (pattern: string) => {
+    const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?");
+    return new RegExp(`^${expression}$`).test(name);
+  };
+  if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && f.AllowedTaskDefinitions.some(fits)) return undefined;
+  return `${refused} AllowedTaskDefinitions has ${f.AllowedTaskDefinitions.join(", ") || "none"}`;
+}
+
+/**
  * Merges file, variables and command line into one validated configuration; option beats variable beats file.
  *
  * @param file the configuration file's text
- * @returns the configuration, the settings that a variable of the job decided, and a warning for each key of the file
- *   that is not known
+ * @returns the configuration, the settings that a variable of the job decided, why that is refused if it is, and a
+ *   warning for each key of the file that is not known
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(file: string, path: string, options: Options, env: Environment) {
@@ -434,11 +488,14 @@ export function readConfig(file: string, path: string, options: Options, env: En
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
     const problems = result.issues.map(describeProblem);
-    throw new Failure("system", `${path} cannot be used:\n  ${problems.join("\n  ")}`);
+    throw new Failure("system", `${path} cannot be used:`, problems);
   }
   // The runner calls each try in a directory of its own, which it removes.
   result.output.TaskMetadata.Directory = resolve(dirname(path), result.output.TaskMetadata.Directory);
-  return { config: result.output, byJob, warnings: unknown.map((warning) => `${path}: ${warning}`) };
+  const config = result.output;
+  const named = isTable(fargate) ? fargate.TaskDefinition : undefined;
+  const refusal = byJob.includes("TaskDefinition") ? refusalOf(config.Fargate, named) : undefined;
+  return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -451,22 +508,14 @@ export type LogSettings = Pick<Config, "LogLevel" | "LogFormat" | "LogFile">;
 // logrus' names, which the official driver's files use, to LogTape's.
 const LOGTAPE_LEVEL: Record<string, LogLevel> = { warn: "warning", panic: "fatal" };
 
-/** Control characters of ASCII and Latin-1, line ends of Unicode, and marks that turn the direction of writing. */
-// biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
-const UNPRINTABLE = /[\u0000-\u001f\u007f-\u009f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
-const escaped = (c: string) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`;
-
-/** Text from outside must not end a log line, forge another or control a terminal: such characters are escaped. */
-export const printable = (value: unknown): string =>
-  String(value).replaceAll("\n", " | ").replace(UNPRINTABLE, escaped);
-
 /** One log line in the wanted format, with its line end. */
 export function formatRecord(record: LogRecord, format: Config["LogFormat"]): string {
   const message = printable(record.message.join(""));
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
   if (format === "json") {
     const object = { time, level: record.level, msg: message, ...record.properties };
-    return `${JSON.stringify(object).replace(UNPRINTABLE, escaped)}\n`;
+    const cut = (_key: string, value: unknown) => (typeof value === "string" ? value.slice(0, LONGEST_TEXT) : value);
+    return `${JSON.stringify(object, cut).replace(UNPRINTABLE, escaped)}\n`;
   }
   const level = record.level === "info" ? "" : `${record.level === "fatal" ? "error" : record.level}: `;
   return format === "text-simple" ? `${level}${message}\n` : `${time} ${level}${message}\n`;
@@ -534,7 +583,7 @@ export function openLog(settings: LogSettings): Logger {
 
 /** Who this job is. Every stage of it comes to the same answer, and no other job does. */
 export interface Job {
-  /** `<label>-<hash>`: names the record. */
+  /** `job-<id>-<hash>`: names the record. */
   readonly stem: string;
   /** 64 hex digits of SHA-256, what the identity rests on. */
   readonly hash: string;
@@ -556,9 +605,8 @@ const JobResponseSchema = v.object({
   runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
 });
 
-/** Reads a JSON file by a schema. Errors name the key and never the value: these files hold tokens and keys. */
-function readJson<T extends v.GenericSchema>(path: string, schema: T): v.InferOutput<T> {
-  const content = fs.readFileSync(path, "utf8");
+/** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
+function readJson<T extends v.GenericSchema>(content: string, schema: T): v.InferOutput<T> {
   let value: unknown;
   try {
     value = JSON.parse(content);
@@ -572,12 +620,6 @@ function readJson<T extends v.GenericSchema>(path: string, schema: T): v.InferOu
 
 const sha256 = (value: string) => createHash("sha256").update(value).digest("hex");
 
-/** The runner's short token, for people to recognise a record by; job authors can set it, so it decides nothing. */
-function labelOf(env: Environment): string {
-  const token = env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "";
-  return /^[A-Za-z0-9_-]{1,32}$/.test(token) ? token : "job";
-}
-
 /**
  * The job of this process: from `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. Only
  * where the runner gave none, from the official driver's formula over `CUSTOM_ENV_*`.
@@ -589,13 +631,13 @@ export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
     const what = `JOB_RESPONSE_FILE ${path} cannot be used`;
-    const response = orFail(what, () => readJson(path, JobResponseSchema));
-    const { protocol, host } = new URL(response.git_info.repo_url);
+    const response = orFail(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
+    const { protocol, host, pathname } = new URL(response.git_info.repo_url); // and none of its token
     const project = response.job_info.project_id;
-    const hash = sha256(JSON.stringify([`${protocol}//${host}`, project, response.id]));
+    const hash = sha256(JSON.stringify([`${protocol}//${host}${pathname}`, project, response.id]));
     const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
     return {
-      stem: `${labelOf(env)}-${hash}`,
+      stem: `job-${response.id}-${hash}`,
       hash,
       title: `job ${response.id} of project ${project}`,
       timeout: timeout > 0 ? timeout : DEFAULT_TIMEOUT,
@@ -604,7 +646,9 @@ export function readJob(env: Environment): Job | undefined {
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
   if (!url || !pipeline || !id) return undefined;
   const hash = sha256(`${url}-${pipeline}-${id}`);
-  return { stem: `${labelOf(env)}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
+  const token = env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "";
+  const label = /^[\w-]{1,32}$/.test(token) ? token : "job";
+  return { stem: `${label}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -643,10 +687,43 @@ const RecordSchema = v.object({
 /** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
-/** Makes the directory of records, for its owner alone, unless it is there. */
-export function openDirectory(directory: string): void {
+/** Makes the directory of records, for its owner alone, unless it is there. @returns and @throws as `checkDirectory` */
+export function openDirectory(directory: string): string | undefined {
   const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
   orFail(`TaskMetadata.Directory ${directory} cannot be made`, make);
+  return checkDirectory(directory);
+}
+
+/**
+ * @returns a warning where the directory's group may write to it
+ * @throws {Failure} where anybody may put one record in another's place
+ */
+export function checkDirectory(directory: string): string | undefined {
+  const what = `TaskMetadata.Directory ${directory}`;
+  const { mode } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0 };
+  if ((mode & 0o1002) === 0o002)
+    throw new Failure("system", `${what} cannot be used: anybody may write to it; chmod o-w ${directory}`);
+  return mode & 0o020 ? `${what} can be written to by its group; chmod g-w ${directory}` : undefined;
+}
+
+/**
+ * Reads a file of the directory of records: one of this user's, not what a link or a pipe in its place leads to.
+ *
+ * @param others what nobody else may do with it, as bits of its mode
+ */
+function readOwn(path: string, others = 0o077): string {
+  const { O_RDONLY, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
+  if (fs.lstatSync(path).isSymbolicLink()) throw new Error("it is a symbolic link");
+  const file = fs.openSync(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK); // it may have become one
+  try {
+    const stat = fs.fstatSync(file);
+    if (!stat.isFile()) throw new Error("it is not a regular file");
+    if (stat.uid !== process.geteuid?.()) throw new Error(`it belongs to another user, of id ${stat.uid}`);
+    if (stat.mode & others) throw new Error(`its mode is ${(stat.mode & 0o777).toString(8)}, and should be 600`);
+    return fs.readFileSync(file, "utf8");
+  } finally {
+    fs.closeSync(file);
+  }
 }
 
 /** Removes a file that does no harm where it cannot be removed. */
@@ -676,14 +753,22 @@ export function writeRecord(path: string, record: TaskRecord): void {
   orFail(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync));
 }
 
+/** Whether a text that holds a `startedBy` holds another than that of the job in a record's file name. */
+const isOfAnother = (path: string, text: string): boolean => {
+  const [, job] = /fargate-[0-9a-f]{12}-([0-9a-f]{32})/.exec(text) ?? [];
+  return job !== undefined && !path.includes(`-${job}`);
+};
+
 /**
  * @returns undefined where there is no record
- * @throws {Failure} when there is one that cannot be understood
+ * @throws {Failure} when there is one that cannot be understood, or trusted
  */
 export function readRecord(path: string): TaskRecord | undefined {
   return orFail(`the record ${path} cannot be used`, () => {
     try {
-      return readJson(path, RecordSchema);
+      const record = readJson(readOwn(path), RecordSchema);
+      if (isOfAnother(path, record.StartedBy)) throw new Error("it is of another job");
+      return record;
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
     }
@@ -692,15 +777,19 @@ export function readRecord(path: string): TaskRecord | undefined {
 
 const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
 
-/** What can be told from a record that cannot be understood (cut off, of another version): its age, the task it names. */
+/**
+ * What can be told from a record that cannot be understood (cut off, of another version): its age, and the task it names
+ * where nobody else can have written that.
+ */
 export function remainsOf(path: string): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
+  const { mtimeMs } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {};
+  const UpdatedAt = mtimeMs === undefined ? {} : { UpdatedAt: mtimeMs / 1000 };
   try {
-    const UpdatedAt = fs.statSync(path).mtimeMs / 1000;
-    const [TaskARN, Region, Cluster] = TASK_ARN.exec(fs.readFileSync(path, "latin1")) ?? [];
-    return TaskARN && Region && Cluster ? { TaskARN, Region, Cluster, UpdatedAt } : { UpdatedAt };
-  } catch {
-    return {};
-  }
+    const content = readOwn(path, 0o022);
+    const [TaskARN, Region, Cluster] = TASK_ARN.exec(content) ?? [];
+    if (TaskARN && Region && Cluster && !isOfAnother(path, content)) return { TaskARN, Region, Cluster, ...UpdatedAt };
+  } catch {}
+  return UpdatedAt;
 }
 
 /** What tells a live process from a later one of the same id: its start, from /proc; "" where there is no /proc. */
@@ -750,7 +839,7 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
   const name = [stem, stage, process.pid, startOf(process.pid), pidNamespace(), "lock"].join(".");
   const path = join(Directory, name);
   try {
-    fs.closeSync(fs.openSync(path, "w", 0o600));
+    fs.closeSync(fs.openSync(path, "wx", 0o600));
   } catch {
     return () => {}; // a record that can be read is enough for a run
   }
@@ -784,7 +873,7 @@ export function managerId(directory: string): string {
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
-    const id = fs.readFileSync(path, "utf8").trim();
+    const id = readOwn(path).trim();
     if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
@@ -846,6 +935,8 @@ export interface Context extends Operator {
   readonly job: Job;
   /** The settings that a variable of the job decided. */
   readonly byJob: readonly string[];
+  /** Why these are not allowed, where they are not. */
+  readonly refusal?: string | undefined;
   readonly env: Environment;
 }
 
@@ -1621,7 +1712,7 @@ export async function runScript(
       const never = new AbortController().signal;
       const answer = await ask(connection, `exec sh -c '${endSessionProgram(session)}'`, never).catch(reasonOf);
       if (!/^fargate-left\s*$/m.test(answer))
-        log.warn("the script may still run in the container: {answer}", { answer: answer.trim() });
+        log.warn("the script may still run in the container: {answer}", { answer: answer.trim().slice(0, 200) });
     }
     connection.client.destroy();
     await Promise.race([over, sleep(2_000)]); // what it said at last; nobody may be reading
@@ -1668,8 +1759,13 @@ const ANSWER_GRACE = 3_000;
 
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
 export async function prepare(context: Context): Promise<void> {
-  const { config, job, log, now, stop } = context;
-  openDirectory(config.TaskMetadata.Directory);
+  const { config, job, log, now, stop, refusal } = context;
+  if (refusal) throw new Failure("build", refusal);
+  if (!config.Fargate.AllowedTaskDefinitions)
+    log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
+  const { Directory } = config.TaskMetadata;
+  const writable = openDirectory(Directory);
+  if (writable) log.warn("{writable}", { writable });
   const done = announce(config.TaskMetadata, job.stem, "prepare");
   const other = prepareOf(context);
   const leave = new AbortController();
@@ -1967,6 +2063,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
   const script = readFile(scriptPath, `the script of ${stage},`);
   const path = recordPath(context);
+  checkDirectory(context.config.TaskMetadata.Directory);
   const record = readRecord(path);
   if (!record?.ContainerIP)
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
@@ -2100,6 +2197,7 @@ const PREPARE_LASTS = 30_000;
 /**
  * The `cleanup` stage: stops the job's task and removes its record. Also with no record (the task is then looked up
  * by its startedBy), when called twice, and beside a prepare that still runs, which ends when it finds its record gone.
+ * In a directory that `checkDirectory` refuses, too: nobody else can write a record that is believed, and a task costs money.
  */
 export async function cleanup(context: Context): Promise<void> {
   const { job, log, now } = context;
@@ -2266,8 +2364,7 @@ function readRecords(directory: string): Found[] {
     const path = join(directory, name);
     const file = { name, stem, job, content: "" };
     try {
-      const content = fs.readFileSync(path, "utf8");
-      return [{ ...file, content, ...(readRecord(path) ?? {}) }];
+      return [{ ...file, content: readOwn(path), ...(readRecord(path) ?? {}) }];
     } catch {
       return [{ ...file, ...remainsOf(path) }];
     }
@@ -2292,6 +2389,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const { config, log, now, stop } = context;
   const { Cluster, Region, MaxTaskAge } = config.Fargate;
   const { Directory } = config.TaskMetadata;
+  checkDirectory(Directory);
   const seconds = now() / 1000;
   const limits = () => ({ until: now() + STOP_FOR, signal: stop });
   const aws = new Aws(Region, context);
@@ -2566,7 +2664,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
       return 0;
     }
     const file = readFile(request.config, "the configuration file");
-    const { config, byJob, warnings } = readConfig(file.toString(), request.config, request.options, env);
+    const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
     const operator: Operator = { config, log, stop: stopping.signal, now: Date.now };
     if (request.sweep) {
@@ -2579,7 +2677,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     if (command === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
     const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
     if (!job) throw new Failure("system", none);
-    const context: Context = { ...operator, job, byJob, env };
+    const context: Context = { ...operator, job, byJob, refusal, env };
     if (command === "prepare") await prepare(context);
     else if (command === "cleanup") await cleanup(context);
     else {
@@ -2608,7 +2706,7 @@ function refuseForeignSettings(): void {
   const found = fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
   if (found.length === 0) return;
   const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
-  writeWhole(2, `error: bun takes settings from ${found.join(", ")} here; call it as: ${call}\n`);
+  writeWhole(2, `error: bun takes settings from ${printable(found.join(", "))} here; call it as: ${call}\n`);
   process.exit(exitCode("system", process.env));
 }
 
