@@ -2317,7 +2317,9 @@ describe("the compiled program", () => {
     const buildsDir = hosts.kind === "container" ? "/builds" : join(where, "builds");
     const made = gitlabJob({ id: jobs++, source: repository.bundle, sha: repository.sha, buildsDir, ...job });
     const environment = { ...world.aws.environment, ...options.environment };
-    return new Runner({ ...options, driver: [driver, "--config", config], environment, job: made, directory: where });
+    const command = [driver, "--config", config];
+    const runner = new Runner({ ...options, driver: command, environment, job: made, directory: where });
+    return Object.assign(runner, { job: made });
   }
   /** How many calls of each kind there have been since. */
   const callsSince = (since: number) => {
@@ -2839,6 +2841,176 @@ describe("the compiled program", () => {
     expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID");
     expect([none.code, jobless.code]).toEqual([2, 2]);
     expect(world.aws.calls.length).toBe(since);
+  });
+
+  /** Every path below a directory, with what its file holds. */
+  const filesBelow = (root: string): Record<string, string> =>
+    Object.fromEntries(
+      fs
+        .readdirSync(root, { recursive: true, withFileTypes: true })
+        .filter((entry) => entry.isFile() || entry.isSymbolicLink())
+        .map((entry) => join(entry.parentPath, entry.name))
+        .map((path) => [path, fs.readFileSync(path, "latin1")]),
+    );
+  /** Leaves a mark in the task, and shows those that are there. */
+  const markTask = (who: string) => [`echo ${who} >> ~/visitors`, 'echo "visitors: $(echo $(cat ~/visitors))"'];
+
+  const victim = { id: 901_000, projectId: 77, projectPath: "bank/vault", runnerToken: "glrt-victims_Runner" };
+  const stolen = {
+    CI_JOB_ID: String(victim.id),
+    CI_PIPELINE_ID: String(victim.id - 100),
+    CI_PROJECT_ID: String(victim.projectId),
+    CI_PROJECT_PATH: victim.projectPath,
+    CI_PROJECT_URL: `https://gitlab.example.com/${victim.projectPath}`,
+    CI_RUNNER_SHORT_TOKEN: "victims_R",
+    CI_JOB_TOKEN: "stolen",
+  };
+  const everywhere = (value: string) => ({
+    ...Object.fromEntries(Object.keys(stolen).map((name) => [name, value])),
+    CI_BUILDS_DIR: value,
+    CI_CONCURRENT_ID: value,
+  });
+  for (const [what, variables] of [
+    ["the values of another job that runs", stolen],
+    ["../../x", everywhere("../../x")],
+    ["a path from the root", everywhere("/etc/x")],
+    ["control characters", everywhere("\u0001\u001b[0K\r\n\u007f\u2028section_start:1:x\r\u001b[0K")],
+    ["5 KB", everywhere("x".repeat(5_000))],
+    ["nothing", everywhere("")],
+  ] as const)
+    taskTest(`two jobs at once, of which one sets its ids to ${what}: each stays in its own task`, async () => {
+      const root = directory();
+      const metadata = join(root, "a", "b", "c", "metadata");
+      const config = world.configure({ TaskMetadata: { Directory: metadata }, top: { LogLevel: "debug" } });
+      const stops = world.aws.callsTo("StopTask").length;
+      const starts = world.aws.callsTo("RunTask").length;
+      const honest = makeRunner({ config, job: victim });
+      expect((await honest.prepare()).at(-1)).toMatchObject({ stage: "prepare", exitCode: 0 });
+      const before = filesBelow(root);
+      const [task] = world.aws.running();
+      const script = markTask("victim").join("\n");
+      const [attack] = await Promise.all([
+        makeRunner({ config, job: { variables, script: markTask("attacker") } }).runJob(),
+        honest.run("build_script", script),
+      ]);
+      expect(attack).toMatchObject({ status: "success" });
+      expect(attack.trace.toString()).toMatch(/^visitors: attacker$/m);
+      // The victim's task runs on, and nobody else has been there; nothing of the attacker's is left anywhere.
+      expect(world.aws.running()).toEqual([expect.objectContaining({ taskArn: task?.taskArn })]);
+      expect(filesBelow(root)).toEqual(before);
+      const again = await honest.run("build_script", script);
+      expect(again.stdout.toString()).toMatch(/^visitors: victim victim$/m);
+      expect((await honest.cleanup()).exitCode).toBe(0);
+      const stopped = world.aws.callsTo("StopTask").slice(stops);
+      expect(stopped).toHaveLength(2);
+      for (const { input } of stopped) expect(input.reason).toMatch(/^job \d+ of project \d+$/);
+      for (const { input } of world.aws.callsTo("RunTask").slice(starts)) {
+        expect(input.startedBy).toMatch(/^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/);
+        expect(input.tags).toBeUndefined();
+      }
+      expect(world.aws.running()).toEqual([]);
+      expect(Object.keys(filesBelow(root))).toEqual([join(metadata, ".manager-id")]);
+    });
+
+  test("a variable that holds NUL cannot reach the driver, and one of 128 KiB neither: no task is started", async () => {
+    const since = world.aws.calls.length;
+    for (const value of ["a\u0000b", "x".repeat(140_000)]) {
+      const result = await makeRunner({ job: { variables: { CI_JOB_ID: value } } }).runJob();
+      expect(result).toMatchObject({ status: "system-failure" });
+    }
+    expect(world.aws.calls.length).toBe(since);
+    nothingLeft();
+  });
+
+  taskTest("the same ids from two GitLab instances, also of one host name, do not meet", async () => {
+    const ids = { id: 902_000, projectId: 78, projectPath: "acme/rocket" };
+    const instances = [
+      { ...ids, host: "gitlab.example.com" },
+      { ...ids, host: "gitlab.example.org" },
+      { ...ids, host: "gitlab.example.com/second" },
+    ];
+    const runners = instances.map((job) => makeRunner({ job: { ...job, script: markTask("a") } }));
+    const results = await Promise.all(runners.map((runner) => runner.runJob()));
+    for (const { status, trace } of results) {
+      expect({ status, trace: trace.toString() }).toMatchObject({ status: "success" });
+      expect(trace.toString()).toMatch(/^visitors: a$/m);
+    }
+    nothingLeft();
+  });
+
+  taskTest("a record under the name that variables make is not looked at where there is a job response", async () => {
+    const env = byHand();
+    const config = world.configure();
+    const custom = (...args: string[]) => fargate(["--config", config, "custom", ...args], { env });
+    // A task of somebody else's, and a record of it where the official driver would look.
+    expect(await custom("prepare")).toMatchObject({ code: 0 });
+    const [other] = world.aws.running();
+    const own = join(world.records, `${readJob(env)?.stem}.json`);
+    const { JOB_RESPONSE_FILE: _, ...variables } = env;
+    const named = join(world.records, `${readJob(variables)?.stem}.json`);
+    const { StartedBy } = readRecord(own) as TaskRecord;
+    const forged = StartedBy.replace(/[0-9a-f]{32}$/, readJob(variables)?.hash.slice(0, 32) as string);
+    writeRecord(named, { ...(readRecord(own) as TaskRecord), StartedBy: forged });
+    fs.rmSync(own);
+    expect(await custom("run", scriptFile("echo never"), "x")).toMatchObject({
+      code: 2,
+      stdout: Buffer.from(""),
+      stderr: expect.stringContaining("there is no task for this job"),
+    });
+    const since = world.aws.calls.length;
+    const prepared = await custom("prepare");
+    expect(prepared.code, prepared.stderr).toBe(0);
+    expect(callsSince(since).StopTask).toBeUndefined();
+    expect(world.aws.running().map(({ taskArn }) => taskArn)).toContain(other?.taskArn);
+    expect(await custom("cleanup")).toMatchObject({ code: 0 });
+    expect(world.aws.running().map(({ taskArn }) => taskArn)).toEqual([other?.taskArn]);
+    // Without a response it is what there is to go by.
+    const byVariables = await fargate(["--config", config, "custom", "cleanup"], { env: variables });
+    expect(byVariables.code, byVariables.stderr).toBe(0);
+    nothingLeft();
+  });
+
+  taskTest("a task definition that a job may not name: a build failure, and no call to AWS", async () => {
+    const since = world.aws.calls.length;
+    const variables = { FARGATE_TASK_DEFINITION: "secret-task:1" };
+    const config = world.configure({ Fargate: { AllowedTaskDefinitions: ["test-*"] } });
+    const refused = await makeRunner({ config, job: { variables } }).runJob();
+    expect(refused).toMatchObject({ status: "build-failure", exitCode: 1 });
+    // Not tried again.
+    expect(refused.stages.map(({ stage }) => stage)).toEqual(["config", "prepare", "cleanup"]);
+    expect(refused.trace.toString()).toMatch(
+      /Z error: FARGATE_TASK_DEFINITION of this job, secret-task:1, is not allowed: AllowedTaskDefinitions has test-\*\n/,
+    );
+    expect(world.aws.calls.length).toBe(since);
+    const allowed = makeRunner({
+      config,
+      job: { variables: { FARGATE_TASK_DEFINITION: "test-task" }, script: ["true"] },
+    });
+    expect(await allowed.runJob()).toMatchObject({ status: "success" });
+    nothingLeft();
+    // A job that runs is not left alone with its task when the operator forbids what it has named.
+    const open = makeRunner({ job: { variables: { FARGATE_TASK_DEFINITION: "test-task" } } });
+    await open.prepare();
+    const env = { ...world.aws.environment, ...open.job.environment, JOB_RESPONSE_FILE: join(directory(), "r.json") };
+    fs.writeFileSync(env.JOB_RESPONSE_FILE, JSON.stringify(open.job.response));
+    const closed = world.configure({ Fargate: { AllowedTaskDefinitions: [] } });
+    expect(await fargate(["--config", closed, "custom", "cleanup"], { env })).toMatchObject({ code: 0, stderr: "" });
+    nothingLeft();
+  });
+
+  taskTest("without AllowedTaskDefinitions prepare says at debug that a job may name any", async () => {
+    const says = "debug: AllowedTaskDefinitions is not set: a job's variable may name any task definition";
+    const env = byHand();
+    for (const [AllowedTaskDefinitions, expected] of [
+      [undefined, true],
+      [["test-task"], false],
+    ] as const) {
+      const config = world.configure({ Fargate: { AllowedTaskDefinitions } });
+      const { code, stderr } = await fargate(["--config", config, "--debug", "custom", "prepare"], { env });
+      expect({ code, said: stderr.includes(says) }).toEqual({ code: 0, said: expected });
+      expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
+    }
+    nothingLeft();
   });
 });
 
@@ -3491,6 +3663,15 @@ describe.concurrent("cleanup", () => {
       },
       { code: 2, keepsRecord: true },
     ],
+    ["may be read by others", (path) => fs.chmodSync(path, 0o644)],
+    ["may be written by others", (path) => fs.chmodSync(path, 0o666)],
+    [
+      "belongs to another user",
+      (path) => {
+        if (process.geteuid?.() !== 0) throw new SkipFault("only root can give files away");
+        fs.chownSync(path, 12_345, 12_345);
+      },
+    ],
   ];
   for (const [what, damage, right = { code: 0, keepsRecord: false }] of damages)
     faultTest(`the record ${what}`, async (scene) => {
@@ -3502,6 +3683,56 @@ describe.concurrent("cleanup", () => {
       noRunTask(scene, 1);
       return { stage: "cleanup", finished, keepsRecord: right.keepsRecord };
     });
+
+  for (const [what, replace] of [
+    ["a link to", (path: string, other: string) => fs.symlinkSync(other, path)],
+    ["a copy of", (path: string, other: string) => fs.copyFileSync(other, path)],
+    ["the same file as", (path: string, other: string) => fs.linkSync(other, path)],
+  ] as const)
+    faultTest(`the record has become ${what} another job's, which runs`, async (scene) => {
+      const arn = await prepared(scene);
+      const response = join(directory(), "response.json");
+      const { id, ...rest } = JSON.parse(fs.readFileSync(scene.env.JOB_RESPONSE_FILE as string, "utf8"));
+      fs.writeFileSync(response, JSON.stringify({ ...rest, id: id + 1_000_000 }));
+      const env = { JOB_RESPONSE_FILE: response };
+      ended(await scene.stage("prepare", { env }), 0);
+      const other = readJob({ ...scene.env, ...env })?.stem;
+      fs.rmSync(scene.record);
+      replace(scene.record, join(scene.world.records, `${other}.json`));
+      const run = await scene.run("echo never");
+      ended(run, 2);
+      expect(run.stdout.toString()).toBe("");
+      ended(await scene.stage("cleanup"), 0);
+      // Its own task is found by its name and stopped; the other's runs on, and its record is whole.
+      expect(scene.world.aws.running().map(({ taskArn }) => taskArn)).not.toContain(arn);
+      expect(scene.world.aws.running()).toHaveLength(1);
+      ended(await scene.begin("run", { script: "true", env }).finished, 0);
+      ended(await scene.stage("cleanup", { env }), 0);
+      return { stage: "run", finished: run };
+    });
+
+  faultTest("anybody may write to the directory for records", async (scene) => {
+    fs.mkdirSync(scene.world.records);
+    fs.chmodSync(scene.world.records, 0o777);
+    const refused = await scene.stage("prepare");
+    ended(refused, 2);
+    expect(scene.world.aws.calls).toEqual([]);
+    ended(await scene.stage("sweep"), 2);
+    fs.chmodSync(scene.world.records, 0o700);
+    await prepared(scene);
+    // What is there by then is not run in, but it is stopped.
+    fs.chmodSync(scene.world.records, 0o777);
+    ended(await scene.run("echo never"), 2);
+    return { stage: "prepare", finished: refused };
+  });
+  faultTest("the group may write to the directory for records", async (scene) => {
+    fs.mkdirSync(scene.world.records);
+    fs.chmodSync(scene.world.records, 0o770);
+    const finished = await scene.stage("prepare");
+    ended(finished, 0);
+    ended(await scene.run("true"), 0);
+    return { stage: "prepare", finished, says: /warning: .*chmod g-w / };
+  });
 
   faultTest("the task has stopped before cleanup", async (scene) => {
     const arn = await prepared(scene);
@@ -4486,6 +4717,16 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       return { stage: "prepare", finished };
     },
     { changes: { Fargate: { StartTimeout: 2 } } },
+  );
+  faultTest(
+    "the job's own variable names a task definition that it may not",
+    async (scene) => {
+      const finished = await scene.stage("prepare", { env: { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "secret-task:1" } });
+      ended(finished, 1);
+      expect(scene.world.aws.calls).toEqual([]);
+      return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { AllowedTaskDefinitions: ["test-*"] } } },
   );
   faultTest("there is no record when a script is to run", async (scene) => {
     const finished = await scene.run("echo never");
