@@ -582,7 +582,9 @@ describe("the job's identity", () => {
 
   test("a response outweighs every variable, whatever is in it", () => {
     const JOB_RESPONSE_FILE = response();
-    const hash = sha256(JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711]));
+    const hash = sha256(
+      JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711, gitlabJob().response.token]),
+    );
     const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600 };
     expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
     for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
@@ -606,6 +608,8 @@ describe("the job's identity", () => {
       stemOf(address("https://gitlab-ci-token:one@gitlab.example.com:8443/a/b.git")),
       // Two instances below one host name.
       stemOf(address("https://gitlab-ci-token:one@gitlab.example.com/other/a/b.git")),
+      // One of them that lies about its address.
+      stemOf({ ...address("https://gitlab-ci-token:one@gitlab.example.com/a/b.git"), token: "another" }),
       stemOf({ id: 1 }),
       stemOf({ job_info: { ...gitlabJob().response.job_info, project_id: 1 } }),
       own,
@@ -1603,7 +1607,7 @@ describe("the marks around a script's output", () => {
             at += size;
           }
           expect(Buffer.concat([...out, filter.held]).toString()).toBe(before + within);
-          expect(filter.marks).toEqual(["77", "end"]);
+          expect([filter.first, filter.last]).toEqual(["77", "end"]);
         },
       ),
       { numRuns: 2_000 },
@@ -4727,6 +4731,35 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       return { stage: "prepare", finished };
     },
     { changes: { Fargate: { AllowedTaskDefinitions: ["test-*"] } } },
+  );
+  faultTest(
+    "the task has ended, and its address is another's with the same keys (PrivateKeyPath, host keys of the image)",
+    async (scene) => {
+      const key = await makeKeyPair("ed25519");
+      const path = join(directory(), "id");
+      fs.writeFileSync(path, key.privateKey, { mode: 0o600 });
+      scene.configure({ SSH: { PrivateKeyPath: path } });
+      ended(await scene.stage("prepare"), 0);
+      ended(await scene.run("true"), 0);
+      const record = readRecord(scene.record) as TaskRecord;
+      await scene.world.aws.stopTask(record.TaskARN, {
+        stopCode: "EssentialContainerExited",
+        stoppedReason: "Essential container in task exited",
+      });
+      const home = directory();
+      const { ContainerIP: address } = record;
+      const other = await startSshServer({ address, port: scene.world.sshPort, authorizedKey: key.publicKey, home });
+      try {
+        writeRecord(scene.record, { ...record, HostKey: other.hostKey.split(" ")[1] as string });
+        const finished = await scene.run("touch ~/ran");
+        ended(finished, 2);
+        expect(other.connections).toBeGreaterThan(0);
+        expect(fs.readdirSync(home)).toEqual([]);
+        return { stage: "run", finished };
+      } finally {
+        await other.close();
+      }
+    },
   );
   faultTest("there is no record when a script is to run", async (scene) => {
     const finished = await scene.run("echo never");

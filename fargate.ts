@@ -600,6 +600,7 @@ const DEFAULT_TIMEOUT = 7_200;
 
 const JobResponseSchema = v.object({
   id: v.pipe(v.number(), v.safeInteger()),
+  token: v.optional(v.string(), ""),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
   runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
@@ -634,7 +635,9 @@ export function readJob(env: Environment): Job | undefined {
     const response = orFail(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
     const { protocol, host, pathname } = new URL(response.git_info.repo_url); // and none of its token
     const project = response.job_info.project_id;
-    const hash = sha256(JSON.stringify([`${protocol}//${host}${pathname}`, project, response.id]));
+    // The job's token is what nobody can guess, nor a second GitLab of this runner give out once more.
+    const identity = [`${protocol}//${host}${pathname}`, project, response.id, response.token];
+    const hash = sha256(JSON.stringify(identity));
     const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
     return {
       stem: `job-${response.id}-${hash}`,
@@ -1558,8 +1561,9 @@ export function endSessionProgram(session: number): string {
 
 /** Takes the marks of `remoteProgram` out of a stream, across the boundaries of its chunks. */
 export class MarkFilter {
-  /** What followed each mark on its line: a process id, `end` or `incomplete`. */
-  readonly marks: string[] = [];
+  /** What followed the first and the last mark on its line: a process id, `end` or `incomplete`. */
+  first: string | undefined;
+  last: string | undefined;
   /** May be the beginning of a mark; the script's own when the stream ends without the rest. */
   held: Buffer = Buffer.alloc(0);
   readonly #mark: Buffer;
@@ -1570,7 +1574,7 @@ export class MarkFilter {
 
   /** Nothing that comes later is the script's. */
   get ended(): boolean {
-    return /^(end|incomplete)$/.test(this.marks.at(-1) ?? "");
+    return /^(end|incomplete)$/.test(this.last ?? "");
   }
 
   /** @returns the stream's own bytes, without the marks; what may be the beginning of one is held back */
@@ -1593,7 +1597,8 @@ export class MarkFilter {
       const text = data.toString("latin1", at + this.#mark.length, end);
       // Under `set -x` the shell shows the command that writes the mark, with quotes around it.
       const mark = /^(\d+|end|incomplete)$/.test(text);
-      if (mark) this.marks.push(text);
+      if (mark) this.last = text;
+      if (mark) this.first ??= text;
       own.push(data.subarray(0, mark ? at : end + 1));
       data = data.subarray(end + 1);
     }
@@ -1609,7 +1614,7 @@ export class MarkFilter {
 /**
  * Passes a stream on without its marks, byte for byte and with back-pressure.
  *
- * @param onMark hears of each mark
+ * @param onMark called when there has been a mark
  * @returns `over`: resolves when the script's part of the stream has been written; `silence`: when nothing has come, and
  *   nobody was waited for, for 2 s
  */
@@ -1627,9 +1632,8 @@ function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: ()
   source.on("data", (chunk: Buffer) => {
     chunks++;
     if (filter.ended) return; // what a process in the background says after the script's end
-    const known = filter.marks.length;
     const room = filter.push(chunk).map(write).every(Boolean);
-    if (filter.marks.length > known) onMark();
+    if (filter.first) onMark();
     if (filter.ended) written.then(() => over.resolve());
     else if (!room && !source.isPaused()) {
       source.pause();
@@ -1679,7 +1683,7 @@ export async function runScript(
   let session: number | undefined;
   const out = passOn(channel, stdout, marks, () => {
     if (session !== undefined) return;
-    session = Number(marks.marks[0]);
+    session = Number(marks.first);
     channel.end(script);
   });
   const err = passOn(channel.stderr, stderr, new MarkFilter(mark), () => {});
@@ -1700,7 +1704,7 @@ export async function runScript(
     if (session === undefined)
       throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
     const needs = "it needs cat and wc, and a script without NUL characters";
-    if (marks.marks.at(-1) === "incomplete")
+    if (marks.last === "incomplete")
       throw new Failure("system", `the container's shell could not take the script whole: ${needs}`);
     return { ended: "exited", code: typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0) };
   };
@@ -2115,6 +2119,9 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, script: B
     }
     const connection = await connect(target, CONNECT_CUT, stop);
     try {
+      // A key that every task takes does not tell whose address it is; that the task still runs, does.
+      const fate = record.PrivateKey ? undefined : await fateOf(context, record, 0);
+      if (fate?.ended) throw new Failure("system", `${stage} did not begin: ${fate.says}`);
       const outcome = await runScript(connection, script, shells, context);
       if (outcome.ended === "lost") {
         if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
