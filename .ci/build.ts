@@ -56,12 +56,27 @@ const resolve: Bun.BunPlugin = {
   },
 };
 
-/** Writes one program, and says which files are in it. */
+/** Writes one program, unless something is in it that must not be, and says which files are. */
 async function compile(outfile: string, target?: Bun.Build.CompileTarget, executablePath?: string): Promise<string[]> {
+  // A program has its own name in it. Under one name, dist/fargate and what `--all` makes for such a machine are the same.
+  const directory = mkdtempSync(join(dist, "build-"));
+  try {
+    const inputs = await bundle(join(directory, "fargate"), target, executablePath);
+    const faults = licenceFaults(packagesOf(inputs));
+    if (faults.length > 0) throw new Error(faults.join("\n"));
+    renameSync(join(directory, "fargate"), join(dist, outfile));
+    console.log(`dist/${outfile}`);
+    return inputs;
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+}
+
+async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executablePath?: string): Promise<string[]> {
   const result = await Bun.build({
     entrypoints: [join(root, "fargate.ts")],
     compile: {
-      outfile: join(dist, outfile),
+      outfile,
       ...(target && { target }),
       ...(executablePath && { executablePath }),
       // Else a .env or bunfig.toml in the working directory could redirect signed requests or run code.
@@ -85,7 +100,6 @@ async function compile(outfile: string, target?: Bun.Build.CompileTarget, execut
   });
   for (const log of result.logs) console.warn(String(log));
   if (!result.metafile) throw new Error("the bundler did not say what is in the program");
-  console.log(`dist/${outfile}`);
   return Object.values(result.metafile.outputs).flatMap((output) => Object.keys(output.inputs));
 }
 
@@ -125,14 +139,9 @@ export function writeSums(directory: string, files: readonly string[]): void {
 
 const NOTICES = "THIRD-PARTY-LICENSES";
 
-/** Writes the notices beside the programs that have these files in them, unless one of these must not be there. */
+/** Writes the notices beside the programs that have these files in them, and lists them where that is asked for. */
 function writeNotices(inputs: readonly string[]): void {
   const packages = packagesOf(inputs);
-  const faults = licenceFaults(packages);
-  if (faults.length > 0) {
-    for (const fault of faults) console.error(fault);
-    process.exit(1);
-  }
   const runtime = readRuntime(Bun.version);
   writeFileSync(join(dist, NOTICES), notices(packages, runtime));
   console.log(`dist/${NOTICES}`);
