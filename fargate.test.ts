@@ -4729,6 +4729,12 @@ describe("supply", () => {
       ["not checked: the registry does not answer (ECONNREFUSED)"],
     ],
     [
+      "a certificate that is not trusted",
+      npmError("request to https://registry/audit failed, reason: self-signed certificate in certificate chain"),
+      "not checked",
+      ["not checked: the registry does not answer (self-signed certificate in certificate chain)"],
+    ],
+    [
       "no answer",
       npmError("network timeout at: https://registry/audit"),
       "not checked",

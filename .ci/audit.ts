@@ -71,7 +71,9 @@ export function judgeAudit(output: string, counts: (name: string) => boolean = (
       return { outcome: "not checked", lines: [`not checked: the registry serves no audit (${status})`] };
     }
     if (statusCode === undefined && NOT_REACHED.test(message)) {
-      const reason = /\b[A-Z][A-Z_]{4,}\b/.exec(message)?.[0] ?? "no answer in time";
+      const why = /reason: (.*)$/s.exec(message)?.[1];
+      // "connect ECONNREFUSED 10.0.0.1:443": the code says it.
+      const reason = why ? (/\bE[A-Z_]{3,}\b/.exec(why)?.[0] ?? why) : "no answer in time";
       return { outcome: "not checked", lines: [`not checked: the registry does not answer (${reason})`] };
     }
     return notUnderstood("an error");
