@@ -15,8 +15,8 @@ ARG SOURCE_REVISION=unknown
 RUN npm run --silent build && dist/fargate --version
 
 FROM scratch AS binary
-COPY --from=build /src/dist/fargate /fargate
+COPY --from=build /src/dist/fargate /src/dist/THIRD-PARTY-LICENSES /
 
 FROM ${RUNNER_IMAGE} AS manager
 RUN mkdir -p -m 0700 /opt/gitlab-runner/metadata && mkdir -p /opt/gitlab-runner/builds /opt/gitlab-runner/cache
-COPY --from=build /src/dist/fargate /opt/gitlab-runner/fargate
+COPY --from=build /src/dist/fargate /src/dist/THIRD-PARTY-LICENSES /opt/gitlab-runner/

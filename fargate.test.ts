@@ -45,6 +45,9 @@ import {
   type TaskMeta,
   test,
 } from "vitest";
+import { judgeAudit } from "./.ci/audit.ts";
+import { writeSums } from "./.ci/build.ts";
+import { licenceFaults, licenceOf, packagesOf } from "./.ci/licences.ts";
 import {
   adviceFor,
   type Config,
@@ -5119,6 +5122,335 @@ describe("the table of faults", () => {
     expect(unknown, "rows of the README's table that no test has").toEqual([]);
     expect(absent, "faults that the README's table lacks").toEqual([]);
     if (!SOAK) console.log(`left to npm run soak: ${soaks.join("; ")}`);
+  });
+});
+
+describe("supply", () => {
+  const npmReport = (
+    ...found: { name: string; severity: string; range?: string; via?: readonly unknown[] }[]
+  ): Record<string, unknown> => ({
+    auditReportVersion: 2,
+    vulnerabilities: Object.fromEntries(
+      found.map(({ name, severity, range = "<2", via }) => [
+        name,
+        {
+          name,
+          severity,
+          range,
+          via: via ?? [{ title: `A hole in ${name}`, url: `https://advisory/${name}`, severity }],
+        },
+      ]),
+    ),
+    metadata: {
+      vulnerabilities: {
+        ...Object.fromEntries(
+          ["info", "low", "moderate", "high", "critical"].map((severity) => [
+            severity,
+            found.filter((one) => one.severity === severity).length,
+          ]),
+        ),
+        total: found.length,
+      },
+      dependencies: { prod: 38, dev: 281, optional: 77, peer: 0, peerOptional: 0, total: 341 },
+    },
+  });
+  const npmError = (message: string, statusCode?: number) => ({
+    message,
+    ...(statusCode && { method: "POST", uri: "https://registry/audit", headers: {}, statusCode, body: "" }),
+    error: { summary: "", detail: "" },
+  });
+
+  test.each<[why: string, answer: unknown, outcome: string, lines: (string | RegExp)[]]>([
+    ["nothing", npmReport(), "clean", ["nothing high or critical"]],
+    [
+      "a moderate finding",
+      npmReport({ name: "ssh2", severity: "moderate" }),
+      "clean",
+      ["moderate: ssh2 <2: A hole in ssh2 (https://advisory/ssh2)", "nothing high or critical"],
+    ],
+    [
+      "a high finding, and what is affected through it",
+      npmReport(
+        { name: "bowser", severity: "low" },
+        { name: "asn1", severity: "high" },
+        { name: "ssh2", severity: "high", range: "*", via: ["asn1"] },
+      ),
+      "found",
+      [
+        "high: asn1 <2: A hole in asn1 (https://advisory/asn1)",
+        "high: ssh2 *: through asn1",
+        "low: bowser <2: A hole in bowser (https://advisory/bowser)",
+      ],
+    ],
+    ["a critical finding", npmReport({ name: "asn1", severity: "critical" }), "found", [/^critical: asn1/]],
+    [
+      "a registry without the endpoint",
+      npmError("405 Method Not Allowed - POST https://registry/audit", 405),
+      "not checked",
+      ["not checked: the registry serves no audit (405 Method Not Allowed)"],
+    ],
+    ["a registry that cannot now", npmError("503 Service Unavailable - POST x", 503), "not checked", [/503/]],
+    [
+      "no connection",
+      npmError("request to https://registry/audit failed, reason: connect ECONNREFUSED 10.0.0.1:443"),
+      "not checked",
+      ["not checked: the registry does not answer (ECONNREFUSED)"],
+    ],
+    [
+      "a certificate that is not trusted",
+      npmError("request to https://registry/audit failed, reason: self-signed certificate in certificate chain"),
+      "not checked",
+      ["not checked: the registry does not answer (self-signed certificate in certificate chain)"],
+    ],
+    [
+      "no answer",
+      npmError("network timeout at: https://registry/audit"),
+      "not checked",
+      ["not checked: the registry does not answer (no answer in time)"],
+    ],
+    [
+      "a question the registry does not accept",
+      npmError("400 Bad Request - POST x", 400),
+      "not understood",
+      [/./, /./],
+    ],
+    ["a page in place of an answer", npmError("invalid json response body at x"), "not understood", [/./, /./]],
+    [
+      "a lock file npm cannot use",
+      { error: { code: "ENOLOCK", summary: "no lock file" } },
+      "not understood",
+      [/./, /./],
+    ],
+    ["an empty object", {}, "not understood", [/./, /./]],
+    ["another version of the report", { ...npmReport(), auditReportVersion: 3 }, "not understood", [/./, /./]],
+    ["an unknown severity", npmReport({ name: "asn1", severity: "severe" }), "not understood", [/./, /./]],
+    [
+      "a number of findings that the list does not have",
+      { ...npmReport(), metadata: npmReport({ name: "asn1", severity: "high" }).metadata },
+      "not understood",
+      [/number of high findings/, /./],
+    ],
+    [
+      "a report about nothing",
+      { ...npmReport(), metadata: { ...(npmReport().metadata as object), dependencies: { prod: 0, total: 0 } } },
+      "not understood",
+      [/no package/, /./],
+    ],
+  ])("the audit: %s", (_, answer, outcome, lines) => {
+    const verdict = judgeAudit(JSON.stringify(answer));
+    expect(verdict.outcome).toBe(outcome);
+    expect(verdict.lines).toHaveLength(lines.length);
+    for (const [at, line] of lines.entries())
+      if (typeof line === "string") expect(verdict.lines[at]).toBe(line);
+      else expect(verdict.lines[at]).toMatch(line);
+  });
+
+  test("the audit: no JSON is no clean report", () => {
+    for (const output of ["", "found 0 vulnerabilities\n", "null", "[]", "0"])
+      expect(judgeAudit(output).outcome).toBe("not understood");
+  });
+
+  test("the audit: of the development dependencies only the runtime counts", () => {
+    const output = JSON.stringify(
+      npmReport({ name: "vitest", severity: "critical" }, { name: "bun", severity: "high" }),
+    );
+    expect(judgeAudit(output, (name) => name === "bun")).toEqual({
+      outcome: "found",
+      lines: ["high: bun <2: A hole in bun (https://advisory/bun)"],
+    });
+  });
+
+  /** `npm run audit`, without the installation, against a registry that answers so; nothing for one that is not there. */
+  async function auditAt(answer?: { status: number; advisories?: Record<string, object[]> }): Promise<Finished> {
+    const requests: string[] = [];
+    const registry = createServer((request, response) => {
+      requests.push(`${request.method} ${request.url}`);
+      request.resume().on("end", () => {
+        // npm asks which versions there are of a package that has an advisory.
+        const name = decodeURIComponent(request.url?.slice(1) ?? "");
+        const version = { name, version: "0.0.1", dist: {} };
+        const body = request.method === "GET" ? { name, versions: { "0.0.1": version } } : (answer?.advisories ?? {});
+        response.statusCode = answer?.status ?? 500;
+        response.setHeader("Content-Type", "application/json");
+        response.end(JSON.stringify(body));
+      });
+    });
+    await new Promise<void>((resolve) => registry.listen(0, "127.0.0.1", resolve));
+    onTestFinished(() => void registry.close());
+    const { port } = registry.address() as { port: number };
+    if (!answer) await new Promise((resolve) => registry.close(resolve));
+    const env = {
+      PATH: pathWithoutBun,
+      HOME: directory(),
+      // npm keeps what it worked out about an advisory.
+      NPM_CONFIG_CACHE: directory(),
+      NPM_CONFIG_REGISTRY: `http://127.0.0.1:${port}/`,
+      // Offline, npm reports without having asked that nothing was found.
+      NPM_CONFIG_OFFLINE: "true",
+    };
+    const finished = await start([process.execPath, join(projectRoot, ".ci", "audit.ts")], { env }).finished;
+    if (answer) expect(requests.filter((request) => request.startsWith("POST "))).toHaveLength(2);
+    return finished;
+  }
+  // `bun --bun` puts itself in node's place, for the programs that are started, too; npm is Node's.
+  const pathWithoutBun = (process.env.PATH ?? "")
+    .split(":")
+    .filter((entry) => !entry.includes("bun-node"))
+    .join(":");
+
+  test("npm's own audit: a high finding fails, a registry without an audit passes and says so", async () => {
+    const advisory = (severity: string) => ({
+      id: 1,
+      url: "https://advisory/1",
+      title: "Planted",
+      severity,
+      vulnerable_versions: "<1000",
+      cwe: [],
+      cvss: { score: 0, vectorString: null },
+    });
+    const [high, moderate, runtime, absent, away] = await Promise.all([
+      auditAt({ status: 200, advisories: { ssh2: [advisory("high")] } }),
+      auditAt({ status: 200, advisories: { ssh2: [advisory("moderate")], vitest: [advisory("critical")] } }),
+      auditAt({ status: 200, advisories: { bun: [advisory("critical")] } }),
+      auditAt({ status: 405 }),
+      auditAt(),
+    ]);
+    expect(high.stdout.toString()).toMatch(/^dependencies: high: ssh2 .*: Planted \(https:\/\/advisory\/1\)$/m);
+    expect(high.code).toBe(1);
+    expect(moderate.stdout.toString()).toMatch(/^dependencies: moderate: ssh2 .*: Planted/m);
+    expect(moderate.code).toBe(0);
+    expect(runtime.stdout.toString()).toMatch(/^bun: critical: bun .*: Planted/m);
+    expect(runtime.code).toBe(1);
+    expect(absent.stdout.toString().match(/not checked: the registry serves no audit \(405 /g)).toHaveLength(2);
+    expect(absent.code).toBe(0);
+    expect(away.stdout.toString().match(/not checked: the registry does not answer \(ECONNREFUSED\)/g)).toHaveLength(2);
+    expect(away.code).toBe(0);
+  });
+
+  test("a licence that is not known to be harmless, or has no text, stops the build", () => {
+    const made = (name: string, licence: string, texts = ["text"]) => ({ name, version: "1.0.0", licence, texts });
+    const fine = [
+      made("a", "MIT"),
+      made("b", "(GPL-3.0 OR ISC)"),
+      made("@c/d", "Apache-2.0"),
+      made("@c/e", "Apache-2.0", []),
+    ];
+    expect(licenceFaults(fine)).toEqual([]);
+    for (const licence of [
+      "",
+      "GPL-3.0-only",
+      "LGPL-2.1",
+      "MIT AND GPL-2.0",
+      "(MIT OR ISC) AND GPL-2.0",
+      "SEE LICENSE",
+    ])
+      expect(licenceFaults([...fine, made("f", licence)])).toEqual([
+        expect.stringMatching(/^f 1\.0\.0: its licence, /),
+      ]);
+    for (const without of [made("f", "MIT", []), made("@c/f", "MIT", []), made("@g/f", "Apache-2.0", [])])
+      expect(licenceFaults([...fine, without])).toEqual([`${without.name} 1.0.0: it has no licence text to pass on`]);
+    expect(licenceOf({ license: { type: "MIT" } })).toBe("MIT");
+    expect(licenceOf({ licenses: [{ type: "MIT" }, { type: "GPL-2.0" }] })).toBe("MIT OR GPL-2.0");
+    expect(licenceOf({})).toBe("");
+    expect(() => packagesOf(["/etc/passwd"])).toThrow("whose is /etc/passwd");
+  });
+
+  test("of the packages that want to run a script when they are installed, only bun's does", () => {
+    const read = (...path: string[]) => fs.readFileSync(join(projectRoot, ...path), "utf8");
+    const lock = JSON.parse(read("package-lock.json")) as { packages: Record<string, { hasInstallScript?: true }> };
+    const wanting = Object.keys(lock.packages).filter((path) => lock.packages[path]?.hasInstallScript);
+    expect(wanting).toEqual([
+      // Puts its program in its place.
+      "node_modules/bun",
+      // Native add-ons, which the program must not have: it could only load them from beside it.
+      "node_modules/cpu-features",
+      // For the tests' containers; it warns about how a package.json states versions, and no more.
+      "node_modules/protobufjs",
+      // As cpu-features: its own JavaScript does the same.
+      "node_modules/ssh2",
+    ]);
+    expect(read(".npmrc").split("\n")).toContain("ignore-scripts=true");
+    const install = read(".ci", "install.mjs");
+    expect(install).toContain('"npm", ["ci", "--ignore-scripts", ');
+    expect([...install.matchAll(/"node_modules", "([^"]+)", "[^"]*\.[cm]?js"/g)].map(([, name]) => name)).toEqual([
+      "bun",
+    ]);
+    // What the others would have left, and what everything here runs without.
+    for (const path of ["ssh2/lib/protocol/crypto/build", "cpu-features/build"])
+      expect(fs.existsSync(join(projectRoot, "node_modules", path))).toBe(false);
+
+    const manifest = JSON.parse(read("package.json"));
+    for (const script of ["preinstall", "install", "postinstall", "prepare"])
+      expect(manifest.scripts).not.toHaveProperty(script);
+    for (const version of Object.values({ ...manifest.dependencies, ...manifest.devDependencies }))
+      expect(version).toMatch(/^\d+\.\d+\.\d+$/);
+  });
+
+  test("SHA256SUMS is as sha256sum reads it", () => {
+    const made = directory();
+    fs.writeFileSync(join(made, "a"), "a");
+    fs.writeFileSync(join(made, "b"), "b");
+    writeSums(made, ["a", "b"]);
+    const check = () => spawnSync("sha256sum", ["-c", "--strict", "SHA256SUMS"], { cwd: made, encoding: "utf8" });
+    expect(check()).toMatchObject({ status: 0, stdout: "a: OK\nb: OK\n" });
+    fs.writeFileSync(join(made, "b"), "c");
+    expect(check()).toMatchObject({ status: 1, stdout: "a: OK\nb: FAILED\n" });
+  });
+
+  test("two builds of one tree, in two directories, give the same bytes", async () => {
+    // The other one is deeper, has its packages in it, and is as little as an image build has: no git.
+    const other = join(directory(), "another", "place");
+    fs.mkdirSync(other, { recursive: true });
+    for (const name of [".ci", "LICENSE", "fargate.ts", "package.json", "tsconfig.json"])
+      fs.cpSync(join(projectRoot, name), join(other, name), { recursive: true });
+    const modules = fs.realpathSync(join(projectRoot, "node_modules"));
+    const lock = JSON.parse(fs.readFileSync(join(projectRoot, "package-lock.json"), "utf8")) as {
+      packages: Record<string, { dev?: true }>;
+    };
+    const copied = Object.keys(lock.packages)
+      .filter((path) => path.startsWith("node_modules/") && !lock.packages[path]?.dev)
+      .map((path) => path.slice("node_modules/".length));
+    const licences = ["bun/package.json", "bun-types/package.json", "bun-types/docs/project/license.mdx"];
+    for (const path of [...copied, ...licences])
+      if (fs.existsSync(join(modules, path)))
+        fs.cpSync(join(modules, path), join(other, "node_modules", path), {
+          recursive: true,
+          // Most of it is types, and the same again as ES modules.
+          filter: (from) => !/\/dist-(types|es)$/.test(from),
+        });
+    fs.mkdirSync(join(other, "dist"));
+    fs.writeFileSync(join(other, "dist", "SHA256SUMS"), "of another build\n");
+
+    const version = (await fargate(["--version"], {})).stdout.toString();
+    const build = ["sh", "-c", 'umask 077; exec "$@"', "sh", process.execPath, join(other, ".ci", "build.ts")];
+    const env = {
+      SOURCE_REVISION: /\((.*)\)/.exec(version)?.[1] ?? "",
+      HOME: directory(),
+      TMPDIR: directory(),
+      TZ: "Asia/Tokyo",
+    };
+    const finished = await start([...build, "--licences"], { env, cwd: "/" }).finished;
+    expect({ code: finished.code, stderr: finished.stderr }).toEqual({ code: 0, stderr: "" });
+    // Buffers of 120 MB: expect would print them.
+    const same = (name: string) =>
+      fs.readFileSync(join(other, "dist", name)).equals(fs.readFileSync(join(projectRoot, "dist", name)));
+    expect(same("fargate")).toBe(true);
+    expect(same("THIRD-PARTY-LICENSES")).toBe(true);
+    expect(fs.readdirSync(join(other, "dist")).sort()).toEqual(["THIRD-PARTY-LICENSES", "fargate"]);
+
+    // What is compiled in, and nothing that is only installed.
+    const list = finished.stdout.toString();
+    for (const line of [
+      /^ssh2 +\S+ +MIT$/m,
+      /^@aws-sdk\/client-ecs +\S+ +Apache-2\.0$/m,
+      /^bun +\S+ +MIT; it links:$/m,
+    ])
+      expect(list).toMatch(line);
+    expect(list).toMatch(/^ {2}JavaScriptCore \(WebKit\): LGPL-2$/m);
+    expect(list).not.toMatch(/cpu-features|protobufjs|vitest|typescript/);
+    const text = fs.readFileSync(join(other, "dist", "THIRD-PARTY-LICENSES"), "utf8");
+    for (const notice of ["Copyright Brian White", "Niels Provos", "LIBRARY GENERAL PUBLIC", "LESSER GENERAL PUBLIC"])
+      expect(text).toContain(notice);
   });
 });
 

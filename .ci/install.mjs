@@ -13,8 +13,9 @@ const lock = createHash("sha256")
   .digest("hex");
 if (!existsSync(stamp) || readFileSync(stamp, "utf8") !== lock) {
   const inherit = { cwd: root, stdio: "inherit" };
-  execFileSync("npm", ["ci", "--no-audit", "--no-fund", "--loglevel=error"], inherit);
-  // .npmrc forbids install scripts; bun's is the only one that is needed: it puts the program in its place.
+  execFileSync("npm", ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"], inherit);
+  // No install scripts, whatever the environment says against .npmrc. bun's is the only one that is needed: it puts the
+  // program in its place.
   execFileSync(process.execPath, [join(root, "node_modules", "bun", "install.js")], inherit);
   writeFileSync(stamp, lock);
 }
