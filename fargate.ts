@@ -31,6 +31,7 @@
 
 import { createHash, generateKeyPairSync, randomBytes, randomUUID } from "node:crypto";
 import * as fs from "node:fs";
+import type { Socket } from "node:net";
 import { hostname, constants as osConstants } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
@@ -96,7 +97,7 @@ export function exitCode(kind: Failure["kind"], env: Environment): number {
   return kind === "build" ? 1 : 2;
 }
 
-/** One line for any thrown value, without a stack. */
+/** The words of any thrown value, without a stack. */
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.message || ("code" in error ? String(error.code) : error.name);
@@ -199,8 +200,11 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
 
 /** @returns what is known about a failure; undefined where its text must speak for itself */
 export function adviceFor(text: string): Advice | undefined {
+  const known = text
+    .replaceAll("\u2019", "'") // AWS writes both apostrophes
+    .replace(/the server says "[^"]*"/g, "");
   for (const [pattern, advice, more] of KNOWN) {
-    const match = pattern.exec(text.replaceAll("\u2019", "'")); // AWS writes both apostrophes
+    const match = pattern.exec(known);
     if (match) return { advice: advice.replace("$1", match[1] ?? ""), ...more };
   }
   return undefined;
@@ -1281,9 +1285,11 @@ export interface SshTarget extends Pick<Config["SSH"], "Port" | "Username" | "Ke
   readonly privateKey: string;
   /** The only server key that is accepted; undefined on first use, which pins it. */
   readonly hostKey?: Buffer;
+  /** Bytes that are to be sent at most, beside our own commands. */
+  readonly toSend?: number;
 }
 
-export type Connection = Readonly<{ client: Client; hostKey: Buffer }>;
+export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket }>;
 
 /** Why no connection came about; `unreachable` may pass, the others are final. */
 export class SshFailure extends Failure {
@@ -1293,6 +1299,37 @@ export class SshFailure extends Failure {
   ) {
     super("system", message);
   }
+}
+
+/**
+ * What a server that keeps to the protocol does not come near, in bytes; ssh2 has no bounds of its own. Answers that wait
+ * to be sent, beside the script: each of 36 bytes takes 1.5 KB. What nobody has read yet: ssh2 lets a server send two
+ * windows of 2 MiB a stream. What the whole process grows by.
+ */
+const MOST_UNSENT = 2 ** 20;
+const MOST_UNREAD = 32 * 2 ** 20;
+const MOST_GROWTH = 512 * 2 ** 20;
+
+/**
+ * The only ones that are taken. Under bun, ssh2 tests the prime of each exchange with a Diffie-Hellman group, and nothing
+ * else happens meanwhile, for half a minute at 8192 bits. OpenSSH has had the others since 5.7.
+ */
+const KEX = [
+  "curve25519-sha256",
+  "curve25519-sha256@libssh.org",
+  "ecdh-sha2-nistp256",
+  "ecdh-sha2-nistp384",
+  "ecdh-sha2-nistp521",
+] as const;
+
+/** Message number of RFC 4254. */
+const GLOBAL_REQUEST = 80;
+
+/** Why SSH failed. A server's own words are quoted, so that nobody takes them for ours or for AWS's. */
+function sshReason(error: Error): string {
+  if (error instanceof TypeError || error instanceof RangeError) return "the server broke the protocol";
+  const said = ("code" in error && typeof error.code === "number") || "reason" in error;
+  return said ? `the server says "${printable(reasonOf(error)).replaceAll('"', "'").slice(0, 300)}"` : reasonOf(error);
 }
 
 /** Most ms from the first packet to the accepted login: a busy host, a server's name look-ups and PAM can take long. */
@@ -1311,8 +1348,19 @@ export async function connect(
   signal: AbortSignal,
   onAnswer = () => {},
 ): Promise<Connection> {
-  const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net")]);
+  const [{ Client }, { Socket }, { default: handlers }] = await Promise.all([
+    import("ssh2"),
+    import("node:net"),
+    // @ts-expect-error: no types; a table of functions by message number
+    import("ssh2/lib/protocol/handlers.js"),
+  ]);
   signal.throwIfAborted();
+  // None of a server's global requests concerns us. ssh2 would read the host keys that one may announce by regular
+  // expressions that take minutes for some texts, and keep them until the server proves that it has them.
+  handlers[GLOBAL_REQUEST] = (protocol: { requestFailure(): void }, payload: Buffer) => {
+    const wantsReply = payload[5 + payload.readUInt32BE(1)]; // behind the request's name
+    if (wantsReply) protocol.requestFailure();
+  };
   const client = new Client();
   const socket = new Socket();
   const where = `${target.Username}@${target.host}:${target.Port}`;
@@ -1330,17 +1378,30 @@ export async function connect(
   let timer = late(silence, "nothing answered");
   const abort = () => end(signal.reason);
   signal.addEventListener("abort", abort);
+  const { toSend = 0 } = target;
+  const most = process.memoryUsage.rss() + MOST_GROWTH + 2 * toSend;
+  let looked = 0;
+  socket.on("data", () => {
+    if (socket.writableLength > MOST_UNSENT + toSend)
+      socket.destroy(new Error("the server makes requests and does not read the answers"));
+    if (socket.bytesRead < looked + 2 ** 20) return;
+    looked = socket.bytesRead;
+    if (process.memoryUsage.rss() > most) socket.destroy(new Error("the server makes this process too large"));
+  });
   socket.once("data", () => {
     onAnswer();
     clearTimeout(timer);
     timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in");
   });
-  client.on("ready", () => done.resolve({ client, hostKey: hostKey as Buffer }));
+  client.on("ready", () => {
+    if (hostKey) done.resolve({ client, hostKey, socket });
+    else fail("host-key", "the server let us in before it had shown its key");
+  });
   // Stays for the connection's life: an error event without a listener would end the process.
   client.on("error", (error: Error & { level?: string }) => {
     if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared");
     else if (error.level === "client-authentication") fail("login", "the server refused the key");
-    else fail("unreachable", reasonOf(error));
+    else fail("unreachable", sshReason(error));
   });
   client.on("close", () => fail("unreachable", "the server closed the connection"));
   try {
@@ -1356,6 +1417,8 @@ export async function connect(
       algorithms: {
         cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] },
         serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] },
+        kex: [...KEX],
+        compress: ["none"], // a few bytes of a server's could become many
       },
       hostVerifier: (key: Buffer) => {
         hostKey = Buffer.from(key);
@@ -1452,24 +1515,35 @@ function execute({ client }: Connection, command: string, signal: AbortSignal): 
     };
     client.once("close", lost);
     signal.addEventListener("abort", abort);
-    client.exec(command, (error, channel) => {
+    const opened: Parameters<Client["exec"]>[1] = (error, channel) => {
       done();
-      if (error) return reject(new SshFailure("unreachable", `the server opened no channel: ${reasonOf(error)}`));
+      if (error) return reject(new SshFailure("unreachable", `the server opened no channel: ${sshReason(error)}`));
+      // ssh2 cuts what is written into packets of this size: of none, for ever and without a pause.
+      const { packetSize } = channel.outgoing as { packetSize: number };
+      if (packetSize < 1024) {
+        client.destroy();
+        return reject(new Failure("system", `the server takes packets of ${packetSize} bytes only`));
+      }
       // At once: all that a short command has to say can come in the packet that opens its channel.
       const exit = new Promise<number | NodeJS.Signals | undefined>((ended) => {
         channel.on("exit", (code: number | null, name?: string) => ended(code ?? (name as NodeJS.Signals)));
         channel.on("close", () => ended(undefined));
       });
       resolve({ channel, exit });
-    });
+    };
+    try {
+      client.exec(command, opened);
+    } catch {
+      lost(); // let in and cut off in one breath
+    }
   });
 }
 
-/** Runs a short command of our own, within 10 s, and returns at most 64 KiB of its standard output. */
-async function ask(connection: Connection, command: string, signal: AbortSignal): Promise<string> {
+/** Runs a short command of our own, within `most` ms, and returns at most 64 KiB of its standard output. */
+async function ask(connection: Connection, command: string, signal: AbortSignal, most = 10_000): Promise<string> {
   const late = new AbortController();
-  const failure = new SshFailure("unreachable", "the container did not answer for 10 s");
-  const timer = setTimeout(() => late.abort(failure), 10_000);
+  const failure = new SshFailure("unreachable", `the container did not answer for ${most / 1000} s`);
+  const timer = setTimeout(() => late.abort(failure), most);
   const bound = AbortSignal.any([signal, late.signal]);
   try {
     const { channel, exit } = await execute(connection, command, bound);
@@ -1596,7 +1670,7 @@ export class MarkFilter {
       }
       const text = data.toString("latin1", at + this.#mark.length, end);
       // Under `set -x` the shell shows the command that writes the mark, with quotes around it.
-      const mark = /^(\d+|end|incomplete)$/.test(text);
+      const mark = /^(\d{1,10}|end|incomplete)$/.test(text);
       if (mark) this.last = text;
       if (mark) this.first ??= text;
       own.push(data.subarray(0, mark ? at : end + 1));
@@ -1622,33 +1696,42 @@ function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: ()
   const over = Promise.withResolvers<void>();
   let written: Promise<unknown> = Promise.resolve();
   let chunks = 0;
-  const write = (part: Buffer): boolean => {
-    let room = true;
+  let parts: Buffer[] = [];
+  // Once for all that has come at a time: of single bytes, each would take as much memory as a line.
+  const write = () => {
+    const all = Buffer.concat(parts);
+    parts = [];
+    if (all.length === 0) return;
     written = new Promise((done) => {
-      room = sink.write(part, done);
+      if (sink.write(all, done) || source.isPaused()) return;
+      source.pause();
+      sink.once("drain", () => source.resume());
     });
-    return room;
+  };
+  const finish = () => {
+    write();
+    written.then(() => over.resolve());
   };
   source.on("data", (chunk: Buffer) => {
     chunks++;
     if (filter.ended) return; // what a process in the background says after the script's end
-    const room = filter.push(chunk).map(write).every(Boolean);
+    if (parts.length === 0) setImmediate(write);
+    parts.push(...filter.push(chunk));
     if (filter.first) onMark();
-    if (filter.ended) written.then(() => over.resolve());
-    else if (!room && !source.isPaused()) {
-      source.pause();
-      sink.once("drain", () => source.resume());
-    }
+    if (filter.ended) finish();
   });
   source.on("close", () => {
-    if (!filter.ended && filter.held.length > 0) write(filter.held);
-    written.then(() => over.resolve());
+    if (!filter.ended) parts.push(filter.held);
+    finish();
   });
   const silence = async () => {
     for (let seen = -1; seen !== chunks || source.isPaused(); await sleep(2_000)) seen = chunks;
   };
   return { over: over.promise, silence };
 }
+
+/** Most ms that ending a script's session may take; its processes have 5 s. */
+const END_WITHIN = 8_000;
 
 /** How a script ended. */
 export type Outcome =
@@ -1673,7 +1756,7 @@ export async function runScript(
   const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
   let reason: string | undefined;
   connection.client.on("error", (error) => {
-    reason = reasonOf(error);
+    reason = sshReason(error);
   });
   connection.client.on("close", () => {
     reason ??= "the server closed the connection";
@@ -1688,6 +1771,11 @@ export async function runScript(
   });
   const err = passOn(channel.stderr, stderr, new MarkFilter(mark), () => {});
   const over = Promise.all([out.over, err.over]);
+  // ssh2 takes in what a server sends beyond its window.
+  connection.socket.on("data", () => {
+    const unread = channel.readableLength + (channel.stderr as Readable).readableLength;
+    if (unread > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
+  });
 
   const end = async (): Promise<Outcome> => {
     const status = await exit;
@@ -1706,7 +1794,8 @@ export async function runScript(
     const needs = "it needs cat and wc, and a script without NUL characters";
     if (marks.last === "incomplete")
       throw new Failure("system", `the container's shell could not take the script whole: ${needs}`);
-    return { ended: "exited", code: typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0) };
+    const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
+    return { ended: "exited", code: Math.min(code, 255) }; // SSH has room for more
   };
 
   const stopped = Promise.withResolvers<never>();
@@ -1714,12 +1803,13 @@ export async function runScript(
     if (session !== undefined) {
       log.debug("ending the script's session {session}", { session });
       const never = new AbortController().signal;
-      const answer = await ask(connection, `exec sh -c '${endSessionProgram(session)}'`, never).catch(reasonOf);
+      const program = `exec sh -c '${endSessionProgram(session)}'`;
+      const answer = await ask(connection, program, never, END_WITHIN).catch(reasonOf);
       if (!/^fargate-left\s*$/m.test(answer))
         log.warn("the script may still run in the container: {answer}", { answer: answer.trim().slice(0, 200) });
     }
     connection.client.destroy();
-    await Promise.race([over, sleep(2_000)]); // what it said at last; nobody may be reading
+    await Promise.race([over, sleep(1_500)]); // what it said at last; nobody may be reading
     stopped.reject(stop.reason);
   };
   stop.addEventListener("abort", onStop, { once: true });
@@ -2107,6 +2197,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, script: B
       ? Buffer.from(record.PrivateKey, "base64").toString()
       : readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath").toString(),
     hostKey: Buffer.from(record.HostKey, "base64"),
+    toSend: script.length,
   };
   let tries = 0;
   let asked = 0;
