@@ -3,7 +3,7 @@
  * container, then the compiled program as GitLab Runner calls it.
  */
 import { execFileSync, spawn, spawnSync } from "node:child_process";
-import { createHash } from "node:crypto";
+import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
@@ -54,9 +54,9 @@ import {
   ConfigSchema,
   type Connection,
   type Context,
-  cleanup,
+  cleanup as cleanupStage,
   configAnswer,
-  connect,
+  connect as connectOnce,
   exitCode,
   explainStop,
   Failure,
@@ -73,13 +73,13 @@ import {
   openDirectory,
   parseCommandLine,
   pollPause,
-  prepare,
+  prepare as prepareStage,
   readConfig,
   readJob,
   readRecord,
   remainsOf,
   retry,
-  runScript,
+  runScript as runScriptOnce,
   runTaskInput,
   type SshTarget,
   type SweepReport,
@@ -87,12 +87,14 @@ import {
   writeRecord,
 } from "./fargate.ts";
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
+import { atDebug, DebugFilter, DriverOutput, type LogFormat } from "./fixtures/debug.ts";
 import { addRow, compareWithReadme, type FaultRow, normalise, writeTable } from "./fixtures/faults.ts";
 import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
 import { Runner } from "./fixtures/runner.ts";
+import { SecretSearch, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { type Misbehaviour, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import {
   enumerateSteps,
@@ -119,15 +121,39 @@ const repository = makeRepository(scratch.path);
 let hosts: TaskHosts;
 let directories = 0;
 
+/** Ends the search for secrets, which looks at all that the tests bring about. */
+let endSearch = () => {};
+
 beforeAll(async () => {
+  endSearch = wholeRun.begin();
   const made = await taskHosts({ mounts: [scratch.path], packages: ["busybox"] });
   hosts = made.hosts;
   if (made.fallback) console.log(`the tests of containers run against the embedded SSH server: ${made.fallback}`);
 });
 afterAll(async () => {
   await hosts?.close();
+  endSearch();
   scratch.close();
+  // Where only some tests were selected, the one that tells was not: see "secrets over the whole run".
+  expect(wholeRun.findings).toEqual([]);
 });
+
+/** The same, with each error that comes of it searched for secrets. */
+function searched<A extends unknown[], T>(what: string, call: (...args: A) => Promise<T>): (...args: A) => Promise<T> {
+  return (...args) =>
+    call(...args).catch((error) => {
+      wholeRun.error(what, error);
+      throw error;
+    });
+}
+const prepare = searched("prepare", prepareStage);
+const cleanup = searched("cleanup", cleanupStage);
+const connect = searched("connect", connectOnce);
+const runScript = searched("runScript", runScriptOnce);
+
+/** Takes log records of this process, down to debug, and has them searched for secrets. */
+const searchRecord = (record: LogRecord) =>
+  wholeRun.logRecord(formatRecord(record, "text"), formatRecord(record, "json"));
 
 /** A new directory of this test's own. */
 function directory(): string {
@@ -154,6 +180,7 @@ const thrown = (call: () => unknown): Error => {
   try {
     call();
   } catch (error) {
+    wholeRun.error("a call", error);
     return error as Error;
   }
   throw new Error("nothing was thrown");
@@ -993,9 +1020,14 @@ describe("prepare and cleanup, with ECS mocked", () => {
     server = undefined;
     configureSync({
       reset: true,
-      sinks: { test: (record) => void logged.push(formatRecord(record, "text-simple").trimEnd()) },
+      sinks: {
+        test: (record) => {
+          searchRecord(record);
+          if (record.level !== "debug") logged.push(formatRecord(record, "text-simple").trimEnd());
+        },
+      },
       loggers: [
-        { category: "fargate", sinks: ["test"], lowestLevel: "info" },
+        { category: "fargate", sinks: ["test"], lowestLevel: "debug" },
         { category: ["logtape", "meta"], sinks: [] },
       ],
     });
@@ -1004,6 +1036,10 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ecs.on(DescribeTasksCommand).resolves({ tasks: [] });
   });
   afterEach(() => server?.close());
+  afterEach(() => {
+    for (const { args } of [...ecs.calls(), ...ec2.calls()])
+      wholeRun.call(args[0].constructor.name.replace(/Command$/, ""), args[0].input, [tagsOf()]);
+  });
   afterAll(() => {
     ecs.restore();
     ec2.restore();
@@ -1780,7 +1816,14 @@ describe("scripts over SSH", () => {
   let task: Awaited<ReturnType<typeof startTask>>;
   beforeAll(async () => {
     task = await startTask();
-    configureSync({ reset: true, sinks: {}, loggers: [{ category: ["logtape", "meta"], sinks: [] }] });
+    configureSync({
+      reset: true,
+      sinks: { searchRecord },
+      loggers: [
+        { category: "fargate", sinks: ["searchRecord"], lowestLevel: "debug" },
+        { category: ["logtape", "meta"], sinks: [] },
+      ],
+    });
   });
   afterAll(() => task?.host.stop(0));
 
@@ -2689,11 +2732,13 @@ describe("the compiled program", () => {
     expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
     const slowly = async (script: string, stopAfter?: number) => {
       const command = ["--config", config, "custom", "run", scriptFile(script), "x"];
-      const child = spawn(driver, command, { env, stdio: ["ignore", "pipe", "pipe"] });
-      const read = async (stream: NodeJS.ReadableStream) => {
+      const debugged = atDebug([driver, ...command]);
+      const searched = new DriverOutput(debugged);
+      const child = spawn(driver, debugged.command.slice(1), { env, stdio: ["ignore", "pipe", "pipe"] });
+      const read = async (stream: "stdout" | "stderr") => {
         const chunks: Buffer[] = [];
-        for await (const chunk of stream) {
-          chunks.push(chunk as Buffer);
+        for await (const chunk of child[stream]) {
+          chunks.push(searched.push(stream, chunk as Buffer));
           await new Promise((later) => setTimeout(later, 3));
         }
         return Buffer.concat(chunks);
@@ -2705,8 +2750,8 @@ describe("the compiled program", () => {
         child.kill("SIGTERM");
         await new Promise((later) => setTimeout(later, 3_000));
       }
-      const [stdout, stderr] = await Promise.all([read(child.stdout), read(child.stderr)]);
-      return { code: await closed, stdout, stderr };
+      const [stdout, stderr] = await Promise.all([read("stdout"), read("stderr")]);
+      return { code: await closed, stdout, stderr: Buffer.concat([stderr, searched.end()]) };
     };
     for (let round = 0; round < 3; round++) {
       const { code, stdout, stderr } = await slowly("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2");
@@ -5585,5 +5630,378 @@ describe("the command line", () => {
     const atStart = [...source.matchAll(/^import (?!type )[^;]*? from "([^"]+)"/gm)].map(([, name]) => name as string);
     expect(atStart).toContain("commander");
     for (const name of atStart) expect(name).not.toMatch(/^(@aws-sdk|@smithy|ssh2)/);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// Secrets: nothing that a run brings about holds one, and the search for them finds what there is
+// ---------------------------------------------------------------------------------------------------------
+
+describe("the search for secrets", () => {
+  /** A secret that only one search knows, so that the one over the whole run passes it by. */
+  const planted = () => `planted-${randomBytes(18).toString("base64url")}/+ü`;
+  /** A search of its own that knows one secret. */
+  const searchFor = (secret: string, kind: "job" | "aws" | "key" = "job") => {
+    const search = new SecretSearch();
+    search.register(secret, "the planted secret", kind);
+    return search;
+  };
+  const whats = (search: SecretSearch) => search.findings.map(({ what }) => what);
+
+  /** A program that is taken for the driver: it writes what STDOUT and STDERR hold. */
+  const fakeDriver = () => {
+    const path = join(directory(), "dist", "fargate");
+    fs.mkdirSync(join(path, ".."));
+    fs.writeFileSync(path, `#!/bin/sh\nprintf %s "$STDOUT"\nprintf %s "$STDERR" >&2\n`, { mode: 0o700 });
+    return path;
+  };
+  const time = "2026-01-02T03:04:05Z";
+
+  test.each<[string, (value: string) => string]>([
+    ["as it is", (value) => value],
+    ["in JSON", (value) => JSON.stringify({ x: JSON.stringify(value) })],
+    ["in an address", (value) => `https://x:${encodeURIComponent(value)}@example.test`],
+    ["in hex", (value) => Buffer.from(value).toString("hex")],
+    ...[0, 1, 2, 3].flatMap((before): [string, (value: string) => string][] => [
+      [
+        `in base64, after ${before} bytes`,
+        (value) => Buffer.from(`${"x".repeat(before)}${value}${"y".repeat(before)}`).toString("base64"),
+      ],
+      [
+        `in base64url, after ${before} bytes`,
+        (value) => Buffer.from(`${"x".repeat(before)}${value}`).toString("base64url"),
+      ],
+    ]),
+  ])("finds it %s", (_, write) => {
+    const secret = planted();
+    const search = searchFor(secret);
+    search.look("a text", `before ${write(secret)} after`);
+    expect(search.findings).toMatchObject([{ what: "the planted secret", place: "a text" }]);
+    const other = searchFor(planted());
+    other.look("a text", `before ${write(secret)} after`);
+    expect(other.findings).toEqual([]);
+  });
+
+  test.each(["ed25519", "rsa"] as const)(
+    "finds an %s key that it does not know, wherever one is written",
+    async (type) => {
+      const { privateKey, publicKey } = await makeKeyPair(type);
+      const base64 = Buffer.from(privateKey).toString("base64");
+      const record = JSON.stringify({ ...someRecord, PrivateKey: base64 });
+      const other = JSON.stringify(privateKey);
+      const found = [privateKey, base64, record, Buffer.from(record).toString("base64"), other].map((text) => {
+        const search = new SecretSearch();
+        search.look("a text", text);
+        return search.findings.length > 0;
+      });
+      expect(found).toEqual([true, true, true, true, true]);
+      const search = new SecretSearch();
+      search.registerKey(privateKey);
+      for (const text of [publicKey, JSON.stringify(publicKey), Buffer.from(publicKey).toString("base64")])
+        search.look("a text", text);
+      expect(search.findings).toEqual([]);
+      search.look("a text", privateKey.split("\n").slice(2).join("\n").replace(/^-.*/m, ""));
+      expect(whats(search)).toEqual(["the operator's private key"]);
+    },
+  );
+
+  test("finds a key in a debug line of a process, which the test does not see", async () => {
+    const search = new SecretSearch();
+    const { privateKey } = await makeKeyPair("ed25519");
+    const STDERR = `no end${time} debug: the key is ${privateKey.replaceAll("\n", " | ")}\n, and on`;
+    const { stderr } = await start([fakeDriver(), "custom", "prepare"], { env: { STDERR }, search }).finished;
+    expect(stderr).toBe("no end, and on");
+    expect(search.counts).toMatchObject({ drivers: 1, debugLines: 1 });
+    expect(new Set(whats(search))).toEqual(new Set(["a private key"]));
+  });
+
+  test("finds a token on both streams of a process, in a log record and in an error", async () => {
+    const secret = planted();
+    for (const stream of ["STDOUT", "STDERR"]) {
+      const search = searchFor(secret);
+      await start([fakeDriver(), "custom", "cleanup"], { env: { [stream]: `x${secret}x` }, search }).finished;
+      expect(search.findings).toMatchObject([{ place: expect.stringMatching(/^standard (output|error) of .*custom/) }]);
+    }
+    const search = searchFor(secret);
+    search.logRecord(`{"msg":"${secret}"}`);
+    search.error("prepare", new Failure("system", `x: ${Buffer.from(secret).toString("base64")}`));
+    expect(search.findings.map(({ place }) => place)).toEqual(["a log record", "an error of prepare"]);
+  });
+
+  test("finds what is in requests and in a container's environment, and words of an author's", async () => {
+    const secret = planted();
+    const search = searchFor(secret);
+    const world = await makeWorld({ embedded: true, search });
+    try {
+      world.configure({ Fargate: { Tags: { team: "ci" } } });
+      const { aws } = world;
+      const { AWS_ACCESS_KEY_ID = "", AWS_SECRET_ACCESS_KEY = "", AWS_SESSION_TOKEN } = aws.environment;
+      const driversKey = {
+        accessKeyId: AWS_ACCESS_KEY_ID,
+        secretAccessKey: AWS_SECRET_ACCESS_KEY,
+        sessionToken: AWS_SESSION_TOKEN,
+      };
+      search.register(AWS_SECRET_ACCESS_KEY, "AWS's secret", "aws");
+      search.register(AWS_SESSION_TOKEN ?? "", "AWS's token", "aws");
+      const client = (credentials = driversKey) =>
+        new ECSClient({ region: "us-east-2", endpoint: aws.url, credentials, maxAttempts: 1 });
+      const { publicKey } = await makeKeyPair("ed25519");
+      const input = (environment: Record<string, string>): RunTaskCommandInput => ({
+        cluster: "test-cluster",
+        taskDefinition: "test-task",
+        networkConfiguration: { awsvpcConfiguration: { subnets: ["subnet-1"], securityGroups: ["sg-1"] } },
+        overrides: {
+          containerOverrides: [
+            {
+              name: "ci-coordinator",
+              environment: Object.entries(environment).map(([name, value]) => ({ name, value })),
+            },
+          ],
+        },
+        startedBy: someRecord.StartedBy,
+        clientToken: "01234567-89ab-cdef-0123-456789abcdef",
+        tags: [{ key: "team", value: "ci" }],
+      });
+      const right = { SSH_PUBLIC_KEY: publicKey, FARGATE_DEADLINE: "1767225600" };
+      const { tasks } = await client().send(new RunTaskCommand(input({ SSH_PUBLIC_KEY: publicKey })));
+      const [task] = tasks?.map(({ taskArn }) => taskArn) ?? [];
+      await aws.waitFor(() => search.counts.containers === 1);
+      search.call("RunTask", input(right), [tagsOf([{ key: "team", value: "ci" }])]);
+      for (const reason of ["job 1 of project 2", "job 0123456789ab", "fargate sweep: it is past its deadline"])
+        await client().send(new StopTaskCommand({ cluster: "test-cluster", task, reason }));
+      expect(search.findings).toEqual([]);
+      expect(search.counts).toMatchObject({ requests: 5, containers: 1 });
+
+      // A call under another key is not the driver's.
+      const stranger = client({ ...driversKey, accessKeyId: "test" });
+      await stranger.send(new StopTaskCommand({ cluster: "test-cluster", task, reason: "my own words" }));
+      expect(search.counts.requests).toBe(5);
+      const reasons = ["job x of project 2", "job unit tests", "fargate sweep: main", "job 1 of project 2, by ada"];
+      for (const [n, reason] of reasons.entries()) {
+        await client().send(new StopTaskCommand({ cluster: "test-cluster", task, reason }));
+        expect(search.findings.splice(0), `${n}: ${reason}`).toEqual([
+          { what: "a reason that is none of the driver's own words", place: "StopTask", excerpt: reason },
+        ]);
+      }
+      await client().send(
+        new RunTaskCommand({
+          ...input({ SSH_PUBLIC_KEY: publicKey, FARGATE_DEADLINE: "soon", CI_JOB_TOKEN: secret }),
+          startedBy: "main",
+          clientToken: "one",
+          tags: [{ key: "branch", value: "main" }],
+        }),
+      );
+      await aws.waitFor(() => search.counts.containers === 2);
+      expect(search.findings.map(({ what, place }) => `${place}: ${what}`).sort()).toEqual(
+        [
+          "RunTask: FARGATE_DEADLINE that is none of the driver's own words",
+          "RunTask: a clientToken that is none of the driver's own words",
+          "RunTask: a container's variable that is none of the driver's own words",
+          "RunTask: a startedBy that is none of the driver's own words",
+          "RunTask: a tag that is none of the driver's own words",
+          "a container's environment, CI_JOB_TOKEN: the planted secret",
+          "the body of RunTask: the planted secret",
+          "the input of RunTask: the planted secret",
+        ].sort(),
+      );
+    } finally {
+      await world.close();
+    }
+  });
+
+  test("finds what is on a command line, and in the environment of the shell that reads a script", async () => {
+    if (process.platform !== "linux") return; // there is no /proc
+    const [argument, variable] = [planted(), planted()];
+    const search = searchFor(argument);
+    search.register(variable, "the other secret", "job");
+    const shell = spawn("bash", ["-c", 'FARGATE_SCRIPT=$(cat; echo x); : "$1"', "bash", argument], {
+      env: { ...process.env, TOKEN: variable },
+      stdio: ["pipe", "ignore", "ignore"],
+    });
+    try {
+      await new Promise((spawned) => shell.once("spawn", spawned));
+      const seen = () => {
+        search.sampleProcesses();
+        return new Set(search.findings.map(({ what, place }) => `${what}: ${place.replace(/\d+.*/s, "n")}`));
+      };
+      const right = [
+        "the planted secret: the command line of process n",
+        "the other secret: the environment of process n",
+      ];
+      await expect.poll(seen).toEqual(new Set(right));
+      expect(search.counts.commandLines).toBeGreaterThan(1);
+    } finally {
+      shell.kill("SIGKILL");
+    }
+  });
+
+  taskTest(
+    "finds what is in the environment of a container",
+    async () => {
+      const secret = planted();
+      const search = searchFor(secret);
+      const { publicKey } = await makeKeyPair("ed25519");
+      const address = `127.79.${(process.pid >> 8) & 255}.${(directories++ % 250) + 1}`;
+      const environment = { SSH_PUBLIC_KEY: publicKey, CI_JOB_TOKEN: secret };
+      const host = await hosts.start({ name: "planted", address, port: 2222, environment });
+      try {
+        const seen = () => {
+          search.sampleProcesses();
+          return search.findings.map(({ place }) => place.replace(/\d+/, "n")).join("\n");
+        };
+        await expect.poll(seen).toMatch(/^the environment of process n: .*(sshd|entrypoint)/m);
+      } finally {
+        await host.stop(0);
+      }
+    },
+    { containerOnly: true },
+  );
+
+  test("finds what is in files where it may not be, and in no others", async () => {
+    const secrets = { job: planted(), aws: planted() };
+    const search = searchFor(secrets.job);
+    search.register(secrets.aws, "AWS's secret", "aws");
+    const { privateKey } = await makeKeyPair("ed25519");
+    const where = directory();
+    const put = (name: string, text: string, mode = 0o600) => {
+      const path = join(where, name);
+      fs.mkdirSync(join(path, ".."), { recursive: true });
+      fs.writeFileSync(path, text, { mode });
+      return path;
+    };
+    const stem = `label-${"0123456789abcdef".repeat(4)}`;
+    const record = JSON.stringify({ ...someRecord, PrivateKey: Buffer.from(privateKey).toString("base64") });
+    try {
+      put("response.json", secrets.job);
+      put(`records/${stem}.json`, record);
+      put(`records/${stem}.json.0123456789ab.tmp`, record);
+      search.ownFile(put("script/script.", secrets.job));
+      search.ownKey(put("operator.pem", privateKey));
+      const end = search.directory(where);
+      search.recordsOf(join(where, "records"));
+      search.sampleRecords();
+      end();
+      expect(search.findings).toEqual([]);
+      expect(search.counts).toMatchObject({ files: 7, records: 4 });
+
+      const wrong = [
+        put("build_exit_code", secrets.job),
+        put("other/script.", secrets.job),
+        put(`records/${stem}.json.bak`, record),
+        put(`other/${stem}.json`, record, 0o640),
+        put(`records/${stem.replace("0", "f")}.json`, secrets.aws),
+        put("aws/response.json", secrets.aws),
+        put("fargate.log", `${time} ${privateKey}`),
+      ];
+      search.files(where);
+      const paths = new Set(search.findings.map(({ place }) => place.replace(/, mode \d+$/, "")));
+      expect([...paths].sort()).toEqual(wrong.sort());
+    } finally {
+      fs.rmSync(where, { recursive: true }); // the search over the whole run would find the key
+    }
+  });
+
+  test("debug lines are taken out wherever a stream is cut into chunks, and nothing else is", () => {
+    const debug = {
+      text: `${time} debug: a {"b"} c`,
+      "text-simple": "debug: a",
+      json: `{"time":"${time}","level":"debug","msg":"a","x":1}`,
+    };
+    const pieces = [
+      "2",
+      "2026-01-02",
+      `${time} `,
+      `${time} debug`,
+      "{",
+      '{"time":"',
+      "debug",
+      "d",
+      "\n",
+      `${time} x\n`,
+    ];
+    for (const format of Object.keys(debug) as LogFormat[])
+      fc.assert(
+        fc.property(
+          fc.array(fc.oneof(fc.constantFrom(...pieces), fc.string(), fc.constant(debug))),
+          fc.infiniteStream(fc.integer({ min: 1, max: 40 })),
+          (parts, sizes) => {
+            const filter = new DebugFilter(format);
+            let [whole, own] = ["", ""];
+            let lines = 0;
+            for (const part of parts) {
+              // Where that format's debug lines are told by the beginning of a line, they stand at one.
+              const line = typeof part !== "string" && (format !== "text-simple" || /(^|\n)$/.test(own));
+              whole += line ? `${debug[format]}\n` : typeof part === "string" ? part : "";
+              if (line) lines++;
+              else if (typeof part === "string") own += part;
+            }
+            // A script that writes what looks like a debug line is another matter.
+            const looksLike = { text: /Z debug: /, "text-simple": /^debug: /m, json: /"level":"debug",/ }[format];
+            if (looksLike.test(own)) return;
+            const bytes = Buffer.from(whole);
+            const out: Buffer[] = [];
+            for (let at = 0; at < bytes.length; ) {
+              const size = sizes.next().value as number;
+              out.push(filter.push(bytes.subarray(at, at + size)));
+              at += size;
+            }
+            expect(Buffer.concat([...out, filter.held]).toString()).toBe(own);
+            expect(filter.lines).toBe(lines);
+          },
+        ),
+        { numRuns: 1_000 },
+      );
+  });
+
+  test("what is no beginning of a debug line is not held back", () => {
+    for (const text of ["running", "x\n", `${time} Ready`, `${time} warning: debug: x`, "{}", "20 26\n"]) {
+      const filter = new DebugFilter("text");
+      expect(filter.push(Buffer.from(text)).toString()).toBe(text);
+    }
+  });
+
+  test("a level that a test asks for is left alone", () => {
+    const where = directory();
+    const config = (name: string, text: string) => {
+      fs.writeFileSync(join(where, name), text);
+      return join(where, name);
+    };
+    const info = config("info.toml", 'LogLevel = "info"\nLogFormat = "json"\n');
+    const warn = config("warn.toml", 'loglevel = "warn"\n');
+    const search = new SecretSearch();
+    const options = (...args: string[]) => {
+      const { command, hides } = atDebug(["nice", driver, ...args], where, search);
+      return [command.slice(0, 2).join(" ") === `nice ${driver}`, command.slice(2, 4).join(" "), hides];
+    };
+    expect(options("--config", info)).toEqual([true, "--log-level debug", "json"]);
+    expect(options("--config=info.toml", "--log-format=text")).toEqual([true, "--log-level debug", "text"]);
+    expect(options("custom", "config")).toEqual([true, "--log-level debug", "text"]);
+    expect(options("--config", warn)).toEqual([true, `--config ${warn}`, undefined]);
+    expect(options("--log-level=error", "custom")).toEqual([true, "--log-level=error custom", undefined]);
+    expect(options("custom", "--debug")).toEqual([true, "custom --debug", undefined]);
+    expect(atDebug(["sh", "-c", "true"], where, search)).toEqual({ command: ["sh", "-c", "true"], isDriver: false });
+  });
+});
+
+describe("secrets over the whole run", () => {
+  const name = "no log, error text, request, container environment, process list or file of this run held a secret";
+  test(SOAK ? `soak: ${name}` : name, ({ task }) => {
+    const dist = join(projectRoot, "dist");
+    for (const table of fs.readdirSync(dist).filter((file) => file.endsWith(".md")))
+      wholeRun.look(table, fs.readFileSync(join(dist, table)));
+    endSearch();
+    console.log(`searched for secrets: ${wholeRun.report}`);
+    expect(wholeRun.findings).toEqual([]);
+    type Task = (typeof task.file.tasks)[number];
+    const testsOf = (of: readonly Task[]): Task[] => of.flatMap((one) => ("tasks" in one ? testsOf(one.tasks) : [one]));
+    const selected = ({ mode, result }: Task) => mode !== "skip" || result !== undefined;
+    const meant = testsOf(task.file.tasks).filter((one) => one.name.startsWith("soak: ") === SOAK);
+    // Of a run of some tests nothing can be said but that.
+    if (!meant.every(selected)) return console.log("only some tests were selected");
+    const { logRecords, errors, processSamples, commandLines, environments, ...always } = wholeRun.counts;
+    const inside = SOAK ? {} : { logRecords, errors }; // a soak runs the compiled program alone
+    const processes = process.platform === "linux" ? { processSamples, commandLines, environments } : {};
+    for (const [what, count] of Object.entries({ ...always, ...inside, ...processes }))
+      expect(count, what).toBeGreaterThan(SOAK || what === "environments" ? 10 : 50);
   });
 });
