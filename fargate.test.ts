@@ -89,6 +89,7 @@ import {
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
 import { atDebug, DebugFilter, DriverOutput, type LogFormat } from "./fixtures/debug.ts";
 import { addRow, compareWithReadme, type FaultRow, normalise, writeTable } from "./fixtures/faults.ts";
+import { type AttackName, attacks, startHostileSshServer } from "./fixtures/hostile-ssh.ts";
 import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
@@ -4978,6 +4979,199 @@ describe.concurrent("the record cannot be kept", () => {
       spawnSync("umount", [path]);
     }
   });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// A hostile server: what a job can make of its container's sshd
+// ---------------------------------------------------------------------------------------------------------
+
+describe.concurrent("a hostile SSH server", () => {
+  let world: World;
+  beforeAll(async () => {
+    world = await makeWorld({ embedded: true });
+  });
+  afterAll(() => world?.close());
+
+  /** Three at a time: the driver, and the server that floods it, share this machine's processors with the others. */
+  let busy = 0;
+  const waiting: (() => void)[] = [];
+  const turn = async () => {
+    if (busy < 3) busy++;
+    else await new Promise<void>((next) => waiting.push(next));
+    return () => {
+      const next = waiting.shift();
+      if (next) next();
+      else busy--;
+    };
+  };
+  /** These wait for what does not come, which costs nobody anything. */
+  const idle: readonly AttackName[] = [
+    "silence",
+    "version-only",
+    "version-slow",
+    "never-answered",
+    "prompt-count",
+    "rekey-silent",
+    "open-unanswered",
+    "open-other",
+    "window-0",
+    "window-1",
+    "exec-unanswered",
+    "exit-unmarked",
+    "eof-only",
+    "killed-and-silent",
+    "kill-unopened",
+    "kill-unanswered",
+    "silent",
+  ];
+
+  /** The exit code, what the log says, and the exit code that the runner is told. */
+  type Verdict = readonly [code: number, says?: RegExp, exitCode?: string];
+  const noKex: Verdict = [2, /Handshake failed: no matching key exchange algorithm/];
+  const otherKey: Verdict = [2, /did not begin: .*the server's key is not the one seen when the task was prepared/];
+  const noLogin: Verdict = [2, /did not begin: .*the server refused the key/];
+  const room: Verdict = [2, /the server sends more than there is room for|stopped by SIGTERM/];
+  const notEnded: Verdict = [
+    2,
+    /warning: the script may still run in the container: the container did not answer for 8 s/,
+  ];
+  const says: Verdict = [
+    2,
+    /the server says "\\u001b\[2J\\u001b\]0;owned\\u0007\\u000d \| 2026-01-01T00:00:00Z all is well/,
+  ];
+  const special: Partial<Record<AttackName, Verdict>> = {
+    "newkeys-first": [2, /the server broke the protocol/],
+    "disconnect-first": says,
+    "open-refused": [2, /the server opened no channel: the server says "/],
+    "group-16": noKex,
+    "group-17": noKex,
+    "group-18": noKex,
+    "group-safe": noKex,
+    "group-32k": noKex,
+    "host-key-other": otherKey,
+    "host-key-rsa-16k": otherKey,
+    "host-key-malformed": otherKey,
+    failures: noLogin,
+    "partial-success": noLogin,
+    "partial-successes": noLogin,
+    "password-only": noLogin,
+    prompts: noLogin,
+    stdout: room,
+    stderr: room,
+    "marks-unended": room,
+    "kill-flooded": room,
+    "kill-unopened": notEnded,
+    "kill-unanswered": notEnded,
+    "kill-endless": notEnded,
+    silent: notEnded,
+    "kill-lie": [2, /warning: the script may still run in the container: fargate-left \\u001b/],
+    "zlib-bomb": [2, /Handshake failed: no matching .*compression/],
+    "zlib-openssh-bomb": [2, /Handshake failed: no matching .*compression/],
+    "packet-size-0": [2, /error: the server takes packets of 0 bytes only/],
+    "packet-size-1": [2, /error: the server takes packets of 1 bytes only/],
+    // The job's own server says how the job's own script ended; what SSH has room for and the runner has not is 255.
+    "success-unasked": [0],
+    "open-twice": [0],
+    "packet-size-4g": [0],
+    "window-overflow": [0],
+    "mark-end-first": [0],
+    "mark-number": [0],
+    "exit-unclosed": [1, undefined, "3"],
+    "exit-256": [1, undefined, "255"],
+    "exit-1000": [1, undefined, "255"],
+    "exit-4g": [1, undefined, "255"],
+    "signal-line": [1, undefined, "128"],
+    "signal-proto": [1, undefined, "128"],
+    "signal-empty": [1, undefined, "128"],
+    "signal-long": [1, undefined, "128"],
+    "signal-before-mark": [1, undefined, "128"],
+    "killed-and-silent": [1, undefined, "137"],
+  };
+
+  for (const attack of Object.keys(attacks) as AttackName[])
+    test(`a hostile server: ${attack}`, async () => {
+      const done = idle.includes(attack) ? () => {} : await turn();
+      const where = directory();
+      const address = `127.78.0.${1 + Object.keys(attacks).indexOf(attack)}`;
+      const server = await startHostileSshServer({ address, port: 0, attack });
+      try {
+        const { environment, response } = gitlabJob({ id: faultJobs++ });
+        const env = {
+          ...world.aws.environment,
+          ...environment,
+          JOB_RESPONSE_FILE: join(where, "response.json"),
+          BUILD_EXIT_CODE_FILE: join(where, "exit-code"),
+        };
+        fs.writeFileSync(env.JOB_RESPONSE_FILE, JSON.stringify(response));
+        // As prepare has left it, before the job's first command changed the server. ECS knows the task no more.
+        const job = readJob(env) as Job;
+        const records = join(where, "records");
+        openDirectory(records);
+        const key = await makeKeyPair("ed25519");
+        writeRecord(join(records, `${job.stem}.json`), {
+          ...someRecord,
+          StartedBy: `fargate-0123456789ab-${job.hash.slice(0, 32)}`,
+          ContainerIP: address,
+          PrivateKey: Buffer.from(key.privateKey).toString("base64"),
+          HostKey: server.hostKey.toString("base64"),
+          Deadline: Math.floor(Date.now() / 1000) + 3_600,
+        });
+        const config = world.configure({
+          top: { LogLevel: "debug" },
+          TaskMetadata: { Directory: records },
+          SSH: { Port: server.port, ConnectTimeout: 1 },
+        });
+        const script = join(where, "script");
+        fs.writeFileSync(script, `#!/usr/bin/env bash\n${"# nothing\n".repeat(2_000)}`);
+        const child = spawn(driver, ["--config", config, "custom", "run", script, "build_script"], {
+          env: { PATH: process.env.PATH, ...env },
+          stdio: ["ignore", "pipe", "pipe"],
+        });
+        const chunks: Buffer[] = [];
+        child.stdout.resume();
+        child.stderr.on("data", (chunk: Buffer) => {
+          if (chunks.length < 100) chunks.push(chunk);
+          else chunks[99] = chunk; // of a flood, its beginning and what the driver says at last
+        });
+        let peak = 0;
+        const look = setInterval(() => {
+          try {
+            const status = fs.readFileSync(`/proc/${child.pid}/status`, "latin1");
+            peak = Math.max(peak, Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0) / 1024);
+          } catch {}
+        }, 50);
+        const over = new Promise<number | string | null>((resolve) =>
+          child.on("close", (code, signal) => resolve(signal ?? code)),
+        );
+        // Most end by themselves. What goes on must end when it is told to; then nothing but SIGKILL would help.
+        const patience = (ms: number, signal: NodeJS.Signals) => setTimeout(() => child.kill(signal), ms);
+        const timers = [patience(2_000, "SIGTERM"), patience(25_000, "SIGKILL")];
+        const code = await over;
+        timers.forEach(clearTimeout);
+        clearInterval(look);
+        const stderr = Buffer.concat(chunks).toString();
+        wholeRun.look("the log of an attacked run", stderr);
+        const [expected, says, exitCode] = special[attack] ?? [2];
+        expect(code, stderr.slice(-2_000)).toBe(expected);
+        if (says) expect(stderr).toMatch(says);
+        const { BUILD_EXIT_CODE_FILE: told } = env;
+        expect(fs.existsSync(told) ? fs.readFileSync(told, "latin1") : undefined).toBe(exitCode);
+        // It has 60 MB before the attack; where nothing is bounded, each second brings hundreds more.
+        expect(peak).toBeLessThan(500);
+        expect(stderr).not.toMatch(/bug of the driver|undefined is not|is not a function/);
+        // What the server says is in the log, if at all, on one line and without effect.
+        expect(stderr).not.toMatch(/^2026-01-01/m);
+        // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
+        expect(stderr).not.toMatch(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f]/);
+        expect(stderr).not.toMatch(/what to do: .*(iam:|execution role)/);
+        const { answers, accepted, scripts } = server.seen;
+        expect({ answers, accepted }).toEqual({ answers: 0, accepted: 0 });
+        expect(scripts.length).toBeLessThan(2);
+      } finally {
+        await server.close();
+        done();
+      }
+    }, 120_000);
 });
 
 /** What takes minutes; its name begins with `soak: `, which is what `npm run soak` selects. */

@@ -1386,6 +1386,8 @@ export async function connect(
       socket.destroy(new Error("the server makes requests and does not read the answers"));
     if (socket.bytesRead < looked + 2 ** 20) return;
     looked = socket.bytesRead;
+    // Of many small packets, bun collects the garbage late.
+    if (process.memoryUsage.rss() > most - MOST_GROWTH / 2) Bun.gc(true);
     if (process.memoryUsage.rss() > most) socket.destroy(new Error("the server makes this process too large"));
   });
   socket.once("data", () => {
@@ -1550,7 +1552,7 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     let output = "";
     channel.stderr.resume();
     channel.on("data", (chunk: Buffer) => {
-      if (output.length < 65_536) output += chunk.toString("latin1");
+      if (output.length < 65_536) output += chunk.toString();
     });
     return await new Promise((resolve, reject) => {
       const lost = new SshFailure("unreachable", "the connection was lost");
