@@ -89,7 +89,7 @@ import {
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
 import { atDebug, DebugFilter, DriverOutput, type LogFormat } from "./fixtures/debug.ts";
 import { addRow, compareWithReadme, type FaultRow, normalise, writeTable } from "./fixtures/faults.ts";
-import { type AttackName, attacks, startHostileSshServer } from "./fixtures/hostile-ssh.ts";
+import { type AttackName, attacks, hostileHosts, startHostileSshServer } from "./fixtures/hostile-ssh.ts";
 import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
@@ -5174,6 +5174,59 @@ describe.concurrent("a hostile SSH server", () => {
     }, 120_000);
 });
 
+describe.concurrent("a hostile server at the address of a new task", () => {
+  const changes = { Fargate: { StartTimeout: 3 }, SSH: { ConnectTimeout: 2 } };
+  const prepareIn = async (attack?: AttackName) => {
+    const hosts = hostileHosts(attack);
+    const world = await makeWorld({ hosts });
+    try {
+      const scene = makeScene(world, { changes }, forever);
+      const finished = await scene.stage("prepare");
+      const left = world.aws.running();
+      const cleaned = await scene.stage("cleanup");
+      expect(cleaned).toMatchObject({ code: 0 });
+      expect(filesLeft(world)).toEqual([]);
+      const seen = hosts.servers.map((server) => server.seen);
+      for (const { answers, accepted } of seen) expect({ answers, accepted }).toEqual({ answers: 0, accepted: 0 });
+      return { finished, left, seen };
+    } finally {
+      await world.close();
+      await hosts.close();
+    }
+  };
+
+  test("whoever answers first at a task's address is taken for it, and prepare gives no secret away", async () => {
+    const { finished, seen } = await prepareIn();
+    ended(finished, 0);
+    const [{ commands = [], scripts = [], authMethods = [] } = {}] = seen;
+    expect({ commands, scripts }).toEqual({ commands: [expect.stringContaining("fargate-shells")], scripts: [] });
+    expect(new Set(authMethods)).toEqual(new Set(["publickey"]));
+    wholeRun.look("what prepare sends to whoever answers", commands.join("\n"));
+  });
+
+  for (const attack of [
+    "greeting-lines",
+    "silence",
+    "group-18",
+    "banners",
+    "never-answered",
+    "password-only",
+    "garbage-later",
+    "disconnect",
+    "packet-size-0",
+    "open-unanswered",
+    "kill-unanswered",
+    "kill-endless",
+    "kill-lie",
+  ] as const)
+    test(`a hostile server at the address of a new task: ${attack}`, async () => {
+      const { finished, left } = await prepareIn(attack);
+      ended(finished, 2);
+      expect(left).toEqual([]);
+      expect(finished.stderr).not.toMatch(/bug of the driver|^2026-01-01/m);
+    });
+});
+
 /** What takes minutes; its name begins with `soak: `, which is what `npm run soak` selects. */
 function soakTest(
   name: string,
@@ -5351,6 +5404,25 @@ stepTest(
     })),
   ),
 );
+
+describe("the security model", () => {
+  test("each row of SECURITY.md names tests, and each of them exists", ({ task }) => {
+    const namesIn = (tasks: readonly { name: string; tasks?: readonly unknown[] }[]): string[] =>
+      tasks.flatMap((one) => (one.tasks ? namesIn(one.tasks as typeof tasks) : [one.name]));
+    const known = new Set(namesIn(task.file.tasks as Parameters<typeof namesIn>[0]));
+    const text = fs.readFileSync(join(projectRoot, "SECURITY.md"), "utf8");
+    const [, table = ""] = /\| tests \|\n[-| ]+\n((?:\|.*\n)+)/.exec(text) ?? [];
+    const rows = table.trimEnd().split("\n");
+    expect(rows.length).toBeGreaterThan(15);
+    for (const row of rows) {
+      const cells = row.split(" | ");
+      expect(cells, row).toHaveLength(5);
+      const names = [...(cells[4] ?? "").matchAll(/`([^`]+)`/g)].map(([, name]) => name as string);
+      expect(names.length, row).toBeGreaterThan(0);
+      for (const name of names) expect(known, row).toContain(name);
+    }
+  });
+});
 
 describe("the table of faults", () => {
   test(SOAK ? "soak: the README shows what each fault came to" : "the README shows what each fault came to", () => {
