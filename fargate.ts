@@ -1699,10 +1699,12 @@ function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: ()
   let written: Promise<unknown> = Promise.resolve();
   let chunks = 0;
   let parts: Buffer[] = [];
-  // Once for all that has come at a time: of single bytes, each would take as much memory as a line.
+  let waiting = 0;
+  // At once what has come at a time: of single bytes, each would take as much memory as a line.
   const write = () => {
     const all = Buffer.concat(parts);
     parts = [];
+    waiting = 0;
     if (all.length === 0) return;
     written = new Promise((done) => {
       if (sink.write(all, done) || source.isPaused()) return;
@@ -1718,9 +1720,13 @@ function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: ()
     chunks++;
     if (filter.ended) return; // what a process in the background says after the script's end
     if (parts.length === 0) setImmediate(write);
-    parts.push(...filter.push(chunk));
+    for (const part of filter.push(chunk)) {
+      parts.push(part);
+      waiting += part.length;
+    }
     if (filter.first) onMark();
     if (filter.ended) finish();
+    else if (waiting > 65_536) write();
   });
   source.on("close", () => {
     if (!filter.ended) parts.push(filter.held);
