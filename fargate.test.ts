@@ -62,6 +62,7 @@ import {
   Failure,
   findShells,
   formatRecord,
+  formatSweep,
   interpreterOf,
   isTransient,
   type Job,
@@ -80,15 +81,40 @@ import {
   remainsOf,
   retry,
   runScript as runScriptOnce,
+  run as runStage,
   runTaskInput,
   type SshTarget,
   type SweepReport,
+  sweep,
   type TaskRecord,
   writeRecord,
 } from "./fargate.ts";
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
 import { atDebug, DebugFilter, DriverOutput, type LogFormat } from "./fixtures/debug.ts";
 import { addRow, compareWithReadme, type FaultRow, normalise, writeTable } from "./fixtures/faults.ts";
+import {
+  type Answer,
+  almostJson,
+  answerTo,
+  commandLine,
+  configText,
+  DRIVERS_OWN,
+  exitCodeText,
+  forAny,
+  forAnyAtOnce,
+  fuzzBanner,
+  fuzzRuns,
+  harmlessScript,
+  hugeConfigs,
+  isWhole,
+  type Junk,
+  junk,
+  makeJunk,
+  oddAddress,
+  repositoryAddress,
+  shellSoup,
+  startEndpoint,
+} from "./fixtures/fuzz.ts";
 import { type AttackName, attacks, hostileHosts, startHostileSshServer } from "./fixtures/hostile-ssh.ts";
 import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
 import { runLoad } from "./fixtures/load.ts";
@@ -5422,6 +5448,970 @@ describe("the security model", () => {
       for (const name of names) expect(known, row).toContain(name);
     }
   });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// Any input: what comes from outside may be anything, and each property says what holds all the same
+// ---------------------------------------------------------------------------------------------------------
+
+describe("any input", () => {
+  /** What an engine says when a program has made a mistake: no operator can do anything with it. */
+  const ENGINE =
+    /is not a(n object| function)|(undefined|null) is not|[Cc]annot read prop|not iterable|\[object |call stack|[Ii]nvalid (Date|time)|must be of type|bug of the driver/;
+  /** Characters; enough for every setting to be wrong at once, and no flood. */
+  const LONGEST = 20_000;
+  /** Controls, line ends, marks of the direction of writing. */
+  const UNSAFE = /[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/u;
+  const FORMATS = ["text", "text-simple", "json"] as const;
+  const timeout = 60_000 * fuzzRuns;
+
+  const logRecord = (message: string, properties = {}): LogRecord => ({
+    category: ["fargate"],
+    level: "fatal",
+    message: [message],
+    rawMessage: message,
+    properties,
+    timestamp: 0,
+  });
+  /** What a failure says is for an operator's eyes, and short. */
+  function expectClear(failure: unknown, kind: Failure["kind"] = "system"): string {
+    if (!(failure instanceof Failure)) throw new Error(`no Failure: ${failure}`, { cause: failure });
+    expect(failure.kind).toBe(kind);
+    expect(failure.message.trim()).not.toBe("");
+    expect(failure.message.length).toBeLessThan(LONGEST);
+    expect(failure.message).not.toMatch(ENGINE);
+    for (const line of failure.message.split("\n"))
+      for (const format of FORMATS) expect(formatRecord(logRecord(line), format).slice(0, -1)).not.toMatch(UNSAFE);
+    return failure.message;
+  }
+  const outcomeOf = async <T>(call: () => Promise<T> | T): Promise<{ value: T } | { failure: unknown }> => {
+    try {
+      return { value: await call() };
+    } catch (failure) {
+      return { failure };
+    }
+  };
+  const discard = () => new Writable({ write: (_chunk, _encoding, done) => done() });
+
+  /** Log lines, by what they were logged for. */
+  const logs = new Map<string, string[]>();
+  let cases = 0;
+  /** A stage of a job of its own, whose clock runs as `now` says. */
+  function stageOf(records: string, now: () => number, change: (config: Config) => void = () => {}) {
+    const { config } = readConfig(configFile("guide"), "guide", {}, {});
+    config.TaskMetadata.Directory = records;
+    config.Fargate.EnablePublicIP = false;
+    config.SSH.Port = 1;
+    change(config);
+    const name = `case-${cases++}`;
+    const lines: string[] = [];
+    logs.set(name, lines);
+    const hash = "0123456789abcdef".repeat(4);
+    const job: Job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
+    const log = getLogger(["fargate", name]);
+    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now };
+    return { context, lines, record: join(records, `${job.stem}.json`) };
+  }
+  const ownStartedBy = /^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/;
+
+  beforeAll(() => console.log(fuzzBanner));
+  beforeEach(() => {
+    logs.clear();
+    configureSync({
+      reset: true,
+      sinks: {
+        test: (record) => void logs.get(record.category[1] ?? "")?.push(formatRecord(record, "text-simple").trimEnd()),
+      },
+      loggers: [
+        { category: "fargate", sinks: ["test"], lowestLevel: "info" },
+        { category: ["logtape", "meta"], sinks: [] },
+      ],
+    });
+  });
+
+  // --- Configuration ---
+
+  const configFiles = ["guide", "guide-2020", "guide-private", "manual", "loose", "full"].map(configFile);
+  const KEY = /^ {2}(LogLevel|LogFormat|LogFile|Fargate|TaskMetadata|SSH)(\.[^\n]*)?(: | is |$)/;
+
+  /** What reading any text as a configuration comes to. */
+  function expectConfigOrFailure(text: string): void {
+    let read: ReturnType<typeof readConfig>;
+    try {
+      read = readConfig(text, "/etc/any.toml", {}, {});
+    } catch (failure) {
+      const [head, ...problems] = expectClear(failure).split("\n");
+      expect(head).toMatch(/^\/etc\/any\.toml( cannot be used:$|, line \d+, column \d+: not TOML: \S)/);
+      for (const problem of problems) if (!/^ {2}.*\b\d+ more/.test(problem)) expect(problem).toMatch(KEY);
+      // What stands in the file is told as it stands there.
+      if (/=\s*[-+]?(nan|inf)\s*$/m.test(text) && !/null/.test(text))
+        expect(problems.join("\n")).not.toMatch(/is null;/);
+      return;
+    } finally {
+      expect(({} as { polluted?: unknown }).polluted).toBeUndefined();
+    }
+    const { config, warnings } = read;
+    expect(v.parse(ConfigSchema, config)).toEqual(config);
+    for (const warning of warnings) expect(formatRecord(logRecord(warning), "text").length).toBeLessThan(LONGEST);
+    for (const table of [config, config.Fargate, config.Fargate.Tags, config.TaskMetadata, config.SSH])
+      expect(Object.getPrototypeOf(table)).toBe(Object.prototype);
+  }
+
+  test(
+    "as a configuration is one, or a failure that names the file and the keys",
+    () => forAny(fc.property(configText(configFiles), expectConfigOrFailure), { runs: 1_500 }),
+    timeout,
+  );
+
+  test.each(hugeConfigs(configFile("guide")))("as a configuration, even with %s", (_, text) => {
+    expectConfigOrFailure(text);
+  });
+
+  test("tags are what the file says, whatever their names, or a failure", () =>
+    forAny(
+      fc.property(
+        fc.dictionary(fc.oneof(fc.constantFrom("constructor", "prototype", "team"), fc.string()), fc.string(), {
+          maxKeys: 5,
+        }),
+        (tags) => {
+          const lines = Object.entries(tags).map(([key, value]) => `${JSON.stringify(key)} = ${JSON.stringify(value)}`);
+          const text = `${configFile("guide")}\n[Fargate.Tags]\n${lines.join("\n").replaceAll("\u007f", "\\u007f")}\n`;
+          const read = attempt(() => readConfig(text, "f", {}, {}).config.Fargate.Tags);
+          if ("failure" in read) expect(expectClear(read.failure)).toContain("Fargate.Tags");
+          else expect({ ...(read.value as object) }).toEqual({ ...tags });
+        },
+      ),
+      { runs: 200 },
+    ));
+
+  test.each(['["a", "b"]', "1979-05-27", "[]", "[{a = 'b'}]"])("as tags, %s is no table, and refused", (value) => {
+    const text = configFile("guide").replace("[Fargate]", `[Fargate]\nTags = ${value}`);
+    expect(expectClear(thrown(() => readConfig(text, "f", {}, {})))).toContain("Fargate.Tags");
+  });
+
+  test(
+    "as a configuration that is none, given to prepare: no call to AWS, no record, exit code 2",
+    async () => {
+      let asked = 0;
+      const endpoint = await startEndpoint(() => {
+        asked++;
+        return { status: 500, headers: [], body: "{}" };
+      });
+      const where = directory();
+      const records = join(where, "records");
+      const response = join(where, "response.json");
+      fs.writeFileSync(response, JSON.stringify(gitlabJob().response));
+      const file = configFile("guide").replace("/opt/gitlab-runner/metadata", records);
+      const bad = configText([file]).filter((text) => "failure" in attempt(() => readConfig(text, "f", {}, {})));
+      const env = { ...awsEnvironment(endpoint.url), JOB_RESPONSE_FILE: response };
+      try {
+        await forAnyAtOnce(
+          fc.asyncProperty(bad, async (text) => {
+            const path = join(where, `${directories++}.toml`);
+            fs.writeFileSync(path, text);
+            const { code, stdout, stderr } = await fargate(["custom", "prepare", "--config", path], {
+              env,
+              cwd: where,
+            });
+            expect({ code, stdout: stdout.toString() }).toEqual({ code: 2, stdout: "" });
+            expect(stderr.length).toBeLessThan(LONGEST);
+            expect(stderr).not.toMatch(ENGINE);
+            expect(stderr.trimEnd().split("\n")[0]).toMatch(/^\S+Z error: /);
+            expect(stderr.trimEnd().split("\n")[0]).toContain(path);
+            expect(asked).toBe(0);
+            expect(fs.existsSync(records)).toBe(false);
+          }),
+          { runs: 12, lanes: 3 },
+        );
+      } finally {
+        endpoint.close();
+      }
+    },
+    timeout,
+  );
+  const attempt = (call: () => unknown) => {
+    try {
+      return { value: call() };
+    } catch (failure) {
+      return { failure };
+    }
+  };
+  const awsEnvironment = (url: string) => ({
+    AWS_ENDPOINT_URL: url,
+    AWS_REGION: "us-east-2",
+    AWS_ACCESS_KEY_ID: "AKIAIOSFODNN7EXAMPLE",
+    AWS_SECRET_ACCESS_KEY: "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    AWS_SESSION_TOKEN: "session-token",
+    AWS_EC2_METADATA_DISABLED: "true",
+    AWS_CONFIG_FILE: "/dev/null",
+    AWS_SHARED_CREDENTIALS_FILE: "/dev/null",
+  });
+
+  // --- Jobs ---
+
+  describe("as a job response", () => {
+    let path: string;
+    beforeAll(() => {
+      path = join(directory(), "response.json");
+    });
+    const { response } = gitlabJob({ token: "token-planted" });
+    const jobOf = (content: string, encoding: "utf8" | "latin1" = "utf8"): Job | undefined => {
+      fs.writeFileSync(path, content, encoding);
+      return readJob({ JOB_RESPONSE_FILE: path });
+    };
+    const expectJob = (job: Job | undefined) => {
+      expect(job?.stem).toMatch(/^[\w-]{1,32}-[0-9a-f]{64}$/);
+      expect(job?.title).toMatch(/^job -?\d{1,16} of project -?\d{1,16}$/);
+      // Of it the deadline is made, which the record and the container must be able to bear.
+      const deadline = Math.ceil(Date.now() / 1000 + (job?.timeout ?? 0));
+      expect(job?.timeout).toBeGreaterThan(0);
+      expect(`${deadline}`).toMatch(/^\d+$/);
+    };
+
+    test("is a job, or a failure without a word of the file", () =>
+      forAny(
+        fc.property(almostJson(response), (content) => {
+          try {
+            expectJob(jobOf(content, "latin1"));
+          } catch (failure) {
+            if (!(failure instanceof Failure)) throw failure;
+            expect(expectClear(failure)).toContain(path);
+            expect(failure.message).not.toContain("token-planted");
+            expect(failure.message.length).toBeLessThan(path.length + 200);
+          }
+        }),
+        {
+          runs: 400,
+          examples: ["1e999", "1e308", "-1", "0.5"].map((timeout) => {
+            const text = JSON.stringify(response).replace(/"timeout":\d+,"runner/, `"timeout":${timeout},"runner`);
+            return [Buffer.from(text).toString("latin1")];
+          }),
+        },
+      ));
+
+    test("with any address: a job, or a failure without a word of it", () =>
+      forAny(
+        fc.property(oddAddress, fc.maxSafeInteger(), fc.maxSafeInteger(), (repo_url, id, project_id) => {
+          try {
+            expectJob(jobOf(JSON.stringify({ ...response, id, job_info: { project_id }, git_info: { repo_url } })));
+          } catch (failure) {
+            if (!(failure instanceof Failure)) throw failure;
+            expect(expectClear(failure)).toContain("git_info.repo_url");
+            expect(failure.message).not.toContain("token-planted");
+          }
+        }),
+        { runs: 200 },
+      ));
+
+    test("another scheme, host, project or id is another job; other credentials or another path are not", () => {
+      const identity = fc.record({ at: repositoryAddress, id: fc.nat(2), project: fc.nat(2) });
+      const stemOf = ({ at, id, project }: typeof identity extends fc.Arbitrary<infer I> ? I : never) => {
+        const repo_url = `${at.scheme}${at.userinfo}${at.host}${at.port}${at.path}`;
+        const content = JSON.stringify({ ...response, id, job_info: { project_id: project }, git_info: { repo_url } });
+        try {
+          return { stem: jobOf(content)?.stem, repo_url };
+        } catch (failure) {
+          expect(expectClear(failure)).not.toContain("token-planted");
+          return undefined;
+        }
+      };
+      return forAny(
+        fc.property(identity, identity, repositoryAddress, (one, other, { userinfo, path }) => {
+          const [a, b] = [stemOf(one), stemOf(other)];
+          const again = stemOf({ ...one, at: { ...one.at, userinfo, path } });
+          if (a && again) expect(again.stem).toBe(a.stem);
+          if (!a || !b) return;
+          const [of, and] = [new URL(a.repo_url), new URL(b.repo_url)];
+          const same =
+            of.protocol === and.protocol &&
+            of.hostname === and.hostname &&
+            of.port === and.port &&
+            one.id === other.id &&
+            one.project === other.project;
+          expect(a.stem === b.stem).toBe(same);
+        }),
+        { runs: 400 },
+      );
+    });
+  });
+
+  // --- Records, with ECS mocked ---
+
+  describe("as a record", () => {
+    let ecs: AwsStub<EcsInput, EcsOutput, ECSClientResolvedConfig>;
+    const arnOf = (digit: string) => `arn:aws:ecs:us-east-2:123456789012:task/test-cluster/${digit.repeat(32)}`;
+    const [recorded, ownTask, foreign] = ["1", "2", "3"].map(arnOf) as [string, string, string];
+    const record: TaskRecord = {
+      ...someRecord,
+      TaskARN: recorded,
+      ContainerIP: "127.0.0.1",
+      // A real key, so that a record without damage leads as far as to an address where nothing listens.
+      PrivateKey: Buffer.from(utils.generateKeyPairSync("ed25519").private).toString("base64"),
+      HostKey: "AAAA",
+      Deadline: 2_000_000_000,
+      UpdatedAt: 1_900_000_000,
+    };
+    beforeAll(() => {
+      ecs = mockClient(ECSClient);
+    });
+    beforeEach(() => {
+      ecs.reset();
+      const refusal = Object.assign(new Error("is not authorized to perform: ecs:RunTask"), {
+        name: "AccessDeniedException",
+        $metadata: { httpStatusCode: 400 },
+      });
+      ecs.on(RunTaskCommand).rejects(refusal);
+      ecs.on(StopTaskCommand).resolves({});
+      ecs.on(DescribeTasksCommand).resolves({ tasks: [] });
+      // As ECS: without a name, whatever runs in the cluster.
+      ecs.on(ListTasksCommand).callsFake(({ startedBy }) => ({
+        taskArns: !startedBy ? [ownTask, foreign] : ownStartedBy.test(startedBy) ? [ownTask] : [foreign],
+      }));
+    });
+    afterAll(() => ecs.restore());
+    /** A clock by which all patience is soon at its end. */
+    const hasty = () => {
+      let time = 1_950_000_000_000;
+      return () => (time += 20_000);
+    };
+    // Of a record that can be read, the address is where a run connects to: it stays on loopback.
+    const content = almostJson(record).map((text) => text.replace(/("ContainerIP":)"[^"]*"/, '$1"127.0.0.1"'));
+
+    // Each is one change away from a record.
+    const damagedRecords = [
+      { StartedBy: "", TaskARN: "", Unanswered: true },
+      { StartedBy: "someone else", TaskARN: "", Unanswered: true },
+      { PrivateKey: "AAAA" },
+      { UpdatedAt: -1e308, Deadline: 2 },
+      { UpdatedAt: 1e308 },
+      { Deadline: 1e308 },
+    ].map((change) => JSON.stringify({ ...record, ...change }));
+    const ownName = `label-${"0123456789abcdef".repeat(4)}.json`;
+
+    test.each(["cleanup", "prepare", "run"] as const)(
+      "%s stops nothing that is not the job's, and fails clearly if at all",
+      (stage) =>
+        forAny(
+          fc.asyncProperty(content, async (text) => {
+            ecs.resetHistory();
+            const records = join(directory(), "records");
+            fs.mkdirSync(records);
+            const {
+              context,
+              lines,
+              record: path,
+            } = stageOf(records, hasty(), (config) => {
+              config.SSH.ConnectTimeout = 1;
+            });
+            managerId(records);
+            fs.writeFileSync(path, text, "latin1");
+            const script = join(records, "script");
+            fs.writeFileSync(script, "true");
+            const outcome = await outcomeOf(async () => {
+              if (stage === "cleanup") await cleanup(context);
+              else if (stage === "prepare") await prepare(context);
+              else await runStage({ ...context, stdout: discard(), stderr: discard() }, script, "build_script");
+            });
+            if ("failure" in outcome) expectClear(outcome.failure);
+            if (stage !== "cleanup") expect(outcome).toHaveProperty("failure");
+            for (const line of lines) expect(line).not.toMatch(ENGINE);
+            const stopped = ecs.commandCalls(StopTaskCommand).map((call) => call.args[0].input.task as string);
+            const named = attempt(() => readRecord(path)?.TaskARN);
+            for (const arn of stopped)
+              if (arn !== ownTask) {
+                expect(arn).not.toBe(foreign);
+                expect(text).toContain(
+                  JSON.stringify(arn)
+                    .slice(1, -1)
+                    .replace(/[^ -~]/g, ""),
+                );
+              }
+            expect(named).toBeDefined();
+            // Either the record is gone, or it is said why not.
+            if (stage === "cleanup") {
+              const told = "failure" in outcome || lines.some((line) => line.includes("could not be looked up"));
+              expect(told || !fs.existsSync(path)).toBe(true);
+            }
+            if (stage === "run") expect(stopped).toEqual([]);
+          }),
+          { runs: 120, examples: damagedRecords.map((text) => [text]) },
+        ),
+      timeout,
+    );
+
+    test(
+      "sweep bears a directory of anything, and removes only what is the driver's",
+      () =>
+        forAny(
+          fc.asyncProperty(fc.array(junk(content), { maxLength: 8 }), fc.boolean(), async (files, gone) => {
+            ecs.resetHistory();
+            ecs.on(DescribeTasksCommand).callsFake(({ tasks = [] }) => ({
+              tasks: gone ? [] : (tasks as string[]).map((taskArn) => ({ taskArn, lastStatus: "RUNNING" })),
+            }));
+            const records = join(directory(), "records");
+            fs.mkdirSync(records);
+            const outside = join(directory(), "outside");
+            fs.writeFileSync(outside, "not the driver's");
+            const made = makeJunk(records, outside, files);
+            const { context, lines } = stageOf(records, () => Date.now());
+            const outcome = await outcomeOf(() => sweep(context, { dryRun: false, json: false }));
+            if ("failure" in outcome) return void expectClear(outcome.failure);
+            for (const json of [false, true]) {
+              const text = formatSweep(outcome.value, json);
+              expect(text.trimEnd().split("\n").join("")).not.toMatch(json ? /[\p{Cc}]/u : UNSAFE);
+              expect(text).not.toMatch(ENGINE);
+            }
+            for (const line of [...lines, ...outcome.value.problems]) expect(line).not.toMatch(ENGINE);
+            for (const call of ecs.commandCalls(StopTaskCommand)) expect(call.args[0].input.task).not.toBe(foreign);
+            expect(fs.readFileSync(outside, "utf8")).toBe("not the driver's");
+            const left = fs.readdirSync(records, { encoding: "buffer" }).map((name) => name.toString("latin1"));
+            for (const name of made) if (!left.includes(name)) expect(name).toMatch(DRIVERS_OWN);
+          }),
+          {
+            runs: 120,
+            examples: [
+              ...damagedRecords.map((text): [Junk[], boolean] => [
+                [{ name: ownName, kind: "file", content: text }],
+                false,
+              ]),
+              [[{ name: `${ownName}.0123456789ab.tmp`, kind: "link to itself", content: "" }], true],
+            ],
+          },
+        ),
+      timeout,
+    );
+  });
+
+  test.each([
+    ["the record", "cleanup"],
+    ["the record", "prepare"],
+    ["the record", "run"],
+    [".manager-id", "cleanup"],
+    [".manager-id", "prepare"],
+    [".manager-id", "sweep"],
+  ])("%s is a FIFO to which nobody writes: %s ends, and says so", async (what, stage) => {
+    const endpoint = await startEndpoint(({ operation }) => ({
+      status: operation === "RunTask" ? 400 : 200,
+      headers: [],
+      body: '{"taskArns": [], "tasks": []}',
+    }));
+    const where = directory();
+    const response = join(where, "response.json");
+    fs.writeFileSync(response, JSON.stringify(gitlabJob().response));
+    const fifo = join(where, what === "the record" ? `${readJob({ JOB_RESPONSE_FILE: response })?.stem}.json` : what);
+    spawnSync("mkfifo", [fifo]);
+    const config = join(where, "config.toml");
+    fs.writeFileSync(config, configFile("guide").replace("/opt/gitlab-runner/metadata", where));
+    const command =
+      stage === "sweep" ? [stage] : ["custom", stage, ...(stage === "run" ? [config, "build_script"] : [])];
+    const env = { ...awsEnvironment(endpoint.url), JOB_RESPONSE_FILE: response };
+    const begun = start([driver, "--config", config, ...command], { env });
+    const timer = setTimeout(() => begun.process.kill("SIGKILL"), 8_000);
+    const { code, signal, stderr } = await begun.finished;
+    clearTimeout(timer);
+    endpoint.close();
+    expect({ code, signal }).toEqual({ code: expect.any(Number), signal: null });
+    expect(stderr).toContain(fifo);
+  });
+
+  // --- Answers of AWS ---
+
+  describe("as an answer of AWS", () => {
+    const arnOf = (n: number) =>
+      `arn:aws:ecs:us-east-2:123456789012:task/test-cluster/${n.toString(16).padStart(32, "0")}`;
+    const [own, other] = [arnOf(1), arnOf(2)];
+    const taskOf = (lastStatus: string) => ({
+      taskArn: own,
+      lastStatus,
+      desiredStatus: lastStatus === "STOPPED" ? "STOPPED" : "RUNNING",
+      createdAt: 1_700_000_000.5,
+      startedBy: "fargate-0123456789ab-0123456789abcdef0123456789abcdef",
+      stopCode: "TaskFailedToStart",
+      stoppedReason: "no reason",
+      containers: [{ name: "ci-coordinator", lastStatus, exitCode: 1, reason: "x" }],
+      attachments: [{ type: "ElasticNetworkInterface", details: [{ name: "privateIPv4Address", value: "127.0.0.1" }] }],
+      overrides: {
+        containerOverrides: [{ name: "ci-coordinator", environment: [{ name: "FARGATE_DEADLINE", value: "1" }] }],
+      },
+    });
+    const several = (...right: unknown[]) => fc.array(fc.oneof(...right.map(answerTo)), { minLength: 1, maxLength: 3 });
+    const answers = fc.record({
+      RunTask: several({ tasks: [taskOf("PROVISIONING")], failures: [] }),
+      DescribeTasks: several(
+        { tasks: [taskOf("PENDING")], failures: [] },
+        { tasks: [taskOf("STOPPED")], failures: [] },
+        { tasks: [], failures: [{ arn: own, reason: "MISSING" }] },
+      ),
+      StopTask: several({ task: taskOf("STOPPED") }),
+      ListTasks: several({ taskArns: [own] }, { taskArns: [] }, { taskArns: [other], nextToken: "more" }),
+    });
+    type Answers = typeof answers extends fc.Arbitrary<infer A> ? A : never;
+    type Operation = keyof Answers;
+    const json = (value: unknown): Answer => ({ status: 200, headers: [], body: JSON.stringify(value) });
+    const usual: Answers = {
+      RunTask: [json({ tasks: [taskOf("PROVISIONING")], failures: [] })],
+      DescribeTasks: [json({ tasks: [taskOf("STOPPED")], failures: [] })],
+      StopTask: [json({ task: taskOf("STOPPED") })],
+      ListTasks: [json({ taskArns: [own] })],
+    };
+    const oddlyCreated = { ...taskOf("RUNNING"), createdAt: 1e300 };
+    const strangeAnswers: Answers[] = [
+      { ...usual, RunTask: [json({ tasks: [{ lastStatus: "PROVISIONING" }] })] },
+      { ...usual, RunTask: [json({ tasks: [{ taskArn: 5 }] })] },
+      { ...usual, RunTask: [{ status: 400, headers: [], body: '{"__type":"ClientException","message":5}' }] },
+      { ...usual, RunTask: [json({ tasks: [{ taskArn: own, createdAt: "x" }] })], ListTasks: [json(7)] },
+      { ...usual, ListTasks: [{ status: 409, headers: [], body: '{"__type":{}}' }] },
+      { ...usual, DescribeTasks: [json({ tasks: [oddlyCreated] })] },
+      { ...usual, DescribeTasks: [json({ tasks: [{ ...taskOf("STOPPED"), containers: {} }] })] },
+    ];
+    interface Scenario {
+      answer(operation: Operation): Answer;
+      readonly asked: { operation: string; input: Record<string, unknown>; answer: Answer }[];
+    }
+    const scenarios = new Map<string, Scenario>();
+    let endpoint: Awaited<ReturnType<typeof startEndpoint>>;
+    let key: Awaited<ReturnType<typeof makeKeyPair>>;
+    const before = { ...process.env };
+    beforeAll(async () => {
+      endpoint = await startEndpoint(({ operation, input }) => {
+        const scenario = scenarios.get(`${input.cluster}`);
+        const answer = scenario?.answer(operation as Operation);
+        if (!scenario || !answer) return { status: 400, headers: [], body: "{}" };
+        scenario.asked.push({ operation, input, answer });
+        return answer;
+      });
+      Object.assign(process.env, awsEnvironment(endpoint.url));
+      key = await makeKeyPair("ed25519");
+    });
+    afterAll(() => {
+      endpoint?.close();
+      for (const name of Object.keys(awsEnvironment(""))) {
+        if (before[name] === undefined) delete process.env[name];
+        else process.env[name] = before[name];
+      }
+    });
+
+    /** A cluster of its own, in which each operation is answered by these in turn, the last one for ever. */
+    function clusterOf(lists: Partial<Record<Operation, readonly Answer[]>>) {
+      const cluster = `cluster-${cases}`;
+      const at: Partial<Record<Operation, number>> = {};
+      const scenario: Scenario = {
+        asked: [],
+        answer: (operation) => {
+          const list = lists[operation] ?? [];
+          const turn = at[operation] ?? 0;
+          at[operation] = turn + 1;
+          return list[Math.min(turn, list.length - 1)] ?? { status: 400, headers: [], body: "{}" };
+        },
+      };
+      scenarios.set(cluster, scenario);
+      return { cluster, scenario };
+    }
+    /** Every wait of the driver passes sixty times as fast, as far as it looks at its clock. */
+    const fast = () => {
+      const begun = Date.now();
+      return () => begun + (Date.now() - begun) * 60;
+    };
+    /** What the endpoint has said to calls of an operation, in whole answers with success. */
+    const saidTo = ({ asked }: Scenario, wanted: Operation): { tasks?: unknown; taskArns?: unknown }[] =>
+      asked.flatMap(({ operation, answer: { status, body, claims }, answer }) => {
+        if (operation !== wanted || status !== 200 || !isWhole(answer)) return [];
+        const said = attempt(() => JSON.parse(Buffer.from(body.slice(0, claims), "latin1").toString()));
+        return "value" in said && typeof said.value === "object" && said.value !== null ? [said.value] : [];
+      });
+    /** The tasks that have been started, as the endpoint says. */
+    const startedBy = (scenario: Scenario): string[] =>
+      saidTo(scenario, "RunTask").flatMap(({ tasks }) => {
+        const arns = Array.isArray(tasks) ? (tasks as (Task | null)[]).map((task) => task?.taskArn) : [];
+        return arns.filter((arn) => typeof arn === "string" && arn !== "") as string[];
+      });
+    /** Whether the endpoint has given a list of tasks that lacks this one. */
+    const isDenied = (scenario: Scenario, arn: string): boolean =>
+      saidTo(scenario, "ListTasks").some(({ taskArns }) => Array.isArray(taskArns) && !taskArns.includes(arn));
+    const within = async <T>(ms: number, what: Promise<T>): Promise<T> => {
+      const late = Promise.withResolvers<never>();
+      const timer = setTimeout(() => late.reject(new Error(`still busy after ${ms} ms`)), ms);
+      return Promise.race([what, late.promise]).finally(() => clearTimeout(timer));
+    };
+
+    test(
+      "prepare and cleanup end in time, say why, and lose no task that was started",
+      () =>
+        forAnyAtOnce(
+          fc.asyncProperty(answers, async (lists) => {
+            const { cluster, scenario } = clusterOf(lists);
+            const { context, lines, record } = stageOf(join(directory(), "records"), fast(), (config) => {
+              config.Fargate.Cluster = cluster;
+              config.Fargate.StartTimeout = 60;
+              config.SSH.ConnectTimeout = 60;
+            });
+            const said: string[] = [];
+            for (const stage of [prepare, cleanup]) {
+              const outcome = await within(
+                20_000,
+                outcomeOf(() => stage(context)),
+              );
+              if ("failure" in outcome) said.push(expectClear(outcome.failure));
+              else expect(stage).toBe(cleanup);
+            }
+            for (const line of lines) expect(line).not.toMatch(ENGINE);
+            for (const line of [...lines, ...said]) expect(line.length).toBeLessThan(LONGEST);
+            const stopped = scenario.asked.flatMap(({ operation, input }) =>
+              operation === "StopTask" ? [input.task] : [],
+            );
+            const told = [...lines, ...said].join("\n");
+            // One whose name was lost with the rest of its answer is looked for: until it is known that there is none, the
+            // record stays, for the next cleanup or a sweep.
+            const kept = fs.existsSync(record);
+            for (const arn of startedBy(scenario)) {
+              const named = told.includes(formatRecord(logRecord(arn), "text-simple").slice("error: ".length, -1));
+              expect(stopped.includes(arn) || named || kept || isDenied(scenario, arn)).toBe(true);
+            }
+          }),
+          { runs: 40, lanes: 40, examples: strangeAnswers.map((lists) => [lists]) },
+        ),
+      timeout,
+    );
+
+    test(
+      "sweep and the end of a run that has lost its task do as well",
+      () =>
+        forAnyAtOnce(
+          fc.asyncProperty(answers, fc.boolean(), async (lists, sweeping) => {
+            const { cluster } = clusterOf(lists);
+            const records = join(directory(), "records");
+            fs.mkdirSync(records);
+            const { context, lines, record } = stageOf(records, fast(), (config) => {
+              config.Fargate.Cluster = cluster;
+              config.SSH.ConnectTimeout = 60;
+            });
+            const script = join(records, "script");
+            fs.writeFileSync(script, "true");
+            if (sweeping) {
+              const outcome = await within(
+                20_000,
+                outcomeOf(() => sweep(context, { dryRun: false, json: false })),
+              );
+              if ("failure" in outcome) expectClear(outcome.failure);
+              else {
+                for (const line of outcome.value.problems) expect(line).not.toMatch(ENGINE);
+                for (const json of [false, true]) expect(formatSweep(outcome.value, json)).not.toMatch(ENGINE);
+              }
+            } else {
+              const HostKey = "AAAA";
+              const PrivateKey = Buffer.from(key.privateKey).toString("base64");
+              const host = { PrivateKey, HostKey, ContainerIP: "127.0.0.1" };
+              writeRecord(record, { ...someRecord, ...host, TaskARN: own, Cluster: cluster });
+              const sinks = { stdout: discard(), stderr: discard() };
+              const outcome = await within(
+                20_000,
+                outcomeOf(() => runStage({ ...context, ...sinks }, script, "x")),
+              );
+              expect(outcome).toHaveProperty("failure");
+              if ("failure" in outcome) expectClear(outcome.failure);
+            }
+            for (const line of lines) expect(line).not.toMatch(ENGINE);
+          }),
+          {
+            runs: 40,
+            lanes: 40,
+            examples: strangeAnswers.flatMap((lists): [typeof lists, boolean][] => [
+              [lists, true],
+              [lists, false],
+            ]),
+          },
+        ),
+      timeout,
+    );
+
+    test.each([
+      ["always the same", () => "again"],
+      ["always another", (page: number) => `page ${page}`],
+    ])(
+      "a list of tasks that never ends, the token of the next page being %s, is a failure",
+      async (_, token) => {
+        const { cluster, scenario } = clusterOf({});
+        let pages = 0;
+        scenario.answer = () => json({ taskArns: [], nextToken: token(pages++) });
+        const { context } = stageOf(join(directory(), "records"), fast(), (config) => {
+          config.Fargate.Cluster = cluster;
+        });
+        try {
+          const outcome = await within(
+            10_000,
+            outcomeOf(() => sweep(context, { dryRun: true, json: false })),
+          );
+          expect(expectClear("failure" in outcome && outcome.failure)).toContain("ecs:ListTasks");
+        } finally {
+          scenario.answer = () => json({ taskArns: [] });
+        }
+      },
+      20_000,
+    );
+
+    test.each([301, 302, 303, 307, 308])(
+      "a redirection (%i) is no answer, and nothing is sent to where it leads",
+      async (status) => {
+        const elsewhere: string[] = [];
+        const stranger = await startEndpoint(({ operation }) => {
+          elsewhere.push(operation);
+          return json({ tasks: [taskOf("PROVISIONING")] });
+        });
+        const { cluster } = clusterOf({
+          RunTask: [{ status, headers: [`location: ${stranger.url}/`], body: "" }],
+        });
+        const { context } = stageOf(join(directory(), "records"), fast(), (config) => {
+          config.Fargate.Cluster = cluster;
+          config.Fargate.StartTimeout = 60;
+        });
+        const outcome = await outcomeOf(() => prepare(context));
+        stranger.close();
+        expect(elsewhere).toEqual([]);
+        expect(expectClear("failure" in outcome && outcome.failure)).toContain("ecs:RunTask");
+      },
+    );
+
+    test("an answer of 10 MB that is a single text is told in short", async () => {
+      const long = "x".repeat(10_000_000);
+      const { cluster } = clusterOf({
+        RunTask: [json({ tasks: [], failures: [{ reason: long, detail: long }] })],
+      });
+      const { context } = stageOf(join(directory(), "records"), fast(), (config) => {
+        config.Fargate.Cluster = cluster;
+      });
+      const outcome = await outcomeOf(() => prepare(context));
+      expect(expectClear("failure" in outcome && outcome.failure)).toContain("ecs:RunTask started no task");
+    });
+  });
+
+  // --- Scripts ---
+
+  describe("as a script", () => {
+    let task: Awaited<ReturnType<typeof startTask>>;
+    beforeAll(async () => {
+      task = await startTask();
+    });
+    afterAll(() => task?.host.stop(0));
+    const collect = () => {
+      const chunks: Buffer[] = [];
+      const sink = new Writable({
+        write(chunk: Buffer, _, done) {
+          chunks.push(Buffer.from(chunk));
+          done();
+        },
+      });
+      return { sink, bytes: () => Buffer.concat(chunks) };
+    };
+    /** The same bytes by bash itself, where the driver runs them, without the driver. */
+    async function byBash({ client }: Connection, path: string): Promise<{ code: number; stdout: Buffer }> {
+      const program = 'S=$(cat "$0"; echo x); (eval "unset S; ${S%x}") </dev/null';
+      const ended = Promise.withResolvers<{ code: number; stdout: Buffer }>();
+      client.exec(`exec bash -c '${program}' '${path}'`, (error, channel) => {
+        if (error) return ended.reject(error);
+        const out: Buffer[] = [];
+        channel.stderr.resume();
+        let code: number | undefined;
+        channel.on("data", (chunk: Buffer) => out.push(chunk));
+        channel.on("exit", (number: number | null, signal: string) => {
+          code = number ?? 128 + (signal === "SIGKILL" ? 9 : 15);
+        });
+        channel.on("close", () => ended.resolve({ code: code ?? -1, stdout: Buffer.concat(out) }));
+      });
+      return ended.promise;
+    }
+
+    taskTest(
+      "any bytes come to what bash makes of them, or to a failure, and the connection stays usable",
+      async () => {
+        const connection = await task.logIn();
+        const path = join(directory(), "script");
+        const script = hosts.kind === "container" ? fc.oneof(harmlessScript, shellSoup) : harmlessScript;
+        try {
+          await forAny(
+            fc.asyncProperty(script, async (text) => {
+              const bytes = Buffer.from(text, "latin1");
+              const out = collect();
+              const outcome = await outcomeOf(() =>
+                runScript(
+                  connection,
+                  bytes,
+                  { interpreter: "bash", loginShell: "bash" },
+                  { stop: never, log: getLogger("fargate"), stdout: out.sink, stderr: discard() },
+                ),
+              );
+              if ("failure" in outcome) {
+                expect(expectClear(outcome.failure)).toContain("without NUL characters");
+                expect(bytes.includes(0)).toBe(true);
+                expect(out.bytes().toString("latin1")).toBe("");
+                return;
+              }
+              fs.writeFileSync(path, bytes);
+              const { code, stdout } = await byBash(connection, path);
+              expect({ outcome: outcome.value, stdout: out.bytes().toString("latin1") }).toEqual({
+                outcome: { ended: "exited", code },
+                stdout: stdout.toString("latin1"),
+              });
+            }),
+            { runs: 60 },
+          );
+        } finally {
+          connection.client.end();
+        }
+      },
+      { timeout },
+    );
+
+    test("any first line names bash or sh, or is refused", () =>
+      forAny(
+        fc.property(
+          fc.oneof(
+            harmlessScript,
+            fc.string({ unit: "binary" }).map((line) => `#!${line}`),
+          ),
+          (text) => {
+            const asked = attempt(() => interpreterOf(Buffer.from(text), "bash"));
+            if ("failure" in asked) expect(expectClear(asked.failure)).toMatch(/^the script is for /);
+            else expect(["bash", "sh"]).toContain(asked.value);
+          },
+        ),
+        { runs: 500 },
+      ));
+  });
+
+  // --- Exit codes ---
+
+  test("as the runner's exit codes, any text gives one from 1 to 255", () =>
+    forAny(
+      fc.property(exitCodeText, (text) => {
+        for (const kind of ["build", "system"] as const) {
+          const code = exitCode(kind, { BUILD_FAILURE_EXIT_CODE: text, SYSTEM_FAILURE_EXIT_CODE: text });
+          expect(Number.isInteger(code) && code >= 1 && code <= 255).toBe(true);
+        }
+      }),
+      { runs: 500 },
+    ));
+
+  test(
+    "as a script's end, every exit code and signal reaches the runner's file",
+    async () => {
+      const { privateKey } = await makeKeyPair("ed25519");
+      let ends: { code: number } | { signal: string } = { code: 0 };
+      let hostKey = Buffer.alloc(0);
+      const made = await makeKeyPair("ed25519");
+      const server = new SshServerOfAPacket(
+        { hostKeys: [made.privateKey], algorithms: { cipher: ["aes128-gcm@openssh.com"] } },
+        (client) =>
+          client
+            .on("error", () => {})
+            .on("authentication", (attempt) => attempt.accept())
+            .on("session", (accept) =>
+              accept().on("exec", (accept, _, { command }) => {
+                const channel = accept();
+                const mark = /fargate-[0-9a-f]{32}/.exec(command)?.[0];
+                if (mark) channel.write(`${mark} 4242\n`);
+                channel.resume().on("end", () => {
+                  for (const stream of [channel, channel.stderr]) stream.write(`${mark} end\n`);
+                  if ("code" in ends) channel.exit(ends.code);
+                  else channel.exit(ends.signal, false, "");
+                  channel.end();
+                });
+                if (mark) return;
+                channel.exit(0); // a question of the driver's own
+                channel.end();
+              }),
+            ),
+      ).listen(0, "127.0.0.1");
+      await new Promise((listening) => server.once("listening", listening));
+      const key = utils.parseKey(made.privateKey);
+      if (!(key instanceof Error) && !Array.isArray(key)) hostKey = Buffer.from(key.getPublicSSH());
+      const records = join(directory(), "records");
+      fs.mkdirSync(records);
+      const { context, record } = stageOf(records, Date.now, (config) => {
+        config.SSH.Port = (server.address() as { port: number }).port;
+      });
+      const [script, codeFile] = [join(records, "script"), join(records, "code")];
+      fs.writeFileSync(script, "true");
+      writeRecord(record, {
+        ...someRecord,
+        ContainerIP: "127.0.0.1",
+        HostKey: hostKey.toString("base64"),
+        PrivateKey: Buffer.from(privateKey).toString("base64"),
+        Deadline: 4_000_000_000,
+      });
+      const endsWith = async (end: typeof ends) => {
+        ends = end;
+        const env = { BUILD_EXIT_CODE_FILE: codeFile, BUILD_FAILURE_EXIT_CODE: "71" };
+        const sinks = { stdout: discard(), stderr: discard() };
+        const code = await runStage({ ...context, env, ...sinks }, script, "build_script");
+        return [code, fs.existsSync(codeFile) ? fs.readFileSync(codeFile, "utf8") : undefined];
+      };
+      try {
+        expect(await endsWith({ code: 0 })).toEqual([0, undefined]);
+        const code = fc.oneof(
+          { weight: 4, arbitrary: fc.integer({ min: 1, max: 255 }) },
+          { weight: 1, arbitrary: fc.integer({ min: 256, max: 0xffffffff }) },
+          { weight: 1, arbitrary: fc.constant(0xffffffff) },
+        );
+        await forAny(
+          fc.asyncProperty(code, async (code) => {
+            // 137 would ask ECS for the reason.
+            fc.pre(code !== 137);
+            expect(await endsWith({ code })).toEqual([71, `${code}`]);
+          }),
+          { runs: 60 },
+        );
+        for (const [signal, code] of [
+          ["TERM", 143],
+          ["SEGV", 139],
+          ["HUP", 129],
+          ["USR1", 138],
+        ] as const)
+          expect(await endsWith({ signal })).toEqual([71, `${code}`]);
+      } finally {
+        server.close();
+      }
+    },
+    timeout,
+  );
+
+  // --- The command line and the log ---
+
+  test("as a command line is a request, or a failure that says what is known", () =>
+    forAny(
+      fc.property(commandLine, (words) => {
+        const parsed = attempt(() => parseCommandLine(words));
+        if ("failure" in parsed) return void expect(expectClear(parsed.failure)).toMatch(/^fargate.*; known: /s);
+        const request = parsed.value as ReturnType<typeof parseCommandLine>;
+        expect(["config", "prepare", "run", "cleanup", "sweep"]).toContain(request?.command);
+        expect(request?.operands.length).toBe(request?.command === "run" ? 2 : 0);
+        expect(typeof request?.config).toBe("string");
+      }),
+      { runs: 600 },
+    ));
+
+  test("in the log is one line without anything that a terminal or a reader would fall for", () =>
+    forAny(
+      fc.property(
+        fc.string({
+          unit: fc.oneof(
+            fc.constantFrom(
+              ...'\n\r\t\u0000\u001b\u007f\u0085\u009b\u061c\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069{}"\\',
+            ),
+            fc.string({ unit: "binary", minLength: 1, maxLength: 1 }),
+          ),
+        }),
+        fc.jsonValue(),
+        (text, reason) => {
+          for (const format of FORMATS) {
+            const line = formatRecord(logRecord(text, { reason, text }), format);
+            expect(line.endsWith("\n")).toBe(true);
+            expect(line.slice(0, -1)).not.toMatch(UNSAFE);
+            if (format === "json") expect(JSON.parse(line)).toMatchObject({ level: "fatal", text });
+          }
+        },
+      ),
+      { runs: 1_000 },
+    ));
 });
 
 describe("the table of faults", () => {

@@ -100,7 +100,7 @@ export function exitCode(kind: Failure["kind"], env: Environment): number {
 /** The words of any thrown value, without a stack. */
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
-  return error.message || ("code" in error ? String(error.code) : error.name);
+  return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
 /** What is known about a failure, by its text. */
@@ -272,6 +272,9 @@ const strategy = v.pipe(
   ),
 );
 
+/** Keys that valibot's `record` leaves out without a word. */
+const RESERVED = ["__proto__", "constructor", "prototype"];
+
 /** Every setting, as the configuration file spells it, with default, unit and meaning. */
 export const ConfigSchema = v.object({
   LogLevel: v.optional(oneOf(LEVELS, "the least severe messages that are logged"), "info"),
@@ -298,6 +301,9 @@ export const ConfigSchema = v.object({
       EnableExecuteCommand: v.optional(flag("whether ECS Exec may enter the task"), false),
       Tags: v.optional(
         v.pipe(
+          v.custom<Record<string, string>>(
+            (tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key)),
+          ),
           v.record(v.string(), v.string()),
           v.check((tags) => Object.keys(tags).length <= 50),
           v.description("a table of at most 50 tags for the task, text = text"),
@@ -404,6 +410,17 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown
   return folded;
 }
 
+/** A value in short, as the file spells it. */
+function shown(value: unknown): string {
+  if (typeof value === "number" && !Number.isFinite(value))
+    return String(value).replace("Infinity", "inf").replace("NaN", "nan");
+  try {
+    return JSON.stringify(value).slice(0, 80);
+  } catch {
+    return "nested too deeply"; // for the engine's stack: dotted keys have no limit
+  }
+}
+
 /** One problem of a configuration: its key, what is wrong, what is expected. */
 function describeProblem(issue: v.BaseIssue<unknown>): string {
   const key = v.getDotPath(issue) ?? "";
@@ -415,7 +432,7 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
     expected = v.getDescription(unwrap(schema)) ?? expected;
   }
   const given = issue.path?.at(-1)?.value;
-  const wrong = given === undefined ? "is missing" : `is ${JSON.stringify(given)?.slice(0, 80)}`;
+  const wrong = given === undefined ? "is missing" : `is ${shown(given)}`;
   return `${key} ${wrong}; expected: ${expected}`;
 }
 
@@ -491,7 +508,8 @@ export function readConfig(file: string, path: string, options: Options, env: En
   };
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
-    const problems = result.issues.map(describeProblem);
+    const all = [...new Set(result.issues.map(describeProblem))];
+    const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
     throw new Failure("system", `${path} cannot be used:`, problems);
   }
   // The runner calls each try in a directory of its own, which it removes.
@@ -599,6 +617,8 @@ export interface Job {
 
 /** Seconds; for a job whose runner does not say how long it may take. */
 const UNKNOWN_TIMEOUT = 86_400;
+/** Seconds, some thirty years; more is no number to reckon with. */
+const LONGEST_TIMEOUT = 1e9;
 /** Seconds; GitLab Runner's own for a job without one. */
 const DEFAULT_TIMEOUT = 7_200;
 
@@ -607,7 +627,7 @@ const JobResponseSchema = v.object({
   token: v.optional(v.string(), ""),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
-  runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
+  runner_info: v.fallback(v.object({ timeout: v.optional(v.pipe(v.number(), v.maxValue(LONGEST_TIMEOUT))) }), {}),
 });
 
 /** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
@@ -663,6 +683,10 @@ export function readJob(env: Environment): Job | undefined {
 // ---------------------------------------------------------------------------------------------------------
 
 const RECORD_VERSION = 1;
+/** `fargate-<manager>-<job>`, as in the tasks that this driver starts. */
+const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/;
+/** Epoch seconds that a Date can bear. */
+const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12));
 
 const RecordSchema = v.object({
   Version: v.literal(RECORD_VERSION),
@@ -674,7 +698,8 @@ const RecordSchema = v.object({
   PrivateKey: v.string(),
   Cluster: v.string(),
   Region: v.string(),
-  StartedBy: v.string(),
+  /** Under another's name, or none, ListTasks would find what is not this job's. */
+  StartedBy: v.pipe(v.string(), v.regex(STARTED_BY)),
   /** Every token that RunTask was or may have been called with. */
   ClientTokens: v.array(v.string()),
   /** RunTask may have been sent and has not been answered: there may be a task whose ARN is not known. */
@@ -686,9 +711,9 @@ const RecordSchema = v.object({
   /** File name of the login user's own shell. */
   LoginShell: v.string(),
   /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped. */
-  Deadline: v.number(),
+  Deadline: seconds,
   /** Epoch seconds; when the record was made, then when RunTask was last sent. */
-  UpdatedAt: v.number(),
+  UpdatedAt: seconds,
 });
 
 /** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
@@ -858,7 +883,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"]): User[] {
   const users: User[] = [];
   for (const name of fs.readdirSync(Directory)) {
     const [, stem, stage, pid, start, namespace] =
-      /^(.+-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
+      /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
     if (!stem || !stage) continue;
     const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
     if (lives === false) removeQuietly(join(Directory, name));
@@ -1064,13 +1089,22 @@ export function mayHaveWorked(error: unknown): boolean {
   return !/Credential|ECONNREFUSED|ConnectionRefused|ENOTFOUND|EAI_AGAIN/.test(`${name} ${code} ${message}`);
 }
 
+/** Why a call to AWS failed, without the hints for programmers that the SDK and bun add. */
+function awsReason(error: unknown): string {
+  const { name = "" } = error as AwsError;
+  const status = statusOf(error);
+  // The SDK stumbles over a body that it does not expect: a proxy's page, or anything else.
+  if (status > 0 && /^(Type|Syntax|Range)Error$/.test(name) && !/ECONN|socket/i.test(reasonOf(error)))
+    return `HTTP ${status} with a body that is none of AWS's`;
+  return reasonOf(error).replace(/(?: For more information, pass `verbose|\n)[\s\S]*/, "");
+}
+
 /** What a call to AWS came to, as a Failure that names the call and the error. */
 export function awsFailure(action: string, error: unknown): Failure {
   const { name = "Error" } = error as AwsError;
   const answered = statusOf(error) >= 300;
-  // The SDK and bun add hints for programmers.
-  const reason = reasonOf(error).replace(/(?: For more information, pass `verbose|\n)[\s\S]*/, "");
-  const detail = answered ? `${name}: ${reason}` : reason;
+  const reason = awsReason(error);
+  const detail = answered && !reason.startsWith("HTTP ") ? `${name}: ${reason}` : reason;
   const what = answered ? "was refused" : /Credential/.test(name) ? "was not sent" : "got no answer";
   return new Failure("system", `${action} ${what}: ${detail}`);
 }
@@ -1087,6 +1121,40 @@ interface CallLimits extends Limits {
   /** How long a call that was sent may still take after the signal, in ms; not at all unless given. */
   readonly grace?: number;
 }
+
+/** What is not of its type counts as not given. */
+const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(schema), undefined);
+const givenText = given(v.string());
+const pairs = given(v.array(v.fallback(v.object({ name: givenText, value: givenText }), {})));
+/** What this driver looks at in ECS's answers; the SDK passes on whatever has come. */
+const AnswerSchema = v.object({
+  tasks: given(
+    v.array(
+      v.fallback(
+        v.object({
+          taskArn: givenText,
+          startedBy: givenText,
+          lastStatus: givenText,
+          desiredStatus: givenText,
+          stopCode: givenText,
+          stoppedReason: givenText,
+          createdAt: given(v.date()),
+          attachments: given(v.array(v.fallback(v.object({ type: givenText, details: pairs }), {}))),
+          containers: given(
+            v.array(v.fallback(v.object({ name: givenText, exitCode: given(v.number()), reason: givenText }), {})),
+          ),
+          overrides: given(
+            v.object({ containerOverrides: given(v.array(v.fallback(v.object({ environment: pairs }), {}))) }),
+          ),
+        }),
+        {},
+      ),
+    ),
+  ),
+  failures: given(v.array(v.fallback(v.object({ reason: givenText, detail: givenText }), {}))),
+  taskArns: given(v.array(v.string())),
+  nextToken: givenText,
+});
 
 /** What the SDK takes to end a call. */
 type Abort = { abortSignal: AbortSignal };
@@ -1109,7 +1177,11 @@ export class Aws {
    */
   async #settings() {
     const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
-    return { region: this.region, maxAttempts: 1, requestHandler: new FetchHttpHandler() };
+    return {
+      region: this.region,
+      maxAttempts: 1,
+      requestHandler: new FetchHttpHandler({ requestInit: () => ({ redirect: "manual" }) }),
+    };
   }
 
   async #send<T>(
@@ -1119,7 +1191,7 @@ export class Aws {
   ): Promise<T> {
     const { log, now } = this.context;
     const first = now();
-    let told = false;
+    let warned = false;
     const once = async () => {
       onSend();
       const begun = now();
@@ -1139,11 +1211,15 @@ export class Aws {
       try {
         return await Promise.race([call({ abortSignal: sdk.signal }), cut.promise]);
       } catch (error) {
-        log.debug("{action} failed after {ms} ms: {reason}", { action, ms: now() - begun, reason: reasonOf(error) });
+        // The SDK takes them from the answer, where they may be of any type.
+        const told = error as Error;
+        if (typeof told.name !== "string" || told.name === "") told.name = "UnknownError";
+        if (typeof told.message !== "string") told.message = "";
+        log.debug("{action} failed after {ms} ms: {reason}", { action, ms: now() - begun, reason: awsReason(error) });
         const patience = isThrottling(error) ? PATIENCE.throttled : PATIENCE.other;
-        if (!told && now() > first + patience && now() < until && !signal?.aborted && again(error)) {
-          told = true;
-          log.warn("{action} still fails, and is tried again: {reason}", { action, reason: reasonOf(error) });
+        if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(error)) {
+          warned = true;
+          log.warn("{action} still fails, and is tried again: {reason}", { action, reason: awsReason(error) });
         }
         throw error;
       } finally {
@@ -1161,10 +1237,20 @@ export class Aws {
     }
   }
 
-  async #ecs<T>(action: string, limits: CallLimits, call: (ecs: ECS, abort: Abort) => Promise<T>): Promise<T> {
+  async #ecs<T>(
+    action: string,
+    limits: CallLimits,
+    call: (ecs: ECS, abort: Abort) => Promise<T>,
+    isWhole: (answer: v.InferOutput<typeof AnswerSchema>) => boolean = () => true,
+  ): Promise<T> {
     this.#ecsClient ??= this.#settings().then(async (made) => new (await import("@aws-sdk/client-ecs")).ECS(made));
     const ecs = await this.#ecsClient;
-    return this.#send(`ecs:${action}`, limits, (abort) => call(ecs, abort));
+    return this.#send(`ecs:${action}`, limits, async (abort) => {
+      const parsed = v.safeParse(AnswerSchema, await call(ecs, abort));
+      const answer = parsed.success ? parsed.output : {};
+      if (isWhole(answer)) return answer as T;
+      throw Object.assign(new Error("the answer is empty"), { $metadata: {} }); // a proxy's, and none of ECS
+    });
   }
 
   /**
@@ -1173,11 +1259,12 @@ export class Aws {
    * @returns the task's ARN, or why there is none
    */
   async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
-    const { tasks, failures } = await this.#ecs("RunTask", limits, async (ecs, abort) => {
-      const answer = await ecs.runTask(input, abort);
-      if (answer.tasks?.length || answer.failures?.length) return answer;
-      throw Object.assign(new Error("the answer is empty"), { $metadata: {} }); // a proxy's, and none of ECS
-    });
+    const { tasks, failures } = await this.#ecs(
+      "RunTask",
+      limits,
+      (ecs, abort) => ecs.runTask(input, abort),
+      ({ tasks, failures }) => Boolean(tasks?.length ? tasks[0]?.taskArn : failures?.length),
+    );
     const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" "));
     return { arn: tasks?.[0]?.taskArn, why: reasons.join("; ") || "AWS gave no reason" };
   }
@@ -1187,7 +1274,12 @@ export class Aws {
     const found: Task[] = [];
     for (let from = 0; from < arns.length; from += 100) {
       const asked = { cluster, tasks: arns.slice(from, from + 100) };
-      const answer = await this.#ecs("DescribeTasks", limits, (ecs, abort) => ecs.describeTasks(asked, abort));
+      const answer = await this.#ecs(
+        "DescribeTasks",
+        limits,
+        (ecs, abort) => ecs.describeTasks(asked, abort),
+        ({ tasks }) => Boolean(tasks),
+      );
       found.push(...(answer.tasks ?? []));
     }
     return found;
@@ -1216,11 +1308,16 @@ export class Aws {
     let nextToken: string | undefined;
     do {
       const asked = { cluster, startedBy, nextToken };
-      const page: ListTasksCommandOutput = await this.#ecs("ListTasks", { ...limits, again: mayPass }, (ecs, abort) =>
-        ecs.listTasks(asked, abort),
+      const page: ListTasksCommandOutput = await this.#ecs(
+        "ListTasks",
+        { ...limits, again: mayPass },
+        (ecs, abort) => ecs.listTasks(asked, abort),
+        ({ taskArns }) => Boolean(taskArns),
       );
       arns.push(...(page.taskArns ?? []));
       nextToken = page.nextToken;
+      if (nextToken && this.context.now() > limits.until)
+        throw new Failure("system", "ecs:ListTasks has more pages than there is time for");
     } while (nextToken);
     return arns;
   }
@@ -1431,7 +1528,7 @@ export async function connect(
     return await done.promise;
   } catch (error) {
     socket.destroy(); // also when connect itself throws, for a key that it cannot read
-    throw error;
+    throw error instanceof Failure ? error : new SshFailure("login", `${where}: ${reasonOf(error)}`);
   } finally {
     clearTimeout(timer);
     signal.removeEventListener("abort", abort);
@@ -2465,7 +2562,7 @@ interface Found extends Partial<TaskTrace> {
 function readRecords(directory: string): Found[] {
   return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry): Found[] => {
     const name = entry.isFile() ? entry.name : "";
-    const [, stem, job] = /^(.+-([0-9a-f]{32})[0-9a-f]{32})\.json$/.exec(name) ?? [];
+    const [, stem, job] = /^([\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32})\.json$/.exec(name) ?? [];
     if (!stem || !job) return [];
     const path = join(directory, name);
     const file = { name, stem, job, content: "" };
@@ -2510,7 +2607,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
 
   // The records after the tasks: a task that is listed without one has lost it.
   const listed = await aws.describeTasks(Cluster, await aws.listTasks(Cluster, undefined, limits()), limits());
-  const tasks = listed.filter((task) => /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/.test(task.startedBy ?? ""));
+  const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const here = fs.existsSync(Directory);
   const records = here ? readRecords(Directory) : [];
   const users = here ? usersOf(config.TaskMetadata) : [];
@@ -2572,8 +2669,8 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     });
   }
   for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
-    if (!/\.(json|manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
-    const { mtimeMs = now() } = fs.statSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
+    const { mtimeMs = now() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     // A write that was cut off.
     if (now() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
@@ -2636,7 +2733,7 @@ class Cli extends Command {
     for (; root.parent; root = root.parent) path = `${root.parent.name()} ${path}`;
     const what = message
       .replace(/^error: /, "")
-      .replace(/\n[\s\S]*$/, "")
+      .replace(/\n\(Did you mean [^\n]*$/, "")
       .replace(/\.$/, "");
     if (options?.code === "commander.invalidArgument")
       throw new Failure("system", `${path}: ${what.replace(". known: ", "; known: ")}`); // see oneOfWords
