@@ -50,6 +50,7 @@ import { writeSums } from "./.ci/build.ts";
 import { licenceFaults, licenceOf, packagesOf } from "./.ci/licences.ts";
 import {
   adviceFor,
+  announce,
   type Config,
   ConfigSchema,
   type Connection,
@@ -87,6 +88,7 @@ import {
   type SweepReport,
   sweep,
   type TaskRecord,
+  usersOf,
   writeRecord,
 } from "./fargate.ts";
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
@@ -790,6 +792,21 @@ describe("the task record", () => {
     expect(remainsOf(path).TaskARN).toBeUndefined();
     fs.chownSync(path, 0, 0);
     expect(readRecord(path)).toEqual(someRecord);
+  });
+
+  test("a directory that belongs to another user is a warning, a lock of another's counts for nothing", ({ skip }) => {
+    if (process.geteuid?.() !== 0) return skip("only root can give files away");
+    const where = directory();
+    fs.chmodSync(where, 0o755);
+    fs.chownSync(where, 12_345, 0);
+    expect(openDirectory(where)).toBe(
+      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; chown 0 ${where}`,
+    );
+    const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
+    announce({ Directory: where }, stem, "run");
+    expect(usersOf({ Directory: where })).toMatchObject([{ stem, stage: "run", lives: true }]);
+    fs.chownSync(join(where, fs.readdirSync(where)[0] as string), 12_345, 0);
+    expect(usersOf({ Directory: where })).toEqual([]);
   });
 
   test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {
@@ -3755,6 +3772,7 @@ describe.concurrent("cleanup", () => {
   for (const [what, damage, right = { code: 0, keepsRecord: false }] of damages)
     faultTest(`the record ${what}`, async (scene) => {
       await prepared(scene);
+      wholeRun.ownFile(scene.record); // what the test makes of it is no fault of the driver's
       damage(scene.record);
       const finished = await scene.stage("cleanup");
       expect(finished).toMatchObject({ code: right.code });

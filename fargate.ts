@@ -569,7 +569,8 @@ export function openLog(settings: LogSettings): Logger {
   let trouble: unknown;
   if (settings.LogFile) {
     try {
-      const file = fs.openSync(settings.LogFile, "a", 0o600);
+      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK } = fs.constants; // a pipe must not hold up a stage
+      const file = fs.openSync(settings.LogFile, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0o600);
       write = (line) => writeWhole(file, line);
     } catch (error) {
       trouble = error;
@@ -617,8 +618,8 @@ export interface Job {
 
 /** Seconds; for a job whose runner does not say how long it may take. */
 const UNKNOWN_TIMEOUT = 86_400;
-/** Seconds, some thirty years; more is no number to reckon with. */
-const LONGEST_TIMEOUT = 1e9;
+/** Seconds, a month, as in GitLab. */
+const LONGEST_TIMEOUT = 2_678_400;
 /** Seconds; GitLab Runner's own for a job without one. */
 const DEFAULT_TIMEOUT = 7_200;
 
@@ -627,7 +628,7 @@ const JobResponseSchema = v.object({
   token: v.optional(v.string(), ""),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
-  runner_info: v.fallback(v.object({ timeout: v.optional(v.pipe(v.number(), v.maxValue(LONGEST_TIMEOUT))) }), {}),
+  runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
 });
 
 /** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
@@ -667,7 +668,7 @@ export function readJob(env: Environment): Job | undefined {
       stem: `job-${response.id}-${hash}`,
       hash,
       title: `job ${response.id} of project ${project}`,
-      timeout: timeout > 0 ? timeout : DEFAULT_TIMEOUT,
+      timeout: timeout > 0 ? Math.min(timeout, LONGEST_TIMEOUT) : DEFAULT_TIMEOUT,
     };
   }
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
@@ -727,14 +728,16 @@ export function openDirectory(directory: string): string | undefined {
 }
 
 /**
- * @returns a warning where the directory's group may write to it
+ * @returns a warning where the directory's group, or another user who owns it, may write to it
  * @throws {Failure} where anybody may put one record in another's place
  */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
-  const { mode } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0 };
+  const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
   if ((mode & 0o1002) === 0o002)
     throw new Failure("system", `${what} cannot be used: anybody may write to it; chmod o-w ${directory}`);
+  const own = process.geteuid?.();
+  if (uid !== 0 && uid !== own) return `${what} belongs to another user, of id ${uid}; chown ${own} ${directory}`;
   return mode & 0o020 ? `${what} can be written to by its group; chmod g-w ${directory}` : undefined;
 }
 
@@ -885,6 +888,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"]): User[] {
     const [, stem, stage, pid, start, namespace] =
       /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
     if (!stem || !stage) continue;
+    if (fs.lstatSync(join(Directory, name), { throwIfNoEntry: false })?.uid !== process.geteuid?.()) continue;
     const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
     if (lives === false) removeQuietly(join(Directory, name));
     else users.push({ name, stem, stage, pid: Number(pid), lives });
@@ -2078,11 +2082,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     const place = places[tries++ % places.length] as Placement;
     const placed = { ...config, Fargate: { ...config.Fargate, ...place } };
     await startTask({ ...context, config: placed }, aws, record, key, until);
-    const ready = await untilReady(context, aws, record, key, begun);
-    // A key that every task takes does not tell whose address it is by now.
-    const fate = record.PrivateKey ? undefined : await fateOf(context, record, 0);
-    if (fate?.ended) throw new Failure("system", `before it was ready, ${fate.says}`);
-    return ready;
+    return untilReady(context, aws, record, key, begun);
   };
   const again = (error: unknown) => {
     const reason = reasonOf(error);
@@ -2160,6 +2160,13 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
 const REFUSAL_PATIENCE = 25_000;
 
 /**
+ * ms; so long after a sign of life from a task, its address cannot be another's: that one would take longer to start.
+ * Later, whoever answers there may show the host key of the same image, and let any key in. Where one key logs in to all
+ * tasks (PrivateKeyPath), ECS is asked at once.
+ */
+const FRESH = 5_000;
+
+/**
  * Follows a new task until a login to it works. Logins begin when its address is known, beside the polling, which
  * from then on only watches for the task's death.
  *
@@ -2182,6 +2189,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   let refusedFor = 0;
   let lastFailure = "";
   let lastTold = "";
+  let alive = 0;
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
@@ -2198,11 +2206,13 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   };
   const describe = async () => {
     const until = host ? now() + 10_000 : deadline;
+    const asked = now();
     const call = aws.describeTasks(record.Cluster, [record.TaskARN], { until, signal });
     // With an address, a login may work any moment: from then on a failure of this call is none of the task.
     const [task] = await (host
       ? call.catch((failure) => [log.debug("{reason}", { reason: reasonOf(failure) })])
       : call);
+    if (task) alive = asked;
     return task;
   };
   const tooLong = () => {
@@ -2242,7 +2252,13 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     }
   };
   try {
-    return await Promise.race([ready.promise, watch()]);
+    const login = await Promise.race([ready.promise, watch()]);
+    if (record.PrivateKey && now() < alive + FRESH) return login;
+    const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], { until: deadline, signal: stop });
+    if (task && !isEnding(task)) return login;
+    login.connection.client.destroy();
+    const why = task ? explainStop(task) : "ECS no longer knows it";
+    throw new Failure("system", `the task stopped before it was ready: ${why}`);
   } finally {
     over.abort(new Failure("system", "the task is no longer awaited"));
   }
@@ -2275,10 +2291,14 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   );
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
-  const code = await runInTask({ ...context, stop }, record, script, stage).finally(() => {
+  const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the stage before ended
+  const code = await runInTask({ ...context, stop }, record, mtimeMs, script, stage).finally(() => {
     clearTimeout(timer);
     done();
   });
+  try {
+    fs.lutimesSync(path, new Date(), new Date());
+  } catch {} // cleaned up meanwhile; or the next stage asks ECS
   log.debug("{stage} ended with exit code {code}", { stage, code });
   if (code === 0) return 0;
   if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
@@ -2288,10 +2308,17 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
 /**
  * Connects and runs the script; one of which no command can have run is sent again, any other never.
  *
+ * @param seen epoch ms of the task's last sign of life
  * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
  */
-async function runInTask(context: Context & Sinks, record: TaskRecord, script: Buffer, stage: string): Promise<number> {
+async function runInTask(
+  context: Context & Sinks,
+  record: TaskRecord,
+  seen: number,
+  script: Buffer,
+  stage: string,
+): Promise<number> {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
   const target: SshTarget = {
@@ -2315,9 +2342,11 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, script: B
     }
     const connection = await connect(target, CONNECT_CUT, stop);
     try {
-      // A key that every task takes does not tell whose address it is; that the task still runs, does.
-      const fate = record.PrivateKey ? undefined : await fateOf(context, record, 0);
-      if (fate?.ended) throw new Failure("system", `${stage} did not begin: ${fate.says}`);
+      if (!record.PrivateKey || Math.abs(now() - seen) > FRESH) {
+        const { known, ended, says } = await fateOf(context, record, 0);
+        if (ended) throw new Failure("system", `${stage} did not begin: ${says}`);
+        if (!known) throw new SshFailure("unreachable", says);
+      }
       const outcome = await runScript(connection, script, shells, context);
       if (outcome.ended === "lost") {
         if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
@@ -2376,16 +2405,16 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
     for (;;) {
       const limits = { until: now() + 5_000, signal: stop };
       const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], limits);
-      if (!task) return { ended: true, says: "ECS no longer knows the task" };
+      if (!task) return { known: true, ended: true, says: "ECS no longer knows the task" };
       const ended = isEnding(task);
       const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
       const says = ended ? `the task stopped: ${explainStop(task)}` : `ECS says that the task is ${task.lastStatus}`;
-      if ((ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500) return { ended, says };
+      if ((ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500) return { known: true, ended, says };
       await sleep(1_500, stop);
     }
   } catch (error) {
     stop.throwIfAborted();
-    return { ended: false, says: `what became of the task is not known: ${reasonOf(error)}` };
+    return { known: false, ended: false, says: `what became of the task is not known: ${reasonOf(error)}` };
   }
 }
 
