@@ -817,8 +817,8 @@ const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}
  * where nobody else can have written that.
  */
 export function remainsOf(path: string): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
-  const { mtimeMs } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {};
-  const UpdatedAt = mtimeMs === undefined ? {} : { UpdatedAt: mtimeMs / 1000 };
+  const status = fs.lstatSync(path, { throwIfNoEntry: false });
+  const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
   try {
     const content = readOwn(path, 0o022);
     const [TaskARN, Region, Cluster] = TASK_ARN.exec(content) ?? [];
@@ -2164,7 +2164,7 @@ const REFUSAL_PATIENCE = 25_000;
  * Later, whoever answers there may show the host key of the same image, and let any key in. Where one key logs in to all
  * tasks (PrivateKeyPath), ECS is asked at once.
  */
-const FRESH = 5_000;
+const FRESH = 10_000;
 
 /**
  * Follows a new task until a login to it works. Logins begin when its address is known, beside the polling, which
