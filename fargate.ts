@@ -984,30 +984,21 @@ export interface Sinks {
 
 /** The input of RunTask: what the official driver sends, and what the configuration adds to it. Pure. */
 export function runTaskInput(
-  config: Config,
+  { Fargate: f }: Config,
   identity: { startedBy: string; clientToken: string },
   environment: Readonly<Record<string, string>> | undefined,
 ): RunTaskCommandInput {
-  const f = config.Fargate;
+  const subnets = f.Subnets ?? [f.Subnet as string];
+  const securityGroups = f.SecurityGroups ?? [f.SecurityGroup as string];
+  const assignPublicIp = f.EnablePublicIP ? "ENABLED" : "DISABLED";
+  const variables = environment && Object.entries(environment).map(([name, value]) => ({ name, value }));
   return {
     cluster: f.Cluster,
     taskDefinition: f.TaskDefinition,
     platformVersion: f.PlatformVersion,
     count: 1,
-    networkConfiguration: {
-      awsvpcConfiguration: {
-        subnets: f.Subnets ?? [f.Subnet as string],
-        securityGroups: f.SecurityGroups ?? [f.SecurityGroup as string],
-        assignPublicIp: f.EnablePublicIP ? "ENABLED" : "DISABLED",
-      },
-    },
-    ...(environment && {
-      overrides: {
-        containerOverrides: [
-          { name: CONTAINER, environment: Object.entries(environment).map(([name, value]) => ({ name, value })) },
-        ],
-      },
-    }),
+    networkConfiguration: { awsvpcConfiguration: { subnets, securityGroups, assignPublicIp } },
+    ...(variables && { overrides: { containerOverrides: [{ name: CONTAINER, environment: variables }] } }),
     launchType: f.LaunchType,
     capacityProviderStrategy: f.CapacityProviderStrategy?.map(({ CapacityProvider, Weight, Base }) => ({
       capacityProvider: CapacityProvider,
@@ -1129,36 +1120,35 @@ interface CallLimits extends Limits {
 /** What is not of its type counts as not given. */
 const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(schema), undefined);
 const givenText = given(v.string());
-const pairs = given(v.array(v.fallback(v.object({ name: givenText, value: givenText }), {})));
+const listed = <T extends v.ObjectEntries>(entries: T) => given(v.array(v.fallback(v.object(entries), {} as never)));
+const pairs = listed({ name: givenText, value: givenText });
 /** What this driver looks at in ECS's answers; the SDK passes on whatever has come. */
 const AnswerSchema = v.object({
-  tasks: given(
-    v.array(
-      v.fallback(
-        v.object({
-          taskArn: givenText,
-          startedBy: givenText,
-          lastStatus: givenText,
-          desiredStatus: givenText,
-          stopCode: givenText,
-          stoppedReason: givenText,
-          createdAt: given(v.date()),
-          attachments: given(v.array(v.fallback(v.object({ type: givenText, details: pairs }), {}))),
-          containers: given(
-            v.array(v.fallback(v.object({ name: givenText, exitCode: given(v.number()), reason: givenText }), {})),
-          ),
-          overrides: given(
-            v.object({ containerOverrides: given(v.array(v.fallback(v.object({ environment: pairs }), {}))) }),
-          ),
-        }),
-        {},
-      ),
-    ),
-  ),
-  failures: given(v.array(v.fallback(v.object({ reason: givenText, detail: givenText }), {}))),
+  tasks: listed({
+    taskArn: givenText,
+    startedBy: givenText,
+    lastStatus: givenText,
+    desiredStatus: givenText,
+    stopCode: givenText,
+    stoppedReason: givenText,
+    createdAt: given(v.date()),
+    attachments: listed({ type: givenText, details: pairs }),
+    containers: listed({ name: givenText, exitCode: given(v.number()), reason: givenText }),
+    overrides: given(v.object({ containerOverrides: listed({ environment: pairs }) })),
+  }),
+  failures: listed({ reason: givenText, detail: givenText }),
   taskArns: given(v.array(v.string())),
   nextToken: givenText,
 });
+type Answer = v.InferOutput<typeof AnswerSchema>;
+
+/** Whether an answer has what its call is made for; one that does not is a proxy's, and none of ECS. */
+const IS_WHOLE = {
+  RunTask: ({ tasks, failures }: Answer) => Boolean(tasks?.length ? tasks[0]?.taskArn : failures?.length),
+  DescribeTasks: ({ tasks }: Answer) => Boolean(tasks),
+  ListTasks: ({ taskArns }: Answer) => Boolean(taskArns),
+  StopTask: () => true,
+};
 
 /** What the SDK takes to end a call. */
 type Abort = { abortSignal: AbortSignal };
@@ -1242,33 +1232,23 @@ export class Aws {
   }
 
   async #ecs<T>(
-    action: string,
+    action: keyof typeof IS_WHOLE,
     limits: CallLimits,
     call: (ecs: ECS, abort: Abort) => Promise<T>,
-    isWhole: (answer: v.InferOutput<typeof AnswerSchema>) => boolean = () => true,
   ): Promise<T> {
     this.#ecsClient ??= this.#settings().then(async (made) => new (await import("@aws-sdk/client-ecs")).ECS(made));
     const ecs = await this.#ecsClient;
     return this.#send(`ecs:${action}`, limits, async (abort) => {
       const parsed = v.safeParse(AnswerSchema, await call(ecs, abort));
       const answer = parsed.success ? parsed.output : {};
-      if (isWhole(answer)) return answer as T;
-      throw Object.assign(new Error("the answer is empty"), { $metadata: {} }); // a proxy's, and none of ECS
+      if (IS_WHOLE[action](answer)) return answer as T;
+      throw Object.assign(new Error("the answer is empty"), { $metadata: {} });
     });
   }
 
-  /**
-   * Starts a task; the input's clientToken makes a repetition answer as before.
-   *
-   * @returns the task's ARN, or why there is none
-   */
+  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why there is none */
   async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
-    const { tasks, failures } = await this.#ecs(
-      "RunTask",
-      limits,
-      (ecs, abort) => ecs.runTask(input, abort),
-      ({ tasks, failures }) => Boolean(tasks?.length ? tasks[0]?.taskArn : failures?.length),
-    );
+    const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
     const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" "));
     return { arn: tasks?.[0]?.taskArn, why: reasons.join("; ") || "AWS gave no reason" };
   }
@@ -1278,12 +1258,7 @@ export class Aws {
     const found: Task[] = [];
     for (let from = 0; from < arns.length; from += 100) {
       const asked = { cluster, tasks: arns.slice(from, from + 100) };
-      const answer = await this.#ecs(
-        "DescribeTasks",
-        limits,
-        (ecs, abort) => ecs.describeTasks(asked, abort),
-        ({ tasks }) => Boolean(tasks),
-      );
+      const answer = await this.#ecs("DescribeTasks", limits, (ecs, abort) => ecs.describeTasks(asked, abort));
       found.push(...(answer.tasks ?? []));
     }
     return found;
@@ -1312,12 +1287,8 @@ export class Aws {
     let nextToken: string | undefined;
     do {
       const asked = { cluster, startedBy, nextToken };
-      const page: ListTasksCommandOutput = await this.#ecs(
-        "ListTasks",
-        { ...limits, again: mayPass },
-        (ecs, abort) => ecs.listTasks(asked, abort),
-        ({ taskArns }) => Boolean(taskArns),
-      );
+      const list = (ecs: ECS, abort: Abort) => ecs.listTasks(asked, abort);
+      const page: ListTasksCommandOutput = await this.#ecs("ListTasks", { ...limits, again: mayPass }, list);
       arns.push(...(page.taskArns ?? []));
       nextToken = page.nextToken;
       if (nextToken && this.context.now() > limits.until)
