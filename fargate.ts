@@ -1414,12 +1414,7 @@ const LOGIN_TIMEOUT = 30_000;
  * @param onAnswer called when it has
  * @throws {SshFailure}
  */
-export async function connect(
-  target: SshTarget,
-  silence: number,
-  signal: AbortSignal,
-  onAnswer = () => {},
-): Promise<Connection> {
+export async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
   const [{ Client }, { Socket }, { default: handlers }] = await Promise.all([
     import("ssh2"),
     import("node:net"),
@@ -1523,11 +1518,7 @@ const LOGIN = { every: 250, cut: 3_000, open: 4, pauseAfterRefusal: 5_000 } as c
  * @param onFailure hears of each attempt that failed
  * @throws the reason of `signal`; it never gives up by itself
  */
-export function logIn(
-  target: SshTarget,
-  signal: AbortSignal,
-  onFailure: (failure: SshFailure) => void,
-): Promise<Connection> {
+export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failure: SshFailure) => void) {
   const won = Promise.withResolvers<Connection>();
   const over = new AbortController();
   let open = 0;
@@ -1567,54 +1558,45 @@ export function logIn(
   });
 }
 
-/** A command that runs. */
-interface Execution {
-  readonly channel: ClientChannel;
-  /** Its exit code, or the signal that ended it; undefined when the channel closed without either. */
-  readonly exit: Promise<number | NodeJS.Signals | undefined>;
-}
+/** A command's exit code, or the signal that ended it; undefined when its channel closed without either. */
+type Exit = number | NodeJS.Signals | undefined;
 
 /** Opens a channel that executes a command in the login user's shell; `signal` ends the connection until it is open. */
-function execute({ client }: Connection, command: string, signal: AbortSignal): Promise<Execution> {
-  return new Promise((resolve, reject) => {
-    signal.throwIfAborted();
-    const abort = () => client.destroy();
-    const done = () => {
-      client.removeListener("close", lost);
-      signal.removeEventListener("abort", abort);
-    };
-    const lost = () => {
-      done();
-      reject(signal.aborted ? signal.reason : new SshFailure("unreachable", "the connection was lost"));
-    };
-    client.once("close", lost);
-    signal.addEventListener("abort", abort);
-    const opened: Parameters<Client["exec"]>[1] = (error, channel) => {
-      done();
-      if (error) return reject(new SshFailure("unreachable", `the server opened no channel: ${sshReason(error)}`));
+async function execute({ client }: Connection, command: string, signal: AbortSignal) {
+  signal.throwIfAborted();
+  const opened = Promise.withResolvers<{ channel: ClientChannel; exit: Promise<Exit> }>();
+  const fail = (text: string) => opened.reject(new SshFailure("unreachable", text));
+  const lost = () => (signal.aborted ? opened.reject(signal.reason) : fail("the connection was lost"));
+  const abort = () => client.destroy();
+  client.once("close", lost);
+  signal.addEventListener("abort", abort);
+  try {
+    client.exec(command, (error, channel) => {
+      if (error) return fail(`the server opened no channel: ${sshReason(error)}`);
       // ssh2 cuts what is written into packets of this size: of none, for ever and without a pause.
       const { packetSize } = channel.outgoing as { packetSize: number };
       if (packetSize < 1024) {
-        client.destroy();
-        return reject(new Failure("system", `the server takes packets of ${packetSize} bytes only`));
+        opened.reject(new Failure("system", `the server takes packets of ${packetSize} bytes only`));
+        return client.destroy();
       }
       // At once: all that a short command has to say can come in the packet that opens its channel.
-      const exit = new Promise<number | NodeJS.Signals | undefined>((ended) => {
+      const exit = new Promise<Exit>((ended) => {
         channel.on("exit", (code: number | null, name?: string) => ended(code ?? (name as NodeJS.Signals)));
         channel.on("close", () => ended(undefined));
       });
-      resolve({ channel, exit });
-    };
-    try {
-      client.exec(command, opened);
-    } catch {
-      lost(); // let in and cut off in one breath
-    }
+      opened.resolve({ channel, exit });
+    });
+  } catch {
+    lost(); // let in and cut off in one breath
+  }
+  return opened.promise.finally(() => {
+    client.removeListener("close", lost);
+    signal.removeEventListener("abort", abort);
   });
 }
 
 /** Runs a short command of our own, within `most` ms, and returns at most 64 KiB of its standard output. */
-async function ask(connection: Connection, command: string, signal: AbortSignal, most = 10_000): Promise<string> {
+async function ask(connection: Connection, command: string, signal: AbortSignal, most = 10_000) {
   const late = new AbortController();
   const failure = new SshFailure("unreachable", `the container did not answer for ${most / 1000} s`);
   const timer = setTimeout(() => late.abort(failure), most);
@@ -1626,7 +1608,7 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 65_536) output += chunk.toString();
     });
-    return await new Promise((resolve, reject) => {
+    return await new Promise<string>((resolve, reject) => {
       const lost = new SshFailure("unreachable", "the connection was lost");
       channel.on("close", async () => ((await exit) === undefined ? reject(lost) : resolve(output)));
       bound.addEventListener("abort", () => reject(bound.reason));
