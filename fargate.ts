@@ -524,9 +524,6 @@ export function readConfig(file: string, path: string, options: Options, env: En
 // 4. Logging
 // ---------------------------------------------------------------------------------------------------------
 
-/** How log messages are written, and where. */
-export type LogSettings = Pick<Config, "LogLevel" | "LogFormat" | "LogFile">;
-
 // logrus' names, which the official driver's files use, to LogTape's.
 const LOGTAPE_LEVEL: Record<string, LogLevel> = { warn: "warning", panic: "fatal" };
 
@@ -563,7 +560,7 @@ function writeWhole(file: number, text: string): void {
  * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
  * the job. What ends a stage is always shown on standard error too, so that the job log says why.
  */
-export function openLog(settings: LogSettings): Logger {
+export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
   const toStandardError = (line: string) => writeWhole(2, line);
   let write = toStandardError;
   let trouble: unknown;
@@ -853,17 +850,6 @@ function pidNamespace(): string {
   }
 }
 
-/** A process that works on a job's record. */
-export interface User {
-  /** The file's. */
-  readonly name: string;
-  readonly stem: string;
-  readonly stage: string;
-  readonly pid: number;
-  /** Undefined where that cannot be known: the process belongs to another host or container, or to one before a reboot. */
-  readonly lives: boolean | undefined;
-}
-
 /**
  * Says, by the name of an empty file, that this process works on a job's record: `sweep` then leaves the job alone, and
  * `cleanup` waits for a prepare.
@@ -882,18 +868,17 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
 }
 
 /** Who works on records in a directory. What dead processes left is removed: their file names are theirs alone. */
-export function usersOf({ Directory }: Config["TaskMetadata"]): User[] {
-  const users: User[] = [];
-  for (const name of fs.readdirSync(Directory)) {
+export function usersOf({ Directory }: Config["TaskMetadata"]) {
+  return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, start, namespace] =
       /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
-    if (!stem || !stage) continue;
-    if (fs.lstatSync(join(Directory, name), { throwIfNoEntry: false })?.uid !== process.geteuid?.()) continue;
+    if (!stem || !stage) return [];
+    if (fs.lstatSync(join(Directory, name), { throwIfNoEntry: false })?.uid !== process.geteuid?.()) return [];
+    // Undefined where that cannot be known: the process is of another host or container, or of one before a reboot.
     const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
     if (lives === false) removeQuietly(join(Directory, name));
-    else users.push({ name, stem, stage, pid: Number(pid), lives });
-  }
-  return users;
+    return lives === false ? [] : [{ name, stem, stage, pid: Number(pid), lives }];
+  });
 }
 
 /**
@@ -920,10 +905,7 @@ export function managerId(directory: string): string {
 // ---------------------------------------------------------------------------------------------------------
 
 /** A private key (PEM text) and its public half as a line of authorized_keys. */
-export interface KeyPair {
-  readonly privateKey: string;
-  readonly publicKey: string;
-}
+export type KeyPair = Readonly<Record<"privateKey" | "publicKey", string>>;
 
 /** @throws {Failure} when the text is no private key, or one with a passphrase */
 export async function keyPairOf(privateKey: string): Promise<KeyPair> {
@@ -977,10 +959,7 @@ export interface Context extends Operator {
 }
 
 /** Where the output of a script goes. */
-export interface Sinks {
-  readonly stdout: Writable;
-  readonly stderr: Writable;
-}
+export type Sinks = Readonly<Record<"stdout" | "stderr", Writable>>;
 
 /** The input of RunTask: what the official driver sends, and what the configuration adds to it. Pure. */
 export function runTaskInput(
@@ -1023,17 +1002,11 @@ export interface Limits {
 }
 
 /** How `retry` waits between two calls, in ms, before jitter of a half up or down. */
-interface Pauses {
-  readonly now: () => number;
-  readonly most?: number;
-  readonly least?: (error: unknown) => number;
-}
+type Pauses = { now: () => number; most?: number; least?: (error: unknown) => number };
 
 /** Calls until it works, with jittered backoff. @throws the last error, or the reason of `signal` */
-export async function retry<T>(
-  call: () => Promise<T>,
-  { until, again = isTransient, signal, now, most = 5_000, least = () => 0 }: Limits & Pauses,
-): Promise<T> {
+export async function retry<T>(call: () => Promise<T>, limits: Limits & Pauses): Promise<T> {
+  const { until, again = isTransient, signal, now, most = 5_000, least = () => 0 } = limits;
   for (let wait = 100; ; wait = Math.min(wait * 2, most)) {
     signal?.throwIfAborted();
     try {
@@ -1944,11 +1917,8 @@ export async function prepare(context: Context): Promise<void> {
       await sleep(0, stop); // signals are heard between turns of the event loop only
       stop.throwIfAborted();
       keepRecord(context, record);
-      log.info("Ready: logged in to {host} as {user} ({seconds} s)", {
-        host,
-        user: config.SSH.Username,
-        seconds: Math.round((now() - begun) / 1000),
-      });
+      const told = { host, user: config.SSH.Username, seconds: Math.round((now() - begun) / 1000) };
+      log.info("Ready: logged in to {host} as {user} ({seconds} s)", told);
     } catch (error) {
       try {
         // The record in memory knows more than the one on disk when the disk is full. A stopped prepare has no time to
@@ -1967,7 +1937,7 @@ export async function prepare(context: Context): Promise<void> {
 }
 
 /** Another process that prepares the same job, and lives. */
-const prepareOf = ({ config, job }: Context): User | undefined =>
+const prepareOf = ({ config, job }: Context) =>
   usersOf(config.TaskMetadata).find(
     ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
   );
@@ -2003,14 +1973,11 @@ function keepRecord(context: Context, record: TaskRecord): void {
   writeRecord(recordPath(context), record);
 }
 
-/** Where ECS is asked to place a task. */
-type Placement = Pick<Config["Fargate"], "Subnets" | "LaunchType" | "CapacityProviderStrategy">;
-
 /**
  * Where a task may be placed, in the order in which it is tried: all subnets at once, each by itself from the second
  * on, then the same with the fallback strategy. Pure.
  */
-export function placements(f: Config["Fargate"]): Placement[] {
+export function placements(f: Config["Fargate"]) {
   const subnets = f.Subnets ?? [f.Subnet as string];
   const each = [...subnets.slice(1), ...subnets.slice(0, 1)].map((subnet) => [subnet]);
   const where = subnets.length > 1 ? [subnets, ...each] : [subnets];
@@ -2031,10 +1998,11 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   const until = begun + config.Fargate.StartTimeout * 1000;
   const places = placements(config.Fargate);
   let tries = 0;
+  const placed = () => ({ ...config.Fargate, ...places[tries % places.length] });
   const once = async () => {
-    const place = places[tries++ % places.length] as Placement;
-    const placed = { ...config, Fargate: { ...config.Fargate, ...place } };
-    await startTask({ ...context, config: placed }, aws, record, key, until);
+    const Fargate = placed();
+    tries++;
+    await startTask({ ...context, config: { ...config, Fargate } }, aws, record, key, until);
     return untilReady(context, aws, record, key, begun);
   };
   const again = (error: unknown) => {
@@ -2043,12 +2011,10 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     const noTask = !record.Unanswered && /^(ecs:RunTask |the task stopped before it was ready)/.test(reason);
     const passes = !stop.aborted && noTask && adviceFor(reason)?.again === true;
     if (passes && now() < until) {
-      const next = places[tries % places.length] as Placement;
-      const strategy = next.CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
-      log.warn("{reason}; trying again in {where}", {
-        reason,
-        where: `${next.Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`,
-      });
+      const { Subnets, CapacityProviderStrategy } = placed();
+      const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
+      const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
+      log.warn("{reason}; trying again in {where}", { reason, where });
     }
     return passes;
   };
@@ -2061,7 +2027,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
  */
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
   const { config, job, byJob, log, now, stop } = context;
-  const { StartTimeout, DeadlineMargin } = config.Fargate;
+  const { StartTimeout, DeadlineMargin, TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
     const clientToken = randomUUID();
     record.TaskARN = "";
@@ -2083,11 +2049,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   };
 
   stop.throwIfAborted();
-  log.info("Starting a task of {definition} on cluster {cluster} in {region}", {
-    definition: config.Fargate.TaskDefinition,
-    cluster: config.Fargate.Cluster,
-    region: config.Fargate.Region,
-  });
+  log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
   try {
@@ -2265,13 +2227,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
  * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
  */
-async function runInTask(
-  context: Context & Sinks,
-  record: TaskRecord,
-  seen: number,
-  script: Buffer,
-  stage: string,
-): Promise<number> {
+async function runInTask(context: Context & Sinks, record: TaskRecord, seen: number, script: Buffer, stage: string) {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
   const target: SshTarget = {
@@ -2601,28 +2557,20 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const hasRecord = (job: string) => here && readRecords(Directory).some((record) => record.job === job);
 
   for (const task of tasks.filter((task) => !isEnding(task))) {
-    const [, starter, job] = (task.startedBy as string).split("-") as [string, string, string];
+    const { taskArn, startedBy } = task as { taskArn: string; startedBy: string };
+    const [, starter, job] = startedBy.split("-") as [string, string, string];
     const mine = own.includes(starter);
     const record = mine ? records.find((record) => record.job === job) : undefined;
     const createdAt = (task.createdAt?.getTime() ?? now()) / 1000;
-    const known = Math.min(
-      ...([deadlineOf(task), record?.Deadline].filter(
-        (deadline) => deadline !== undefined && deadline > 0,
-      ) as number[]),
-    );
+    const known = Math.min(deadlineOf(task) ?? Infinity, record?.Deadline || Infinity);
     const deadline = Number.isFinite(known) ? known : createdAt + MaxTaskAge;
     const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER;
     const why = lost ? "its record is gone" : seconds > deadline ? "it is past its deadline" : undefined;
-    const swept = {
-      taskArn: task.taskArn as string,
-      startedBy: task.startedBy as string,
-      createdAt: Math.floor(createdAt),
-      deadline: Math.floor(deadline),
-    };
+    const swept = { taskArn, startedBy, createdAt: Math.floor(createdAt), deadline: Math.floor(deadline) };
     if (!why || (mine && inUse(job, deadline)) || (lost && hasRecord(job))) report.left.push(swept);
     else
       await attempt(async () => {
-        if (!dryRun) await aws.stopTask(Cluster, swept.taskArn, `fargate sweep: ${why}`, limits());
+        if (!dryRun) await aws.stopTask(Cluster, taskArn, `fargate sweep: ${why}`, limits());
         report.stopped.push({ ...swept, why });
       });
   }
