@@ -64,8 +64,7 @@ const escaped = (character: string) =>
   [...Array(character.length).keys()]
     .map((at) => `\\u${character.charCodeAt(at).toString(16).padStart(4, "0")}`)
     .join("");
-/** Characters; more than anything that is worth reading has. */
-const LONGEST_TEXT = 4_000;
+const LONGEST_TEXT = 4_000; // characters; more than anything that is worth reading has
 
 /** Text from outside must not end a log line, forge another or control a terminal: it is escaped, and cut where it is long. */
 export function printable(value: unknown): string {
@@ -185,15 +184,9 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
   // Logins.
   [/refused? the key|refuses to let/, "the container must let Username in with the key in SSH_PUBLIC_KEY"],
   [/no public address/, "set EnablePublicIP, and give the subnet a route to an internet gateway"],
-  [
-    /did not begin.*RUNNING|was lost while.*RUNNING/,
-    "the task runs on: look at what the job did to sshd, at its load and memory",
-  ],
+  [/(not begin|lost while).*RUNNING/, "the task runs on: look at what the job did to sshd, at its load and memory"],
   [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
-  [
-    /no login worked.*(before handshake|closed the conn|Handshake)/,
-    "Port must lead to an SSH server that lets this host in",
-  ],
+  [/no login worked.*(closed the conn|handshake)/i, "Port must lead to an SSH server that lets this host in"],
   [/no login worked|nothing answered/, "allow Port in the task's security group, from the runner's host; check routes"],
   [/server's key is not the one/, "nothing was sent; find out what answers at that address in place of the task"],
 ];
@@ -207,7 +200,6 @@ export function adviceFor(text: string): Advice | undefined {
     const match = pattern.exec(known);
     if (match) return { advice: advice.replace("$1", match[1] ?? ""), ...more };
   }
-  return undefined;
 }
 
 /** Does something whose failure is told as `what`, with the reason. @throws {Failure} */
@@ -332,9 +324,7 @@ export const ConfigSchema = v.object({
       }
     }),
   ),
-  TaskMetadata: v.object({
-    Directory: text("the directory for the records of running tasks"),
-  }),
+  TaskMetadata: v.object({ Directory: text("the directory for the records of running tasks") }),
   SSH: v.object({
     Username: text("the user to log in as"),
     Port: v.optional(whole(1, 65_535, "the port of the task's SSH server"), 22),
@@ -613,12 +603,9 @@ export interface Job {
   readonly timeout: number;
 }
 
-/** Seconds; for a job whose runner does not say how long it may take. */
-const UNKNOWN_TIMEOUT = 86_400;
-/** Seconds, a month, as in GitLab. */
-const LONGEST_TIMEOUT = 2_678_400;
-/** Seconds; GitLab Runner's own for a job without one. */
-const DEFAULT_TIMEOUT = 7_200;
+const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
+const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
+const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
 const JobResponseSchema = v.object({
   id: v.pipe(v.number(), v.safeInteger()),
@@ -681,37 +668,25 @@ export function readJob(env: Environment): Job | undefined {
 // ---------------------------------------------------------------------------------------------------------
 
 const RECORD_VERSION = 1;
-/** `fargate-<manager>-<job>`, as in the tasks that this driver starts. */
-const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/;
-/** Epoch seconds that a Date can bear. */
-const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12));
+const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
+const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
 
 const RecordSchema = v.object({
   Version: v.literal(RECORD_VERSION),
-  /** Empty until RunTask has answered. */
-  TaskARN: v.string(),
-  /** Empty until a login has worked. */
-  ContainerIP: v.string(),
-  /** Base64 of the PEM text; empty when the key is the operator's own (PrivateKeyPath). */
-  PrivateKey: v.string(),
+  TaskARN: v.string(), // empty until RunTask has answered
+  ContainerIP: v.string(), // empty until a login has worked
+  PrivateKey: v.string(), // base64 of the PEM text; empty when the key is the operator's own (PrivateKeyPath)
   Cluster: v.string(),
   Region: v.string(),
-  /** Under another's name, or none, ListTasks would find what is not this job's. */
-  StartedBy: v.pipe(v.string(), v.regex(STARTED_BY)),
-  /** Every token that RunTask was or may have been called with. */
-  ClientTokens: v.array(v.string()),
-  /** RunTask may have been sent and has not been answered: there may be a task whose ARN is not known. */
-  Unanswered: v.boolean(),
-  /** Base64 of the SSH server's key, as first seen. */
-  HostKey: v.string(),
-  /** The best shell that the container has. */
-  Interpreter: v.picklist(["bash", "sh"]),
-  /** File name of the login user's own shell. */
-  LoginShell: v.string(),
+  StartedBy: v.pipe(v.string(), v.regex(STARTED_BY)), // under another's, or none, ListTasks would find other jobs
+  ClientTokens: v.array(v.string()), // every token that RunTask was or may have been called with
+  Unanswered: v.boolean(), // RunTask may have been sent: there may be a task whose ARN is not known
+  HostKey: v.string(), // base64 of the SSH server's key, as first seen
+  Interpreter: v.picklist(["bash", "sh"]), // the best shell that the container has
+  LoginShell: v.string(), // file name of the login user's own shell
   /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped. */
   Deadline: seconds,
-  /** Epoch seconds; when the record was made, then when RunTask was last sent. */
-  UpdatedAt: seconds,
+  UpdatedAt: seconds, // when the record was made, then when RunTask was last sent
 });
 
 /** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
@@ -791,10 +766,7 @@ const isOfAnother = (path: string, text: string): boolean => {
   return job !== undefined && !path.includes(`-${job}`);
 };
 
-/**
- * @returns undefined where there is no record
- * @throws {Failure} when there is one that cannot be understood, or trusted
- */
+/** @returns undefined where there is none. @throws {Failure} when there is one that cannot be understood, or trusted */
 export function readRecord(path: string): TaskRecord | undefined {
   return orFail(`the record ${path} cannot be used`, () => {
     try {
@@ -1346,14 +1318,10 @@ export class SshFailure extends Failure {
   }
 }
 
-/**
- * What a server that keeps to the protocol does not come near, in bytes; ssh2 has no bounds of its own. Answers that wait
- * to be sent, beside the script: each of 36 bytes takes 1.5 KB. What nobody has read yet: ssh2 lets a server send two
- * windows of 2 MiB a stream. What the whole process grows by.
- */
-const MOST_UNSENT = 2 ** 20;
-const MOST_UNREAD = 32 * 2 ** 20;
-const MOST_GROWTH = 512 * 2 ** 20;
+// What a server that keeps to the protocol does not come near, in bytes; ssh2 has no bounds of its own.
+const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, beside the script: each of 36 bytes takes 1.5 KB
+const MOST_UNREAD = 32 * 2 ** 20; // what nobody has read yet: ssh2 lets a server send two windows of 2 MiB a stream
+const MOST_GROWTH = 512 * 2 ** 20; // what the whole process grows by
 
 /**
  * The only ones that are taken. Under bun, ssh2 tests the prime of each exchange with a Diffie-Hellman group, and nothing
@@ -1367,8 +1335,7 @@ const KEX = [
   "ecdh-sha2-nistp521",
 ] as const;
 
-/** Message number of RFC 4254. */
-const GLOBAL_REQUEST = 80;
+const GLOBAL_REQUEST = 80; // message number of RFC 4254
 
 /** Why SSH failed. A server's own words are quoted, so that nobody takes them for ours or for AWS's. */
 function sshReason(error: Error): string {
@@ -1882,9 +1849,8 @@ async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
   }
 }
 
-/** Most ms from SIGTERM until prepare has ended, and of these, how long it waits for RunTask's answer. */
-const LEAVE_WITHIN = 4_500;
-const ANSWER_GRACE = 3_000;
+const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
+const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
 export async function prepare(context: Context): Promise<void> {
@@ -2137,7 +2103,6 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
       return `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)`;
     if (now() > deadline)
       return `the task was not ready within StartTimeout (${StartTimeout} s): it is ${status ?? "unknown to ECS"}`;
-    return undefined;
   };
   const watch = async (): Promise<never> => {
     for (let polls = 0; ; polls++) {
@@ -2200,10 +2165,8 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   // A run that nobody ends any more, because its runner has died, would hold its task for ever.
   const late = new AbortController();
   const left = Math.max(record.Deadline * 1000 - context.now(), 60_000);
-  const timer = setTimeout(
-    () => late.abort(new Failure("system", "the job is past its deadline")),
-    Math.min(left, 2 ** 31 - 1),
-  );
+  const end = () => late.abort(new Failure("system", "the job is past its deadline"));
+  const timer = setTimeout(end, Math.min(left, 2 ** 31 - 1));
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
   const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the stage before ended
@@ -2327,13 +2290,9 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
   }
 }
 
-/** For how long stopping a task is tried again, in ms. */
-const STOP_FOR = 60_000;
-/** For how long after RunTask an unanswered one's task is looked for, in ms; lists are eventually consistent. */
-const LIST_LAG = 30_000;
-
-/** How long cleanup waits for a prepare of its job that still runs, in ms. */
-const PREPARE_LASTS = 30_000;
+const STOP_FOR = 60_000; // ms; for how long stopping a task is tried again
+const LIST_LAG = 30_000; // ms for which the task of an unanswered RunTask is looked for: lists are eventually consistent
+const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
 
 /**
  * The `cleanup` stage: stops the job's task and removes its record. Also with no record (the task is then looked up
@@ -2425,22 +2384,16 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
-    let tasks: string[];
-    try {
-      tasks = await aws.listTasks(cluster, name, limits);
-    } catch (error) {
-      if (!/AccessDenied/.test(reasonOf(error))) throw error;
+    const tasks = await aws.listTasks(cluster, name, limits).catch((error) => {
       const reason = reasonOf(error);
+      if (!/AccessDenied/.test(reason)) throw error;
       log.warn("whether a task started by {name} is left could not be looked up: {reason}", { name, reason });
-      return false;
-    }
+    });
+    if (!tasks) return false;
     // Lists may go on showing a task of an earlier try that has been stopped.
-    const ended = await aws.describeTasks(cluster, tasks, limits).then(
-      (known) => known.filter(isEnding).length,
-      () => 0,
-    );
+    const known = await aws.describeTasks(cluster, tasks, limits).catch((): Task[] => []);
     for (const task of tasks) await aws.stopTask(cluster, task, job.title, limits);
-    if (tasks.length > ended || now() + 2_000 > latest) return true;
+    if (tasks.length > known.filter(isEnding).length || now() + 2_000 > latest) return true;
     await sleep(2_000, signal);
   }
 }
@@ -2449,16 +2402,12 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
 // 11. For operators
 // ---------------------------------------------------------------------------------------------------------
 
-/** Seconds; a task without a record may be one whose record is just being written or removed. */
-const SWEEP_TASKS_AFTER = 600;
-/** Seconds; a record may be of a task that ECS does not show yet. */
-const SWEEP_RECORDS_AFTER = 3_600;
+const SWEEP_TASKS_AFTER = 600; // seconds; a task's record may just be being written or removed
+const SWEEP_RECORDS_AFTER = 3_600; // seconds; a record may be of a task that ECS does not show yet
 
-/** How `sweep` is called. */
+/** How `sweep` is called; see the help of the command line. */
 export interface SweepOptions {
-  /** Say what would be done, and do nothing. */
   readonly dryRun: boolean;
-  /** Say it as one JSON object. */
   readonly json: boolean;
   /** Another manager's id, whose tasks count as this one's: its host is gone, and its records with it. */
   readonly manager?: string | undefined;
@@ -2692,22 +2641,12 @@ const managerIdOf = (value: string) => {
   throw new InvalidArgumentError("known: 12 hex digits, as in the task's startedBy: fargate-<id>-<job>");
 };
 
-/** What the command line asks for. */
-interface Request {
-  readonly command: "config" | "prepare" | "run" | "cleanup" | "sweep";
-  readonly operands: readonly string[];
-  readonly sweep?: SweepOptions;
-  readonly config: string;
-  readonly options: Options;
-}
-
 /**
  * @param argv the arguments, without the program's own name
- * @returns undefined when help or the version was asked for, and printed
+ * @returns what they ask for; undefined when that was help or the version, and is printed
  * @throws {Failure} for wrong arguments
  */
-export function parseCommandLine(argv: readonly string[]): Request | undefined {
-  let asked: Pick<Request, "command" | "operands" | "sweep"> | undefined;
+export function parseCommandLine(argv: readonly string[]) {
   const program = new Cli("fargate")
     .description("Runs each GitLab CI job in an AWS ECS task of its own on Fargate.")
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
@@ -2727,15 +2666,17 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
     "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
       "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
   );
+  let asked: Command = program;
+  const remember = (...args: unknown[]) => {
+    asked = args.at(-1) as Command;
+  };
   const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
-  const stage = (name: Request["command"], alias: string, description: string, operands: Record<string, string> = {}) =>
+  const stage = (name: string, alias: string, description: string, operands: Record<string, string> = {}) =>
     Object.entries(operands)
       .reduce((command, [operand, meaning]) => command.argument(`<${operand}>`, meaning), custom.command(name))
       .alias(alias)
       .description(description)
-      .action((...args: unknown[]) => {
-        asked = { command: name, operands: (args.at(-1) as Command).args };
-      });
+      .action(remember);
   stage("config", "co", "print the driver's name and version for the runner, as JSON");
   stage("prepare", "p", "start the job's task and wait until it can be used");
   const operands = { script: "path of the script", stage: "the runner's name for it, such as build_script" };
@@ -2747,9 +2688,7 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
     .option("--dry-run", "say what would be done, and do nothing")
     .option("--json", "say it as one JSON object")
     .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf)
-    .action(({ dryRun = false, json = false, manager }) => {
-      asked = { command: "sweep", operands: [], sweep: { dryRun, json, manager } };
-    });
+    .action(remember);
 
   try {
     program.parse(argv, { from: "user" });
@@ -2757,18 +2696,22 @@ export function parseCommandLine(argv: readonly string[]): Request | undefined {
     if (!(error instanceof CommanderError)) throw error;
     return undefined;
   }
-  const given = program.opts<Record<string, string | true | undefined>>();
-  const text = (name: string) => given[name] as string | undefined;
+  const command = asked.name() as "config" | "prepare" | "run" | "cleanup" | "sweep";
+  const sweep: SweepOptions = { dryRun: false, json: false, ...asked.opts<Partial<SweepOptions>>() };
+  const given = program.opts<Record<string, string | undefined>>();
+  const options: Options = {
+    LogLevel: given.debug ? "debug" : given.logLevel,
+    LogFormat: given.logFormat,
+    LogFile: given.logFile,
+    TaskDefinition: given.taskDef,
+    PlatformVersion: given.platformVersion,
+  };
   return {
-    ...(asked as Pick<Request, "command" | "operands" | "sweep">),
-    config: text("config") as string,
-    options: {
-      LogLevel: given.debug ? "debug" : text("logLevel"),
-      LogFormat: text("logFormat"),
-      LogFile: text("logFile"),
-      TaskDefinition: text("taskDef"),
-      PlatformVersion: text("platformVersion"),
-    },
+    command,
+    operands: asked.args,
+    config: given.config as string,
+    options,
+    ...(command === "sweep" && { sweep }),
   };
 }
 
