@@ -51,7 +51,6 @@ declare const BUILD: string | undefined;
 /** `version (revision)`; `dev (HEAD)` when run from source. */
 export const VERSION = typeof BUILD === "string" ? BUILD : "dev (HEAD)";
 
-/** The environment variables of a process. */
 export type Environment = Readonly<Record<string, string | undefined>>;
 
 // ---------------------------------------------------------------------------------------------------------
@@ -105,10 +104,8 @@ export function reasonOf(error: unknown): string {
 /** What is known about a failure, by its text. */
 export interface Advice {
   readonly advice: string;
-  /** It may pass within minutes, elsewhere or by itself. */
-  readonly again?: true;
-  /** The setting that it speaks of. */
-  readonly setting?: "TaskDefinition" | "PlatformVersion";
+  readonly again?: true; // it may pass within minutes, elsewhere or by itself
+  readonly setting?: "TaskDefinition" | "PlatformVersion"; // the one that it speaks of
 }
 
 const PASSES = { again: true } as const;
@@ -593,14 +590,10 @@ export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFi
 
 /** Who this job is. Every stage of it comes to the same answer, and no other job does. */
 export interface Job {
-  /** `job-<id>-<hash>`: names the record. */
-  readonly stem: string;
-  /** 64 hex digits of SHA-256, what the identity rests on. */
-  readonly hash: string;
-  /** Ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose. */
-  readonly title: string;
-  /** Seconds that the runner gives the job; 24 hours where it does not say. */
-  readonly timeout: number;
+  readonly stem: string; // job-<id>-<hash>: names the record
+  readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
+  readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
+  readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
 }
 
 const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
@@ -914,19 +907,15 @@ export const CONTAINER = "ci-coordinator";
 export interface Operator {
   readonly config: Config;
   readonly log: Logger;
-  /** Aborted by SIGTERM or SIGINT; the reason is a Failure that says so. */
-  readonly stop: AbortSignal;
-  /** Milliseconds since the epoch. */
-  readonly now: () => number;
+  readonly stop: AbortSignal; // aborted by SIGTERM or SIGINT; the reason is a Failure that says so
+  readonly now: () => number; // milliseconds since the epoch
 }
 
 /** What every stage works with. */
 export interface Context extends Operator {
   readonly job: Job;
-  /** The settings that a variable of the job decided. */
-  readonly byJob: readonly string[];
-  /** Why these are not allowed, where they are not. */
-  readonly refusal?: string | undefined;
+  readonly byJob: readonly string[]; // the settings that a variable of the job decided
+  readonly refusal?: string | undefined; // why these are not allowed, where they are not
   readonly env: Environment;
 }
 
@@ -965,12 +954,9 @@ export function runTaskInput(
 
 /** How something is bounded that may be repeated. */
 export interface Limits {
-  /** Epoch ms after which it is not tried again. */
-  readonly until: number;
-  /** Ends it with the signal's reason. */
-  readonly signal?: AbortSignal | undefined;
-  /** Which failures may pass; `isTransient` unless given. */
-  readonly again?: (error: unknown) => boolean;
+  readonly until: number; // epoch ms after which it is not tried again
+  readonly signal?: AbortSignal | undefined; // ends it with the signal's reason
+  readonly again?: (error: unknown) => boolean; // which failures may pass; `isTransient` unless given
 }
 
 /** How `retry` waits between two calls, in ms, before jitter of a half up or down. */
@@ -1049,17 +1035,13 @@ export function awsFailure(action: string, error: unknown): Failure {
   return new Failure("system", `${action} ${what}: ${detail}`);
 }
 
-/** Most ms for one call to AWS, from getting credentials to the last byte of the answer. */
-const CALL_TIMEOUT = 30_000;
-
+const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
 /** For how long a call may fail and be tried again before the log says so, in ms; throttled, longer than a rush lasts. */
 const PATIENCE = { throttled: 60_000, other: 10_000 } as const;
 
 interface CallLimits extends Limits {
-  /** Called before each time it is sent. */
-  readonly onSend?: () => void;
-  /** How long a call that was sent may still take after the signal, in ms; not at all unless given. */
-  readonly grace?: number;
+  readonly onSend?: () => void; // called before each time it is sent
+  readonly grace?: number; // ms for which a call that was sent may outlast the signal; none unless given
 }
 
 /** What is not of its type counts as not given. */
@@ -1102,8 +1084,7 @@ type Abort = { abortSignal: AbortSignal };
 export class Aws {
   #ecsClient: Promise<ECS> | undefined;
   #ec2Client: Promise<EC2> | undefined;
-  /** How often AWS has throttled a call of this process. */
-  throttled = 0;
+  throttled = 0; // how often AWS has throttled a call of this process
 
   constructor(
     private readonly region: string,
@@ -1300,10 +1281,8 @@ export function pollPause(polls: number, addressKnown: boolean, random: number, 
 export interface SshTarget extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval"> {
   readonly host: string;
   readonly privateKey: string;
-  /** The only server key that is accepted; undefined on first use, which pins it. */
-  readonly hostKey?: Buffer;
-  /** Bytes that are to be sent at most, beside our own commands. */
-  readonly toSend?: number;
+  readonly hostKey?: Buffer; // the only server key that is accepted; undefined on first use, which pins it
+  readonly toSend?: number; // bytes that are to be sent at most, beside our own commands
 }
 
 export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket }>;
@@ -1344,8 +1323,7 @@ function sshReason(error: Error): string {
   return said ? `the server says "${printable(reasonOf(error)).replaceAll('"', "'").slice(0, 300)}"` : reasonOf(error);
 }
 
-/** Most ms from the first packet to the accepted login: a busy host, a server's name look-ups and PAM can take long. */
-const LOGIN_TIMEOUT = 30_000;
+const LOGIN_TIMEOUT = 30_000; // ms at most from the first packet to the login: busy hosts, name look-ups and PAM take long
 
 /**
  * Logs in once.
@@ -1355,12 +1333,9 @@ const LOGIN_TIMEOUT = 30_000;
  * @throws {SshFailure}
  */
 export async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
-  const [{ Client }, { Socket }, { default: handlers }] = await Promise.all([
-    import("ssh2"),
-    import("node:net"),
-    // @ts-expect-error: no types; a table of functions by message number
-    import("ssh2/lib/protocol/handlers.js"),
-  ]);
+  const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net")]);
+  // @ts-expect-error: no types; a table of functions by message number
+  const { default: handlers } = await import("ssh2/lib/protocol/handlers.js");
   signal.throwIfAborted();
   // None of a server's global requests concerns us. ssh2 would read the host keys that one may announce by regular
   // expressions that take minutes for some texts, and keep them until the server proves that it has them.
@@ -1568,11 +1543,7 @@ export async function findShells(connection: Connection, signal: AbortSignal) {
   return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "" };
 }
 
-/**
- * The interpreter that a script's first line asks for.
- *
- * @throws {Failure} for one that is neither bash nor sh: in the wrong shell a script does harm
- */
+/** What a script's first line asks for. @throws {Failure} for neither bash nor sh: in the wrong shell a script does harm */
 export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): "bash" | "sh" {
   const [, named] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(script.subarray(0, 256).toString("latin1")) ?? [];
   const name = named?.split("/").at(-1) ?? "bash";
@@ -1732,8 +1703,7 @@ function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: ()
   return { over: over.promise, silence };
 }
 
-/** Most ms that ending a script's session may take; its processes have 5 s. */
-const END_WITHIN = 8_000;
+const END_WITHIN = 8_000; // ms at most for ending a script's session; its processes have 5 s
 
 /** How a script ended. */
 export type Outcome =
@@ -2144,14 +2114,9 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   }
 }
 
-/** Most ms for one attempt to connect; a dropped packet is not waited for. */
-const CONNECT_CUT = 10_000;
+const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped packet is not waited for
 
-/**
- * The `run` stage: runs a script of the job in its task. A script that fails says itself why.
- *
- * @returns the process's exit code
- */
+/** The `run` stage: runs a script of the job in its task, which says itself why it fails. @returns the exit code */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
@@ -2417,12 +2382,10 @@ export interface SweepOptions {
 interface SweptTask {
   readonly taskArn: string;
   readonly startedBy: string;
-  /** Epoch seconds. */
-  readonly createdAt: number;
+  readonly createdAt: number; // epoch seconds
   /** Epoch seconds; what the driver told the container, else what the record says, else createdAt + MaxTaskAge. */
   readonly deadline: number;
-  /** Why it is to be stopped; undefined for one that is left alone. */
-  readonly why?: string;
+  readonly why?: string; // why it is to be stopped; undefined for one that is left alone
 }
 
 /** What one sweep has found, done and left undone. */
@@ -2430,8 +2393,7 @@ export interface SweepReport {
   readonly dryRun: boolean;
   readonly stopped: SweptTask[];
   readonly left: SweptTask[];
-  /** File names. */
-  readonly removedRecords: string[];
+  readonly removedRecords: string[]; // file names
   readonly problems: string[];
 }
 
@@ -2439,8 +2401,7 @@ export interface SweepReport {
 interface Found extends Partial<TaskTrace> {
   readonly name: string;
   readonly stem: string;
-  /** As in `startedBy`, where the record cannot say. */
-  readonly job: string;
+  readonly job: string; // as in `startedBy`, where the record cannot say
   readonly content: string;
   readonly Deadline?: number;
 }
