@@ -60,9 +60,7 @@ export type Environment = Readonly<Record<string, string | undefined>>;
 /** Characters that show nothing but act: of control, of format (direction, joining, tags), line ends, half and private ones. */
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const escaped = (character: string) =>
-  [...Array(character.length).keys()]
-    .map((at) => `\\u${character.charCodeAt(at).toString(16).padStart(4, "0")}`)
-    .join("");
+  character.replace(/[\s\S]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
 const LONGEST_TEXT = 4_000; // characters; more than anything that is worth reading has
 
 /** Text from outside must not end a log line, forge another or control a terminal: it is escaped, and cut where it is long. */
@@ -426,7 +424,6 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 /**
  * Whether a job's variable may name the task definition that it names. A pattern without a revision allows any; an ARN
  * must also be of the configured region, and of the partition and account that an ARN in the configuration file says.
- *
  * @param configured the file's own TaskDefinition, if it has one
  * @returns why not; undefined where it may
  */
@@ -437,11 +434,9 @@ export function refusalOf(f: Config["Fargate"], configured: unknown): string | u
   const [, partition, region, account, named] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
-    const own = [f.Cluster, String(configured)].flatMap((name) => {
-      const [, partition, account] = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/.exec(name) ?? [];
-      return account ? [{ partition, account }] : [];
-    });
-    const known = own.some((arn) => arn.account === account) && own.every((arn) => arn.partition === partition);
+    const arns = [f.Cluster, String(configured)].map((name) => /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/.exec(name));
+    const own = arns.filter((arn) => arn !== null);
+    const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
     if (!known || region !== f.Region)
       return `${refused} an ARN must be of region ${f.Region}, and of the account that Cluster or TaskDefinition in the configuration file names by an ARN`;
   }
@@ -456,7 +451,6 @@ export function refusalOf(f: Config["Fargate"], configured: unknown): string | u
 
 /**
  * Merges file, variables and command line into one validated configuration; option beats variable beats file.
- *
  * @param file the configuration file's text
  * @returns the configuration, the settings that a variable of the job decided, why that is refused if it is, and a
  *   warning for each key of the file that is not known
@@ -610,13 +604,9 @@ const JobResponseSchema = v.object({
 
 /** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
 function readJson<T extends v.GenericSchema>(content: string, schema: T): v.InferOutput<T> {
-  let value: unknown;
-  try {
-    value = JSON.parse(content);
-  } catch {
-    throw new Error("it is not JSON");
-  }
-  const result = v.safeParse(schema, value);
+  const json = v.safeParse(v.pipe(v.string(), v.parseJson()), content);
+  if (!json.success) throw new Error("it is not JSON");
+  const result = v.safeParse(schema, json.output);
   if (result.success) return result.output;
   throw new Error(`${v.getDotPath(result.issues[0]) ?? "it"} is missing or not as expected`);
 }
@@ -626,7 +616,6 @@ const sha256 = (value: string) => createHash("sha256").update(value).digest("hex
 /**
  * The job of this process: from `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. Only
  * where the runner gave none, from the official driver's formula over `CUSTOM_ENV_*`.
- *
  * @returns undefined where there is no job at all (by hand)
  * @throws {Failure} when there is a response that cannot be read: the variables are no substitute for it
  */
@@ -708,7 +697,6 @@ export function checkDirectory(directory: string): string | undefined {
 
 /**
  * Reads a file of the directory of records: one of this user's, not what a link or a pipe in its place leads to.
- *
  * @param others what nobody else may do with it, as bits of its mode
  */
 function readOwn(path: string, others = 0o077): string {
@@ -816,9 +804,7 @@ function pidNamespace(): string {
 }
 
 /**
- * Says, by the name of an empty file, that this process works on a job's record: `sweep` then leaves the job alone, and
- * `cleanup` waits for a prepare.
- *
+ * Says, by the name of an empty file, that this process works on a job: `sweep` leaves it alone, `cleanup` waits for it.
  * @returns takes that back
  */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
@@ -995,8 +981,7 @@ export function isTransient(error: unknown): boolean {
   const { name = "", $metadata } = (error ?? {}) as AwsError;
   const status = statusOf(error);
   if (isThrottling(error)) return true;
-  // Without a status the request or its answer was lost on the way; with one of success, the answer broke off.
-  // Missing credentials look alike.
+  // Without a status, request or answer was lost; with one of success, it broke off. Missing credentials look alike.
   if (status < 300) return $metadata !== undefined && !/Credential/.test(name);
   return status >= 500 || status === 429;
 }
@@ -1172,7 +1157,7 @@ export class Aws {
     });
   }
 
-  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why there is none */
+  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why not */
   async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
     const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
     const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" "));
@@ -1192,7 +1177,6 @@ export class Aws {
 
   /**
    * Stops a task; one that is gone counts as stopped. `reason` holds ids only.
-   *
    * @param young until when, in epoch ms, ECS may not know the task yet
    */
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
@@ -1302,10 +1286,8 @@ const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, beside the script:
 const MOST_UNREAD = 32 * 2 ** 20; // what nobody has read yet: ssh2 lets a server send two windows of 2 MiB a stream
 const MOST_GROWTH = 512 * 2 ** 20; // what the whole process grows by
 
-/**
- * The only ones that are taken. Under bun, ssh2 tests the prime of each exchange with a Diffie-Hellman group, and nothing
- * else happens meanwhile, for half a minute at 8192 bits. OpenSSH has had the others since 5.7.
- */
+// The only ones that are taken. Under bun, ssh2 tests the prime of each exchange with a Diffie-Hellman group, and nothing
+// else happens meanwhile, for half a minute at 8192 bits. OpenSSH has had the others since 5.7.
 const KEX = [
   "curve25519-sha256",
   "curve25519-sha256@libssh.org",
@@ -1323,11 +1305,10 @@ function sshReason(error: Error): string {
   return said ? `the server says "${printable(reasonOf(error)).replaceAll('"', "'").slice(0, 300)}"` : reasonOf(error);
 }
 
-const LOGIN_TIMEOUT = 30_000; // ms at most from the first packet to the login: busy hosts, name look-ups and PAM take long
+const LOGIN_TIMEOUT = 30_000; // ms from the first packet to the login: busy hosts, name look-ups and PAM take long
 
 /**
  * Logs in once.
- *
  * @param silence ms in which the server must say its first word; a dropped packet is not waited for
  * @param onAnswer called when it has
  * @throws {SshFailure}
@@ -1420,16 +1401,12 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   }
 }
 
-/**
- * Attempts overlap until one is answered, because packets to an address that is not up yet may be dropped. A login that
- * the server itself refused makes a pause: the key may not be in place yet, and OpenSSH 9.8 and later bars an address
- * for a while (5 s) that failed.
- */
+// In ms. Attempts overlap until one is answered: packets to an address that is not up yet may be dropped. A login that
+// the server refused makes a pause: the key may come later, and OpenSSH 9.8 bars an address that failed for 5 s.
 const LOGIN = { every: 250, cut: 3_000, open: 4, pauseAfterRefusal: 5_000 } as const;
 
 /**
  * Tries to log in until it works.
- *
  * @param onFailure hears of each attempt that failed
  * @throws the reason of `signal`; it never gives up by itself
  */
@@ -1543,7 +1520,7 @@ export async function findShells(connection: Connection, signal: AbortSignal) {
   return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "" };
 }
 
-/** What a script's first line asks for. @throws {Failure} for neither bash nor sh: in the wrong shell a script does harm */
+/** What a script's first line asks for. @throws {Failure} for another than bash and sh: the wrong shell does harm */
 export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): "bash" | "sh" {
   const [, named] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(script.subarray(0, 256).toString("latin1")) ?? [];
   const name = named?.split("/").at(-1) ?? "bash";
@@ -1605,8 +1582,7 @@ export class MarkFilter {
   /** What followed the first and the last mark on its line: a process id, `end` or `incomplete`. */
   first: string | undefined;
   last: string | undefined;
-  /** May be the beginning of a mark; the script's own when the stream ends without the rest. */
-  held: Buffer = Buffer.alloc(0);
+  held: Buffer = Buffer.alloc(0); // a mark's beginning, maybe; the script's own when the stream ends without the rest
   readonly #mark: Buffer;
 
   constructor(mark: string) {
@@ -1654,10 +1630,8 @@ export class MarkFilter {
 
 /**
  * Passes a stream on without its marks, byte for byte and with back-pressure.
- *
  * @param onMark called when there has been a mark
- * @returns `over`: resolves when the script's part of the stream has been written; `silence`: when nothing has come, and
- *   nobody was waited for, for 2 s
+ * @returns `over`: resolves when the script's part has been written; `silence`: when nothing came or waited for 2 s
  */
 function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: () => void) {
   const over = Promise.withResolvers<void>();
@@ -1708,13 +1682,10 @@ const END_WITHIN = 8_000; // ms at most for ending a script's session; its proce
 /** How a script ended. */
 export type Outcome =
   | { readonly ended: "exited"; readonly code: number }
-  /** `begun`: whether any command of the script may have run. */
-  | { readonly ended: "lost"; readonly begun: boolean; readonly reason: string };
+  | { readonly ended: "lost"; readonly begun: boolean; readonly reason: string }; // begun: some of it may have run
 
 /**
- * Runs a script over a connection and passes its output on. When `stop` is aborted, the script and its processes are
- * ended first.
- *
+ * Runs a script over a connection and passes its output on. Aborting `stop` ends the script and its processes first.
  * @returns how it ended; death by signal n counts as 128 + n, as in a shell
  * @throws {Failure} when the container's shell cannot take the script; the reason of `stop`
  */
@@ -2004,23 +1975,18 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   }
 }
 
-/**
- * For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
- * OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
- */
+// For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
+// OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
 const REFUSAL_PATIENCE = 25_000;
 
-/**
- * ms; so long after a sign of life from a task, its address cannot be another's: that one would take longer to start.
- * Later, whoever answers there may show the host key of the same image, and let any key in. Where one key logs in to all
- * tasks (PrivateKeyPath), ECS is asked at once.
- */
+// ms; so long after a sign of life from a task, its address cannot be another's: that one would take longer to start.
+// Later, whoever answers there may show the host key of the same image, and let any key in. Where one key logs in to all
+// tasks (PrivateKeyPath), ECS is asked at once.
 const FRESH = 10_000;
 
 /**
  * Follows a new task until a login to it works. Logins begin when its address is known, beside the polling, which
  * from then on only watches for the task's death.
- *
  * @throws {Failure} when the task ends, or is not ready in time
  */
 async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
@@ -2150,7 +2116,6 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
 
 /**
  * Connects and runs the script; one of which no command can have run is sent again, any other never.
- *
  * @param seen epoch ms of the task's last sign of life
  * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
@@ -2229,10 +2194,8 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
 }
 
 /**
- * What ECS says about a record's task.
- *
- * @param patience ms for which it is asked again about a task that has not ended; one that has may take up to 10 s until
- *   its containers' exit codes are known
+ * What ECS says about a record's task. Of one that has ended, it may learn the exit codes up to 10 s later.
+ * @param patience ms for which it is asked again about one that has not
  */
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
@@ -2256,7 +2219,7 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
 }
 
 const STOP_FOR = 60_000; // ms; for how long stopping a task is tried again
-const LIST_LAG = 30_000; // ms for which the task of an unanswered RunTask is looked for: lists are eventually consistent
+const LIST_LAG = 30_000; // ms for which an unanswered RunTask's task is looked for: lists are eventually consistent
 const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
 
 /**
@@ -2298,7 +2261,6 @@ type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy"
 
 /**
  * Stops what this job's record stands for, then removes the record.
- *
  * @param signal ends it; prepare, which also begins with this, must obey SIGTERM
  * @returns false where there is no record
  * @throws {Failure} when the task could not be stopped; the record stays
@@ -2341,7 +2303,6 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
 
 /**
  * Stops every task started under a name; looks again until `until` while there is none.
- *
  * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
  */
 async function stopByName(context: Context, aws: Aws, cluster: string, name: string, { until, signal }: Limits) {
@@ -2433,7 +2394,6 @@ function deadlineOf(task: Task): number | undefined {
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone; of any manager, tasks past
  * their deadline. Then removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a
  * live prepare or run works on, are never touched.
- *
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
@@ -2525,7 +2485,6 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
 /**
  * Removes a record unless it has been written anew since it was read: it is taken away first, so that it cannot change
  * any more, and put back if it is not the same.
- *
  * @returns whether it was removed
  */
 function removeUnchanged(path: string, content: string): boolean {
