@@ -2022,16 +2022,16 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
   };
   const describe = async () => {
-    const until = host ? now() + 10_000 : deadline;
     const asked = now();
+    const until = host ? asked + 10_000 : deadline;
     const call = aws.describeTasks(record.Cluster, [record.TaskARN], { until, signal });
     // With an address, a login may work any moment: from then on a failure of this call is none of the task.
-    const [task] = await (host
-      ? call.catch((failure) => [log.debug("{reason}", { reason: reasonOf(failure) })])
-      : call);
+    const passOver = (failure: unknown) => [log.debug("{reason}", { reason: reasonOf(failure) })];
+    const [task] = await (host ? call.catch(passOver) : call);
     if (task) alive = asked;
     return task;
   };
+  const stopped = (why: string) => new Failure("system", `the task stopped before it was ready: ${why}`);
   const tooLong = () => {
     if (runningSince !== undefined && refusedFor > REFUSAL_PATIENCE)
       return `the task runs, but its SSH server refuses to let ${config.SSH.Username} in`;
@@ -2048,8 +2048,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         status = task.lastStatus;
         log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
-      if (task && isEnding(task))
-        throw new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`);
+      if (task && isEnding(task)) throw stopped(explainStop(task));
       if (status === "RUNNING") runningSince ??= now();
       if (task && !host) {
         const eni = interfaceDetail(task, "networkInterfaceId");
@@ -2073,8 +2072,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], { until: deadline, signal: stop });
     if (task && !isEnding(task)) return login;
     login.connection.client.destroy();
-    const why = task ? explainStop(task) : "ECS no longer knows it";
-    throw new Failure("system", `the task stopped before it was ready: ${why}`);
+    throw stopped(task ? explainStop(task) : "ECS no longer knows it");
   } finally {
     over.abort(new Failure("system", "the task is no longer awaited"));
   }
@@ -2268,6 +2266,7 @@ type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy"
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
   const { Region, Cluster } = context.config.Fargate;
   const path = recordPath(context);
+  const stop = (known: TaskTrace) => stopRecorded(context, new Aws(known.Region, context), known, signal);
   let trace: TaskTrace;
   try {
     const record = readRecord(path);
@@ -2281,14 +2280,11 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
     const named = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
     // What the record still names is stopped first: the manager's identity may be unusable as well.
-    if (named.TaskARN)
-      await stopRecorded(context, new Aws(named.Region, context), { ...named, Unanswered: false }, signal);
+    if (named.TaskARN) await stop({ ...named, Unanswered: false });
     trace = { ...named, TaskARN: "", StartedBy: startedBy(context) };
   }
-  const aws = new Aws(trace.Region, context);
-  const stopped = await stopRecorded(context, aws, trace, signal);
   const left = `its task is stopped, but the record ${path} cannot be removed`;
-  if (stopped) orFail(left, () => fs.rmSync(path, { force: true }));
+  if (await stop(trace)) orFail(left, () => fs.rmSync(path, { force: true }));
   return true;
 }
 
