@@ -1182,9 +1182,8 @@ export class Aws {
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const again = (error: unknown) =>
       mayPass(error) || (/task was not found/i.test(reasonOf(error)) && this.context.now() < young);
-    const asked = { cluster, task, reason };
-    const stop = this.#ecs("StopTask", { ...limits, again }, (ecs, abort) => ecs.stopTask(asked, abort));
-    await stop.catch((error) => {
+    const stop = (ecs: ECS, abort: Abort) => ecs.stopTask({ cluster, task, reason }, abort);
+    await this.#ecs("StopTask", { ...limits, again }, stop).catch((error) => {
       if (/task was not found/i.test(reasonOf(error))) return;
       if (error === limits.signal?.reason) throw error;
       throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`);
@@ -1196,8 +1195,7 @@ export class Aws {
     const arns: string[] = [];
     let nextToken: string | undefined;
     do {
-      const asked = { cluster, startedBy, nextToken };
-      const list = (ecs: ECS, abort: Abort) => ecs.listTasks(asked, abort);
+      const list = (ecs: ECS, abort: Abort) => ecs.listTasks({ cluster, startedBy, nextToken }, abort);
       const page: ListTasksCommandOutput = await this.#ecs("ListTasks", { ...limits, again: mayPass }, list);
       arns.push(...(page.taskArns ?? []));
       nextToken = page.nextToken;
