@@ -53,9 +53,7 @@ export const VERSION = typeof BUILD === "string" ? BUILD : "dev (HEAD)";
 
 export type Environment = Readonly<Record<string, string | undefined>>;
 
-// ---------------------------------------------------------------------------------------------------------
-// 2. Failures
-// ---------------------------------------------------------------------------------------------------------
+// 2. Failures ---------------------------------------------------------------------------------------------
 
 /** Characters that show nothing but act: of control, of format (direction, joining, tags), line ends, half and private ones. */
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
@@ -210,9 +208,7 @@ function orFail<T>(what: string, action: () => T): T {
 const readFile = (path: string, what: string): Buffer =>
   orFail(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
 
-// ---------------------------------------------------------------------------------------------------------
-// 3. Configuration
-// ---------------------------------------------------------------------------------------------------------
+// 3. Configuration ----------------------------------------------------------------------------------------
 
 const LEVELS = ["trace", "debug", "info", "warn", "warning", "error", "fatal", "panic"] as const;
 const FORMATS = ["text", "text-simple", "json"] as const;
@@ -501,9 +497,7 @@ export function readConfig(file: string, path: string, options: Options, env: En
   return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 4. Logging
-// ---------------------------------------------------------------------------------------------------------
+// 4. Logging ----------------------------------------------------------------------------------------------
 
 // logrus' names, which the official driver's files use, to LogTape's.
 const LOGTAPE_LEVEL: Record<string, LogLevel> = { warn: "warning", panic: "fatal" };
@@ -578,9 +572,7 @@ export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFi
   return log;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 5. The job
-// ---------------------------------------------------------------------------------------------------------
+// 5. The job ----------------------------------------------------------------------------------------------
 
 /** Who this job is. Every stage of it comes to the same answer, and no other job does. */
 export interface Job {
@@ -645,9 +637,7 @@ export function readJob(env: Environment): Job | undefined {
   return { stem: `${label}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 6. Task record
-// ---------------------------------------------------------------------------------------------------------
+// 6. Task record ------------------------------------------------------------------------------------------
 
 const RECORD_VERSION = 1;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
@@ -851,9 +841,7 @@ export function managerId(directory: string): string {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 7. Keys
-// ---------------------------------------------------------------------------------------------------------
+// 7. Keys -------------------------------------------------------------------------------------------------
 
 /** A private key (PEM text) and its public half as a line of authorized_keys. */
 export type KeyPair = Readonly<Record<"privateKey" | "publicKey", string>>;
@@ -882,9 +870,7 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 8. ECS
-// ---------------------------------------------------------------------------------------------------------
+// 8. ECS --------------------------------------------------------------------------------------------------
 
 /** The container that gets the public key; the name is the official driver's. */
 export const CONTAINER = "ci-coordinator";
@@ -1255,9 +1241,7 @@ export function pollPause(polls: number, addressKnown: boolean, random: number, 
   return Math.min(pause * (1 + throttled), addressKnown ? 30_000 : 10_000) * (0.75 + random / 2);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 9. SSH
-// ---------------------------------------------------------------------------------------------------------
+// 9. SSH --------------------------------------------------------------------------------------------------
 
 /** Where to log in, and how; the rest of `Config["SSH"]` says as whom and on which port. */
 export interface SshTarget extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval"> {
@@ -1763,9 +1747,7 @@ export async function runScript(
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 10. Stages
-// ---------------------------------------------------------------------------------------------------------
+// 10. Stages ----------------------------------------------------------------------------------------------
 
 const recordPath = ({ config, job }: Context): string => join(config.TaskMetadata.Directory, `${job.stem}.json`);
 
@@ -2318,9 +2300,7 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 11. For operators
-// ---------------------------------------------------------------------------------------------------------
+// 11. For operators ---------------------------------------------------------------------------------------
 
 const SWEEP_TASKS_AFTER = 600; // seconds; a task's record may just be being written or removed
 const SWEEP_RECORDS_AFTER = 3_600; // seconds; a record may be of a task that ECS does not show yet
@@ -2510,9 +2490,7 @@ export function formatSweep(report: SweepReport, json: boolean): string {
     .join("");
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// 13. Command line
-// ---------------------------------------------------------------------------------------------------------
+// 13. Command line ----------------------------------------------------------------------------------------
 
 /** A command whose errors are one line that says what is wrong and what is known. */
 class Cli extends Command {
