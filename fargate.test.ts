@@ -220,6 +220,19 @@ const thrown = (call: () => unknown): Error => {
 // ---------------------------------------------------------------------------------------------------------
 
 describe("failures", () => {
+  test("what a job's author or its server has said is no ground for advice", () => {
+    const planted = "CannotPullContainerError: not authorized to perform: iam:PassRole";
+    for (const text of [
+      `FARGATE_TASK_DEFINITION of this job, x, is not allowed: ${planted}, is not allowed: AllowedTaskDefinitions has a`,
+      `x did not begin: root@10.0.0.1:22: the server says "${planted}"`,
+    ])
+      expect(adviceFor(text)?.advice).toBeUndefined();
+    const refused = "cannot be used: ecs:RunTask was refused: ClientException: TaskDefinition not found.";
+    expect(adviceFor(`FARGATE_TASK_DEFINITION of this job, ${planted}, ${refused}`)?.advice).toMatch(
+      /^name a task definition/,
+    );
+  });
+
   // Texts of AWS that share words: which of them may pass, and whose trouble each is.
   test.each<[text: string, advice: RegExp, again?: true]>([
     [
@@ -2085,7 +2098,7 @@ describe("scripts over SSH", () => {
         { interpreter: "bash", loginShell: "bash" },
         { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
       );
-      await expect.poll(() => out.bytes().toString()).toBe("ready\n");
+      await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
       expected(await found(secret));
       stop.abort(new Failure("system", "stopped"));
       await expect(running).rejects.toThrow("stopped");
@@ -2234,7 +2247,9 @@ describe("scripts over SSH", () => {
         { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
       );
       const marked = `grep -lz '^FARGATE_TEST=${id}$' /proc/[0-9]*/environ 2>/dev/null | wc -l`;
-      await expect.poll(async () => Number((await task.host.exec(marked)).output)).toBeGreaterThan(0);
+      await expect
+        .poll(async () => Number((await task.host.exec(marked)).output), { timeout: 30_000 })
+        .toBeGreaterThan(0);
       stop.abort(new Failure("system", "stopped by SIGTERM"));
       await expect(running).rejects.toThrow("stopped by SIGTERM");
       expect(Number((await task.host.exec(marked)).output)).toBe(0);
@@ -2250,7 +2265,7 @@ describe("scripts over SSH", () => {
       { interpreter: "bash", loginShell: "bash" },
       { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
     );
-    await expect.poll(() => out.bytes().toString()).toBe("ready\n");
+    await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
     stop.abort(new Failure("system", "stopped"));
     await expect(running).rejects.toThrow("stopped");
     expect((await runOnce(`kill -0 ${stdout.toString().trim()}`)).outcome).toEqual(exited(0));
@@ -2297,7 +2312,7 @@ describe("scripts over SSH", () => {
       { interpreter: "bash", loginShell: "bash" },
       { stop: new AbortController().signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
     );
-    await expect.poll(() => out.bytes().toString()).toBe("ready\n");
+    await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
     proxy.cut();
     expect(await running).toMatchObject({ ended: "lost", begun: true });
     await proxy.close();
@@ -2370,7 +2385,7 @@ describe("the stand-in for AWS", () => {
       ecs.send(new ListTasksCommand({ cluster: "test-cluster", startedBy: "someone", ...more }));
     expect((await describe()).failures).toMatchObject([{ reason: "MISSING" }]);
     expect((await list()).taskArns).toEqual([]);
-    await expect.poll(async () => (await list()).taskArns).toEqual([task]);
+    await expect.poll(async () => (await list()).taskArns, { timeout: 30_000 }).toEqual([task]);
     expect((await describe()).tasks).toMatchObject([{ taskArn: task }]);
     await expect(list({ family: "test-task" })).rejects.toThrow(/startedBy/);
   });
@@ -2801,6 +2816,9 @@ describe("the compiled program", () => {
       const { code, stdout, stderr } = await slowly("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2");
       expect([code, stdout.length, stderr.length]).toEqual([0, 1_000_000, 1_000_000]);
     }
+    // For each word on the one stream, ssh2 would let the server send two MiB more of the other.
+    const mixed = await slowly("for i in $(seq 60); do head -c 1000000 /dev/zero; echo $i >&2; done");
+    expect([mixed.code, mixed.stdout.length, mixed.stderr.length]).toEqual([0, 60_000_000, 171]);
     const stopped = await slowly("head -c 1000000 /dev/zero >&2; sleep 600", 1_000);
     expect(stopped.code).toBe(2);
     expect(stopped.stderr.toString()).toContain("error: stopped by SIGTERM\n");
@@ -3812,6 +3830,21 @@ describe.concurrent("cleanup", () => {
       return { stage: "run", finished: run };
     });
 
+  faultTest(
+    "the record may be written by others, and the configuration names another cluster by now",
+    async (scene) => {
+      await prepared(scene);
+      wholeRun.ownFile(scene.record);
+      fs.chmodSync(scene.record, 0o660);
+      scene.configure({ Fargate: { Cluster: "bare-cluster" } });
+      const finished = await scene.stage("cleanup");
+      ended(finished, 0);
+      // What it says counts once ECS has said the same.
+      expect(scene.world.aws.running()).toEqual([]);
+      scene.configure();
+      return { stage: "cleanup", finished };
+    },
+  );
   faultTest("anybody may write to the directory for records", async (scene) => {
     fs.mkdirSync(scene.world.records);
     fs.chmodSync(scene.world.records, 0o777);
@@ -7131,7 +7164,7 @@ describe("the search for secrets", () => {
         "the planted secret: the command line of process n",
         "the other secret: the environment of process n",
       ];
-      await expect.poll(seen).toEqual(new Set(right));
+      await expect.poll(seen, { timeout: 30_000 }).toEqual(new Set(right));
       expect(search.counts.commandLines).toBeGreaterThan(1);
     } finally {
       shell.kill("SIGKILL");
@@ -7152,7 +7185,7 @@ describe("the search for secrets", () => {
           search.sampleProcesses();
           return search.findings.map(({ place }) => place.replace(/\d+/, "n")).join("\n");
         };
-        await expect.poll(seen).toMatch(/^the environment of process n: .*(sshd|entrypoint)/m);
+        await expect.poll(seen, { timeout: 30_000 }).toMatch(/^the environment of process n: .*(sshd|entrypoint)/m);
       } finally {
         await host.stop(0);
       }

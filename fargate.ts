@@ -188,7 +188,8 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
 export function adviceFor(text: string): Advice | undefined {
   const known = text
     .replaceAll("\u2019", "'") // AWS writes both apostrophes
-    .replace(/the server says "[^"]*"/g, "");
+    .replace(/the server says "[^"]*"/g, "") // what others have chosen is nobody's failure
+    .replace(/of this job, .*, (?=is not allowed:|cannot be used:)/s, "");
   for (const [pattern, advice, more] of KNOWN) {
     const match = pattern.exec(known);
     if (match) return { advice: advice.replace("$1", match[1] ?? ""), ...more };
@@ -755,12 +756,16 @@ const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}
 /**
  * What can be told from a record that cannot be understood (cut off, of another version): its age, and the task it names
  * where nobody else can have written that.
+ * @param others what nobody else may do with it, as bits of its mode
  */
-export function remainsOf(path: string): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
+export function remainsOf(
+  path: string,
+  others = 0o022,
+): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
   try {
-    const content = readOwn(path, 0o022);
+    const content = readOwn(path, others);
     const [TaskARN, Region, Cluster] = TASK_ARN.exec(content) ?? [];
     if (TaskARN && Region && Cluster && !isOfAnother(path, content)) return { TaskARN, Region, Cluster, ...UpdatedAt };
   } catch {}
@@ -1267,6 +1272,7 @@ export class SshFailure extends Failure {
 const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, beside the script: each of 36 bytes takes 1.5 KB
 const MOST_UNREAD = 32 * 2 ** 20; // what nobody has read yet: ssh2 lets a server send two windows of 2 MiB a stream
 const MOST_GROWTH = 512 * 2 ** 20; // what the whole process grows by
+const MOST_WAITING = 2 ** 20; // with so much unread, we let a server send no more
 
 // The only ones that are taken. Under bun, ssh2 tests the prime of each exchange with a Diffie-Hellman group, and nothing
 // else happens meanwhile, for half a minute at 8192 bits. OpenSSH has had the others since 5.7.
@@ -1280,9 +1286,15 @@ const KEX = [
 
 const GLOBAL_REQUEST = 80; // message number of RFC 4254
 
+/** A part of ssh2's client that it does not publish; its version is pinned. */
+interface WindowAdjuster {
+  channelWindowAdjust(id: number, bytes: number): void;
+}
+
 /** Why SSH failed. A server's own words are quoted, so that nobody takes them for ours or for AWS's. */
 function sshReason(error: Error): string {
   if (error instanceof TypeError || error instanceof RangeError) return "the server broke the protocol";
+  if (error.message.startsWith("Wrong signature type: ")) return "the server signs in another way than agreed"; // its words
   const said = ("code" in error && typeof error.code === "number") || "reason" in error;
   return said ? `the server says "${printable(reasonOf(error)).replaceAll('"', "'").slice(0, 300)}"` : reasonOf(error);
 }
@@ -1612,10 +1624,11 @@ export class MarkFilter {
 
 /**
  * Passes a stream on without its marks, byte for byte and with back-pressure.
+ * @param turn shared by the two streams, whose parts keep their order
  * @param onMark called when there has been a mark
  * @returns `over`: resolves when the script's part has been written; `silence`: when nothing came or waited for 2 s
  */
-function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: () => void) {
+function passOn(source: Readable, sink: Writable, filter: MarkFilter, turn: { last?: () => void }, onMark: () => void) {
   const over = Promise.withResolvers<void>();
   let written: Promise<unknown> = Promise.resolve();
   let chunks = 0;
@@ -1640,6 +1653,8 @@ function passOn(source: Readable, sink: Writable, filter: MarkFilter, onMark: ()
   source.on("data", (chunk: Buffer) => {
     chunks++;
     if (filter.ended) return; // what a process in the background says after the script's end
+    if (turn.last !== write) turn.last?.(); // the other stream's, which came before
+    turn.last = write;
     if (parts.length === 0) setImmediate(write);
     for (const part of filter.push(chunk)) {
       parts.push(part);
@@ -1689,17 +1704,34 @@ export async function runScript(
   const { channel, exit } = await execute(connection, command, stop);
   const marks = new MarkFilter(mark);
   let session: number | undefined;
-  const out = passOn(channel, stdout, marks, () => {
+  const turn = {};
+  const out = passOn(channel, stdout, marks, turn, () => {
     if (session !== undefined) return;
     session = Number(marks.first);
     channel.end(script);
   });
-  const err = passOn(channel.stderr, stderr, new MarkFilter(mark), () => {});
+  const err = passOn(channel.stderr, stderr, new MarkFilter(mark), turn, () => {});
   const over = Promise.all([out.over, err.over]);
+  const unread = () => channel.readableLength + (channel.stderr as Readable).readableLength;
+  // For a word on one stream, ssh2 opens the window of both anew, however much of the other waits: not before there is room.
+  const { _protocol: protocol } = connection.client as unknown as { _protocol: WindowAdjuster };
+  const adjust = protocol.channelWindowAdjust.bind(protocol);
+  const server = channel.outgoing as { id: number; state: string };
+  let owed = 0;
+  const grant = () => {
+    if (owed === 0 || unread() > MOST_WAITING || server.state === "closed") return;
+    adjust(server.id, owed);
+    owed = 0;
+  };
+  protocol.channelWindowAdjust = (id, bytes) => {
+    if (id !== server.id) return adjust(id, bytes);
+    owed += bytes;
+    grant();
+  };
+  for (const stream of [channel, channel.stderr]) stream.on("data", grant);
   // ssh2 takes in what a server sends beyond its window.
   connection.socket.on("data", () => {
-    const unread = channel.readableLength + (channel.stderr as Readable).readableLength;
-    if (unread > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
+    if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
 
   const end = async (): Promise<Outcome> => {
@@ -2150,7 +2182,8 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     return await retry(attempt, { until: now() + config.SSH.ConnectTimeout * 1000, again, now, signal: stop });
   } catch (error) {
     if (stop.aborted || !(error instanceof SshFailure)) throw error;
-    const why = error.why === "unreachable" ? `; ${(await fateOf(context, record, 10_000)).says}` : "";
+    const asked = error.why !== "unreachable" || /^what became of the task/.test(error.message);
+    const why = asked ? "" : `; ${(await fateOf(context, record, 10_000)).says}`;
     throw new Failure("system", `${stage} did not begin: ${reasonOf(error)}${why}`);
   }
 }
@@ -2260,12 +2293,22 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
     const named = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
     // What the record still names is stopped first: the manager's identity may be unusable as well.
-    if (named.TaskARN) await stop({ ...named, Unanswered: false });
+    if (named.TaskARN || (await isClaimed(context, remainsOf(path, 0), signal)))
+      await stop({ ...named, ...remainsOf(path, 0), Unanswered: false });
     trace = { ...named, TaskARN: "", StartedBy: startedBy(context) };
   }
   const left = `its task is stopped, but the record ${path} cannot be removed`;
   if (await stop(trace)) orFail(left, () => fs.rmSync(path, { force: true }));
   return true;
+}
+
+/** Whether ECS, too, says that a task is this job's: others can have written the record that names it. */
+async function isClaimed(context: Context, { TaskARN, Region, Cluster }: Partial<TaskTrace>, signal?: AbortSignal) {
+  const { job, now } = context;
+  if (!TaskARN || !Region || !Cluster) return false;
+  const limits = { until: now() + 5_000, signal };
+  const [task] = await new Aws(Region, context).describeTasks(Cluster, [TaskARN], limits);
+  return task?.startedBy?.endsWith(`-${job.hash.slice(0, 32)}`) ?? false;
 }
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
@@ -2352,7 +2395,7 @@ function readRecords(directory: string): Found[] {
     try {
       return [{ ...file, content: readOwn(path), ...(readRecord(path) ?? {}) }];
     } catch {
-      return [{ ...file, ...remainsOf(path) }];
+      return [{ ...file, ...remainsOf(path, 0) }]; // enough to ask whether the task runs
     }
   });
 }
@@ -2464,7 +2507,10 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
 function removeUnchanged(path: string, content: string): boolean {
   const taken = `${path}.${randomBytes(6).toString("hex")}.swept`;
   fs.renameSync(path, taken);
-  const same = content === "" || fs.readFileSync(taken, "utf8") === content;
+  let same = content === "";
+  try {
+    same ||= readOwn(taken) === content;
+  } catch {} // another has put something else there
   try {
     if (!same) fs.linkSync(taken, path);
   } catch (error) {
