@@ -179,6 +179,7 @@ const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
   [/no public address/, "set EnablePublicIP, and give the subnet a route to an internet gateway"],
   [/(not begin|lost while).*RUNNING/, "the task runs on: look at what the job did to sshd, at its load and memory"],
   [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
+  [/no matching .*algorithm/, "the SSH server must offer curve25519 or ECDH, and AES, as OpenSSH does"],
   [/no login worked.*(closed the conn|handshake)/i, "Port must lead to an SSH server that lets this host in"],
   [/no login worked|nothing answered/, "allow Port in the task's security group, from the runner's host; check routes"],
   [/server's key is not the one/, "nothing was sent; find out what answers at that address in place of the task"],
@@ -1724,7 +1725,7 @@ export async function runScript(
     owed = 0;
   };
   protocol.channelWindowAdjust = (id, bytes) => {
-    if (id !== server.id) return adjust(id, bytes);
+    if (id !== server.id || server.state === "closed") return adjust(id, bytes); // another channel's, of that number too
     owed += bytes;
     grant();
   };
