@@ -1315,12 +1315,15 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   signal.throwIfAborted();
   // None of a server's global requests concerns us. ssh2 would read the host keys that one may announce by regular
   // expressions that take minutes for some texts, and keep them until the server proves that it has them.
-  handlers[GLOBAL_REQUEST] = (protocol: { requestFailure(): void }, payload: Buffer) => {
+  handlers[GLOBAL_REQUEST] = (protocol: { requestFailure(): void; ping(): void }, payload: Buffer) => {
     const wantsReply = payload[5 + payload.readUInt32BE(1)]; // behind the request's name
     if (wantsReply) protocol.requestFailure();
+    // Unasked as well: else sshd's next packet waits 40 ms for TCP's acknowledgement of this one.
+    else protocol.ping();
   };
   const client = new Client();
   const socket = new Socket();
+  socket.setNoDelay(true); // else each short packet may wait 40 ms for the last one's acknowledgement
   const where = `${target.Username}@${target.host}:${target.Port}`;
   let hostKey: Buffer | undefined;
   let changed = false;
