@@ -51,6 +51,9 @@ import { licenceFaults, licenceOf, packagesOf } from "./.ci/licences.ts";
 import {
   adviceFor,
   announce,
+  awsFailure,
+  type Cause,
+  CONTAINER,
   type Config,
   ConfigSchema,
   type Connection,
@@ -65,7 +68,6 @@ import {
   formatRecord,
   formatSweep,
   interpreterOf,
-  isTransient,
   type Job,
   keyPairOf,
   MarkFilter,
@@ -73,12 +75,14 @@ import {
   managerId,
   type Outcome,
   openDirectory,
+  type Problem,
   parseCommandLine,
   pollPause,
   prepare as prepareStage,
   readConfig,
   readJob,
   readRecord,
+  recognize,
   remainsOf,
   retry,
   runScript as runScriptOnce,
@@ -86,6 +90,7 @@ import {
   runTaskInput,
   type SshTarget,
   type SweepReport,
+  stopCause,
   sweep,
   type TaskRecord,
   usersOf,
@@ -232,52 +237,205 @@ const thrown = (call: () => unknown): Error => {
 // ---------------------------------------------------------------------------------------------------------
 
 describe("failures", () => {
-  test("what a job's author or its server has said is no ground for advice", () => {
-    const planted = "CannotPullContainerError: not authorized to perform: iam:PassRole";
-    for (const text of [
-      `FARGATE_TASK_DEFINITION of this job, x, is not allowed: ${planted}, is not allowed: AllowedTaskDefinitions has a`,
-      `x did not begin: root@10.0.0.1:22: the server says "${planted}"`,
-    ])
-      expect(adviceFor(text)?.advice).toBeUndefined();
-    const refused = "cannot be used: ecs:RunTask was refused: ClientException: TaskDefinition not found.";
-    expect(adviceFor(`FARGATE_TASK_DEFINITION of this job, ${planted}, ${refused}`)?.advice).toMatch(
-      /^name a task definition/,
-    );
+  /** What AWS answers to RunTask: an exception of that name with that message. */
+  const refusal = (name: string, message: string) =>
+    awsFailure("ecs:RunTask", Object.assign(new Error(message), { name, $metadata: { httpStatusCode: 400 } })).cause;
+  const stopped = (stoppedReason: string, stopCode: Task["stopCode"] = "TaskFailedToStart") =>
+    stopCause({ stopCode, stoppedReason });
+  const user = "User: arn:aws:sts::123456789012:assumed-role/x/i-0";
+
+  // Texts are AWS's own, as its documentation and public reports quote them.
+  test.each<[problem: Problem, cause: Cause]>([
+    // An error's name decides.
+    ["throttled", refusal("ThrottlingException", "Rate exceeded")],
+    ["provisioning", refusal("LimitExceededException", "Tasks provisioning capacity limit exceeded.")],
+    [
+      "accessDenied",
+      refusal("AccessDeniedException", `${user} is not authorized to perform: ecs:RunTask on resource: y`),
+    ],
+    ["credentials", refusal("ExpiredTokenException", "The security token included in the request is expired")],
+    ["credentials", refusal("InvalidSignatureException", "The request signature we calculated does not match")],
+    ["clock", refusal("InvalidSignatureException", "Signature expired: 20191209T104625Z is now earlier than x")],
+    ["account", refusal("BlockedException", "Your Amazon Web Services account was blocked.")],
+    ["cluster", refusal("ClusterNotFoundException", "Cluster not found.")],
+    ["platform", refusal("PlatformUnknownException", "The specified platform does not exist.")],
+    ["platform", refusal("PlatformTaskDefinitionIncompatibilityException", "x")],
+    ["incompatible", refusal("UnsupportedFeatureException", "The specified task isn't supported in this Region.")],
+    // ClientException and InvalidParameterException: how the message begins.
+    ["definition", refusal("ClientException", "TaskDefinition not found.")],
+    ["definition", refusal("InvalidParameterException", "TaskDefinition is inactive")],
+    ["incompatible", refusal("InvalidParameterException", "Task definition does not support launch_type FARGATE.")],
+    [
+      "networkMode",
+      refusal(
+        "InvalidParameterException",
+        "Network Configuration is not valid for the given networkMode of this task definition.",
+      ),
+    ],
+    [
+      "container",
+      refusal("InvalidParameterException", "Override for container named x is not a container in the TaskDefinition."),
+    ],
+    ["secret", refusal("ClientException", "The secret name must be unique and not shared with any new or existing x")],
+    [
+      "fargateOnly",
+      refusal("InvalidParameterException", "The platform version must be null when specifying an EC2 launch type."),
+    ],
+    ["fargateOnly", refusal("InvalidParameterException", "Assign public IP is not supported for this launch type.")],
+    [
+      "taskRole",
+      refusal(
+        "InvalidParameterException",
+        "The execute command failed because a valid task role is not being used. Specify a valid task role.",
+      ),
+    ],
+    [
+      "capacityProvider",
+      refusal(
+        "InvalidParameterException",
+        "The specified capacity provider strategy cannot contain a capacity provider that is not associated with x",
+      ),
+    ],
+    ["launchType", refusal("InvalidParameterException", "No Container Instances were found in your cluster.")],
+    [
+      "assumeRole",
+      refusal("ClientException", "ECS was unable to assume the role 'arn' that was provided for this task."),
+    ],
+    ["linkedRole", refusal("InvalidParameterException", "Unable to assume the service linked role. Please verify x")],
+    ["provisioning", refusal("ClientException", "Tasks provisioning capacity limit exceeded.")],
+    ["capacity", refusal("ClientException", "Capacity is unavailable at this time. Please try again later")],
+    [
+      "throttled",
+      refusal(
+        "InvalidParameterException",
+        "Error retrieving subnet information for [subnet-1]: Request limit exceeded. (ErrorCode: RequestLimitExceeded)",
+      ),
+    ],
+    [
+      "network",
+      refusal(
+        "InvalidParameterException",
+        "Error retrieving subnet information for [subnet-1]: The subnet ID 'subnet-1' does not exist " +
+          "(ErrorCode: InvalidSubnetID.NotFound)",
+      ),
+    ],
+    // Reasons of failures.
+    ["quota", recognize("", "You\u2019ve reached the limit on the number of vCPUs you can run concurrently")],
+    ["quota", recognize("", "You've reached the limit on the number of tasks you can run concurrently")],
+    ["taskSize", recognize("", "The requested MEMORY configuration is above your limit.")],
+    ["instances", recognize("", "RESOURCE:MEMORY")],
+    ["instances", recognize("", "AGENT")],
+    ["addresses", recognize("", "RESOURCE:ENI")],
+    ["placement", recognize("", "ATTRIBUTE")],
+    ["placement", recognize("", "LOCATION")],
+    // Tasks that do not start.
+    ["awsFault", stopped("Timeout waiting for network interface provisioning to complete.")],
+    [
+      "awsFault",
+      stopped("Unexpected EC2 error while attempting to Create Network Interface in subnet 'x': AuthFailure"),
+    ],
+    [
+      "awsFault",
+      stopped("ResourceInitializationError: failed to configure ENI: failed to setup regular eni: netplugin"),
+    ],
+    [
+      "addresses",
+      stopped("Unexpected EC2 error while attempting to Create Network Interface: InsufficientFreeAddressesInSubnet"),
+    ],
+    [
+      "interfaces",
+      stopped("Unexpected EC2 error while attempting to Create Network Interface: NetworkInterfaceLimitExceeded"),
+    ],
+    ["network", stopped("Unexpected EC2 error while attempting to Create Network Interface: InvalidSubnetID.NotFound")],
+    [
+      "pullRate",
+      stopped("CannotPullContainerError: ref pull has been retried 1 time(s): toomanyrequests: You have reached"),
+    ],
+    ["pullSpace", stopped("CannotPullContainerError: write /var/lib/containerd/x: no space left on device")],
+    ["architecture", stopped("CannotPullContainerError: does not contain descriptor matching platform 'linux/amd64'")],
+    ["architecture", stopped("CannotStartContainerError: OCI runtime create failed: exec /bin/x: exec format error")],
+    [
+      "pull",
+      stopped("CannotPullContainerError: pull image manifest has been retried: failed to resolve ref x: not found"),
+    ],
+    [
+      "executionRole",
+      stopped("CannotPullECRContainerError: AccessDeniedException: x is not authorized to perform: ecr:Get"),
+    ],
+    [
+      "executionRole",
+      stopped(
+        "ResourceInitializationError: unable to pull secrets or registry auth: AccessDeniedException: User: x is not " +
+          "authorized to perform: secretsmanager:GetSecretValue on resource: y",
+      ),
+    ],
+    [
+      "missing",
+      stopped("ResourceInitializationError: unable to pull secrets or registry auth: ResourceNotFoundException"),
+    ],
+    ["missing", stopped("ResourceInitializationError: failed to validate logger args: ResourceNotFoundException: x")],
+    ["route", stopped("ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout")],
+    [
+      "efsName",
+      stopped(
+        'ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: Failed to resolve "x"',
+      ),
+    ],
+    [
+      "efsPort",
+      stopped(
+        "ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: b'mount.nfs4: Connection timed out'",
+      ),
+    ],
+    [
+      "efsAccess",
+      stopped(
+        "ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: b'mount.nfs4: access denied by server",
+      ),
+    ],
+    [
+      "command",
+      stopped("CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task"),
+    ],
+    ["volume", stopped("CannotCreateVolumeError: unable to copy contents to volume on host")],
+    // Tasks that stop.
+    ["spot", stopped("Your Spot Task was interrupted.", "SpotInterruption")],
+    ["spot", stopped("Your Spot Task was interrupted.", "TerminationNotice")],
+    [
+      "host",
+      stopped("ECS is performing maintenance on the underlying infrastructure hosting the task.", "TerminationNotice"),
+    ],
+    ["exited", stopped("Essential container in task exited", "EssentialContainerExited")],
+    ["ownStop", stopped("fargate sweep: it is past its deadline", "UserInitiated")],
+    ["userStop", stopped("Task stopped by user", "UserInitiated")],
+    [
+      "memory",
+      stopCause({
+        stopCode: "EssentialContainerExited",
+        stoppedReason: "Essential container in task exited",
+        containers: [{ name: CONTAINER, reason: "OutOfMemoryError: Container killed due to memory usage" }],
+      }),
+    ],
+  ])("%s is recognized in AWS's answer, %j", (problem, cause) => {
+    expect(cause.problem).toBe(problem);
+    expect(adviceFor(cause)).toMatch(/^[a-z].{10,110}$/);
   });
 
-  // Texts of AWS that share words: which of them may pass, and whose trouble each is.
-  test.each<[text: string, advice: RegExp, again?: true]>([
-    [
-      "CannotPullContainerError: ref pull has been retried: toomanyrequests: You have reached your pull rate limit",
-      /ECR/,
-    ],
-    ["CannotPullContainerError: failed to resolve ref: 429: toomanyrequests: Rate exceeded", /fewer tasks/, true],
-    ["CannotPullContainerError: write /var/lib/containerd/x: no space left on device", /ephemeralStorage/],
-    ["CannotPullContainerError: does not contain descriptor matching platform 'linux/amd64'", /cpuArchitecture/],
-    [
-      "ResourceInitializationError: AccessDeniedException: User: x is not authorized to perform: ssm:GetParameters",
-      /allow ssm:GetParameters to the task definition's execution role/,
-    ],
-    ["ecs:RunTask was refused: User: x is not authorized to perform: ecs:TagResource on resource: y", /runner's host/],
-    ["CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task", /command/],
-    ["TaskFailedToStart: Unexpected EC2 error while attempting to Create Network Interface: AuthFailure", /AWS/, true],
-    ["Unexpected EC2 error while attempting to Create Network Interface: InvalidSubnetID.NotFound", /one VPC/],
-    ["Unexpected EC2 error: InsufficientFreeAddressesInSubnet", /more free addresses/, true],
-    ["You\u2019ve reached the limit on the number of vCPUs you can run concurrently", /quota/, true],
-    ["TaskFailedToStart: Timeout waiting for network interface provisioning to complete.", /AWS/, true],
-    ["the task runs, but no login worked within ConnectTimeout (120 s); it has no public address", /EnablePublicIP/],
-    ["ecs:RunTask was not sent: Could not load credentials from any providers", /give the runner's host a role/],
-    ["ecs:RunTask got no answer: unable to verify the first certificate", /NODE_EXTRA_CA_CERTS/],
-    ["the record /x/y.json cannot be written: ENOSPC: no space left on device, write", /disk with room/],
-    ["the task stopped: UserInitiated: fargate sweep: it is past its deadline", /this driver/],
-    ["the task stopped: UserInitiated: Task stopped by user", /CloudTrail/],
-  ])("%s", (text, advice, again) => {
-    const known = adviceFor(text);
-    expect(known?.advice).toMatch(advice);
-    expect(known?.again).toBe(again);
+  test("words that somebody else has chosen are not recognized as AWS's", () => {
+    const capacity = "Capacity is unavailable at this time";
+    const denied = `${user} is not authorized to perform: ecs:RunTask on resource: arn:aws:ecs:r:1:task-definition/`;
+    for (const planted of ["InterfaceLimitExceeded", "Capacity is unavailable at this time", "RESOURCE:ENI"])
+      expect(refusal("AccessDeniedException", `${denied}${planted}:1`).problem).toBe("accessDenied");
+    expect(stopped(capacity, "UserInitiated").problem).toBe("userStop");
+    expect(refusal("ClientException", `Invalid value: ${capacity}`).problem).toBeUndefined();
+    const unknown = new Failure("system", `the server says "${capacity}"`);
+    expect(adviceFor(unknown.cause)).toBeUndefined();
   });
-  test("a text that nothing is known about gets no advice", () => {
-    expect(adviceFor("build_script did not begin: something else")).toBeUndefined();
+
+  test("the advice names the action that IAM refuses", () => {
+    const cause = refusal("AccessDeniedException", `${user} is not authorized to perform: iam:PassRole on resource: x`);
+    expect(adviceFor(cause)).toBe("allow iam:PassRole in the IAM policy of the runner's host");
+    expect(adviceFor({ problem: "accessDenied" })).toBe("allow this action in the IAM policy of the runner's host");
   });
 
   test("end with the exit codes that the runner gave, else with 1 and 2", () => {
@@ -627,7 +785,7 @@ describe("logging", () => {
   });
 
   test("a failure is printable, and only what the driver lists has lines of its own", () => {
-    const failure = new Failure("system", `AWS said ${hostile}`, [`one ${hostile}`, "two"]);
+    const failure = new Failure("system", `AWS said ${hostile}`, {}, [`one ${hostile}`, "two"]);
     expect(failure.message.split("\n")).toEqual([
       expect.stringMatching(/^AWS said a \| b/),
       expect.stringMatching(/^ {2}one a \| b/),
@@ -1017,19 +1175,22 @@ describe("calls to AWS", () => {
     await expect(endless).rejects.toThrow("stopped");
   });
 
-  test.each<[string, object, boolean]>([
-    ["throttling", { name: "ThrottlingException", $metadata: { httpStatusCode: 400 } }, true],
-    ["EC2's throttling", { name: "RequestLimitExceeded", $metadata: { httpStatusCode: 503 } }, true],
-    ["a server error", { name: "ServerException", $metadata: { httpStatusCode: 500 } }, true],
-    ["a lost answer", { name: "TypeError", code: "ECONNRESET", $metadata: {} }, true],
-    ["a time-out", { name: "TimeoutError", $metadata: {} }, true],
-    ["an answer that broke off", { name: "TypeError", $metadata: { httpStatusCode: 200 } }, true],
-    ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false],
-    ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false],
-    ["no credentials", { name: "CredentialsProviderError", $metadata: {} }, false],
-    ["a bug of ours", { name: "TypeError" }, false],
-  ])("%s", (_, error, transient) => {
-    expect(isTransient(Object.assign(new Error("x"), error))).toBe(transient);
+  test.each<[what: string, error: object, isRetryable: boolean, mayHaveStarted: boolean]>([
+    ["throttling", { name: "ThrottlingException", $metadata: { httpStatusCode: 400 } }, true, false],
+    ["EC2's throttling", { name: "RequestLimitExceeded", $metadata: { httpStatusCode: 503 } }, true, true],
+    ["a server error", { name: "ServerException", $metadata: { httpStatusCode: 500 } }, true, true],
+    ["a lost answer", { name: "TypeError", code: "ECONNRESET", $metadata: {} }, true, true],
+    ["a refused connection", { name: "TypeError", code: "ECONNREFUSED", $metadata: {} }, true, false],
+    ["a name without an address", { name: "TypeError", code: "ENOTFOUND", $metadata: {} }, true, false],
+    ["a time-out", { name: "TimeoutError", $metadata: {} }, true, true],
+    ["an answer that broke off", { name: "TypeError", $metadata: { httpStatusCode: 200 } }, true, true],
+    ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false, false],
+    ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false, true],
+    ["no credentials", { name: "CredentialsProviderError" }, false, false],
+    ["a name that is no text", { name: 7, message: {}, $metadata: { httpStatusCode: 400 } }, false, false],
+  ])("%s: whether it is retried, and whether a task may have been started", (_, error, isRetryable, mayHaveStarted) => {
+    const { cause } = awsFailure("ecs:RunTask", Object.assign(new Error("x"), error));
+    expect(cause).toMatchObject({ operation: "ecs:RunTask", isRetryable, mayHaveStarted });
   });
 
   test("polling is quick at first, slower later, and slow once the address is known", () => {
@@ -1414,11 +1575,102 @@ describe("prepare and cleanup, with ECS mocked", () => {
     );
   });
 
+  test("no decision looks at the text of a message: with other texts, the same calls and the same verdicts", async () => {
+    const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
+    const original = 'super([message, ...details].map(printable).join("\\n  "));';
+    expect(source.split(original)).toHaveLength(2);
+    const copy = join(projectRoot, "dist", `reworded-${process.pid}.ts`);
+    onTestFinished(() => fs.rmSync(copy, { force: true }));
+    fs.writeFileSync(copy, source.replace(original, 'super("reworded");'));
+    const reworded: typeof import("./fargate.ts") = await import(copy);
+
+    const denied = (action: string) =>
+      awsError("AccessDeniedException", `User: x is not authorized to perform: ${action}`);
+    const capacity = { failures: [{ reason: "Capacity is unavailable at this time. Please try again later" }] };
+    const ends = (stopCode: Task["stopCode"], stoppedReason: string) => () => {
+      ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
+      const stopped: Task = { ...taskIn("STOPPED"), desiredStatus: "STOPPED", stopCode, stoppedReason };
+      ecs.on(DescribeTasksCommand).resolvesOnce({ tasks: [stopped] });
+      ecs
+        .on(RunTaskCommand)
+        .resolvesOnce({ tasks: [{ taskArn: arn }] })
+        .rejects(denied("ecs:RunTask"));
+    };
+    const chosen = (context: Context) => {
+      Object.assign(context, { byJob: ["TaskDefinition"] });
+    };
+    const withKey = (context: Context) => {
+      context.config.SSH.PrivateKeyPath = join(directory(), "key");
+      fs.writeFileSync(context.config.SSH.PrivateKeyPath, utils.generateKeyPairSync("ed25519").private);
+    };
+    /** What AWS answers, how the job is set up, and how many times RunTask is called. */
+    const scenes: [what: string, calls: number, answer: () => void, setUp?: (context: Context) => void][] = [
+      ["access denied", 1, () => ecs.on(RunTaskCommand).rejects(denied("ecs:RunTask"))],
+      ["capacity", 2, () => ecs.on(RunTaskCommand).resolvesOnce(capacity).rejects(denied("ecs:RunTask"))],
+      [
+        "a definition that is not there",
+        1,
+        () => ecs.on(RunTaskCommand).rejects(awsError("ClientException", "TaskDefinition not found.")),
+        chosen,
+      ],
+      [
+        "a container that is not there, with a key of the operator's",
+        2,
+        () => ecs.on(RunTaskCommand).rejectsOnce(noContainer).rejects(denied("ecs:RunTask")),
+        withKey,
+      ],
+      ["a task that Spot takes back", 2, ends("SpotInterruption", "Your Spot Task was interrupted.")],
+      ["a task whose image is missing", 1, ends("TaskFailedToStart", "CannotPullContainerError: not found")],
+      [
+        "a lost answer, and no permission to list",
+        1,
+        () => {
+          ecs.on(RunTaskCommand).rejects(awsError("TypeError", "ECONNRESET", 200));
+          ecs.on(ListTasksCommand).rejects(denied("ecs:ListTasks"));
+        },
+        (context) => Object.assign(context.config.Fargate, { StartTimeout: 1 }),
+      ],
+      [
+        "a task that StopTask no longer knows",
+        1,
+        () => {
+          ends("TaskFailedToStart", "CannotPullContainerError: not found")();
+          ecs.on(StopTaskCommand).rejects(awsError("InvalidParameterException", "The referenced task was not found."));
+        },
+        (context) =>
+          Object.assign(context, { now: () => Date.now() + (ecs.commandCalls(StopTaskCommand).length ? 60_000 : 0) }),
+      ],
+    ];
+    for (const [what, runs, answer, setUp] of scenes) {
+      const seen = [];
+      for (const driver of [{ prepare: prepareStage }, reworded]) {
+        ecs.reset();
+        ecs.on(StopTaskCommand).resolves({});
+        ecs.on(ListTasksCommand).resolves({ taskArns: [] });
+        ecs.on(DescribeTasksCommand).resolves({ tasks: [] });
+        fs.rmSync(records, { recursive: true, force: true });
+        answer();
+        const context = contextOf();
+        setUp?.(context);
+        const error = await driver.prepare(context).catch((failure: Failure) => failure);
+        const { kind, cause } = error as Failure;
+        const calls = ecs.calls().map((call) => call.args[0].constructor.name);
+        // How often a lost answer is asked for again is a matter of time.
+        seen.push({ what, kind, cause, calls: [...new Set(calls)], record: fs.existsSync(recordFile()) });
+        if (what !== "a lost answer, and no permission to list")
+          expect(inputs(RunTaskCommand), what).toHaveLength(runs);
+      }
+      expect(seen[1]).toEqual(seen[0]);
+    }
+  });
+
   test("without PrivateKeyPath that refusal says how the container must be named", async () => {
     ecs.on(RunTaskCommand).rejects(noContainer);
     const refused = "Override for container named ci-coordinator is not a container in the TaskDefinition.";
-    await expect(prepare(contextOf())).rejects.toThrow(refused);
-    expect(adviceFor(refused)?.advice).toMatch(/^its container must be named ci-coordinator/);
+    await expect(prepare(contextOf())).rejects.toMatchObject({
+      message: expect.stringContaining(refused),
+      cause: { problem: "container" },
+    });
     expect(inputs(RunTaskCommand)).toHaveLength(1);
   });
 
@@ -4358,7 +4610,7 @@ describe.concurrent("RunTask is refused", () => {
     [
       "the task is larger than the account's limit",
       { failures: [{ reason: "The requested CPU configuration is above your limit." }] },
-      /ask AWS support/,
+      /make the task smaller, or ask AWS for a higher Fargate quota/,
     ],
   ];
   for (const [what, fault, advice] of refusals)
@@ -4498,6 +4750,20 @@ describe.concurrent("RunTask is refused", () => {
     return { stage: "prepare", finished };
   });
 
+  faultTest("IAM refuses a job's task definition whose name is one of AWS's errors", async (scene) => {
+    const name = "InterfaceLimitExceeded:1";
+    const message =
+      "User: arn:aws:sts::123456789012:assumed-role/x/i-0 is not authorized to perform: ecs:RunTask on resource: " +
+      `arn:aws:ecs:us-east-2:123456789012:task-definition/${name}`;
+    const { aws } = scene.world;
+    aws.inject({ operation: "RunTask", times: Infinity, do: { error: "AccessDeniedException", message } });
+    const finished = await scene.stage("prepare", { env: { CUSTOM_ENV_FARGATE_TASK_DEFINITION: name } });
+    ended(finished, 2);
+    expect(aws.callsTo("RunTask")).toHaveLength(1);
+    expect(finished.stderr).toContain("what to do: allow ecs:RunTask in the IAM policy of the runner's host");
+    return { stage: "prepare", finished };
+  });
+
   const notFound: FaultAction = { error: "ClientException", message: "TaskDefinition not found." };
   faultTest("the job's own variable names a task definition that does not exist", async (scene) => {
     scene.world.aws.inject({ operation: "RunTask", do: notFound });
@@ -4545,7 +4811,7 @@ describe.concurrent("the task stops", () => {
         stopCode: "TaskFailedToStart",
         stoppedReason: "ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout",
       },
-      /the subnet's route to Secrets Manager, ECR/,
+      /give the subnet a route to ECR, S3, Secrets Manager/,
     ],
     [
       "its container exits",
@@ -4559,7 +4825,7 @@ describe.concurrent("the task stops", () => {
     [
       "somebody stops it",
       { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" },
-      /CloudTrail shows who called StopTask/,
+      /look in CloudTrail for who called StopTask/,
     ],
   ];
   for (const [what, cause, advice] of causes)
@@ -4626,7 +4892,11 @@ describe.concurrent("the task stops", () => {
       { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." },
       /run it again, with on-demand capacity/,
     ],
-    ["somebody stops it", { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" }, /CloudTrail shows who/],
+    [
+      "somebody stops it",
+      { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" },
+      /look in CloudTrail for who/,
+    ],
   ];
   for (const [what, cause, advice] of under)
     faultTest(
@@ -4733,12 +5003,14 @@ describe.concurrent("SSH fails", () => {
 
   faultTest(
     "Username is not the container's",
-    (scene) => prepareFails(scene, /refuses to let daemon in; .*the server refused the key/, /must let Username in/),
+    (scene) =>
+      prepareFails(scene, /refuses to let daemon in; .*the server refused the key/, /let Username in with the key/),
     { container: true, changes: { SSH: { Username: "daemon" } } },
   );
   faultTest(
     "the container refuses the key",
-    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /must let Username in/),
+    (scene) =>
+      prepareFails(scene, /refuses to let root in; .*the server refused the key/, /let Username in with the key/),
     { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY } },
   );
   faultTest(
@@ -4880,7 +5152,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       await closed.close();
       const finished = await scene.stage("prepare", { env: { AWS_ENDPOINT_URL: `http://127.0.0.1:${closed.port}` } });
       ended(finished, 2);
-      expect(finished.stderr).toContain("what to do: the runner's host must reach AWS");
+      expect(finished.stderr).toContain("what to do: let the runner's host reach AWS");
       return { stage: "prepare", finished };
     },
     { changes: { Fargate: { StartTimeout: 2 } } },

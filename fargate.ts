@@ -68,6 +68,17 @@ export function printable(value: unknown): string {
   return text.length > LONGEST_TEXT ? `${line}...` : line;
 }
 
+/** What decisions depend on. Each field is filled in where the failure is first seen, and never from our own text. */
+export interface Cause {
+  readonly problem?: Problem | undefined; // selects the advice
+  readonly subject?: string | undefined; // the IAM action that AWS names, for the advice
+  readonly operation?: string; // the call that failed, such as ecs:RunTask
+  readonly error?: string; // AWS's name for the error
+  readonly isRetryable?: boolean; // the same call may succeed in a moment
+  readonly mayHaveStarted?: boolean; // RunTask may have started a task all the same
+  readonly hasNoTask?: boolean; // AWS has said that no task was started, or that the one started has stopped
+}
+
 /**
  * Everything that ends a stage other than success, with whose fault it is: a `build` failure is the job's (the
  * runner does not try again), a `system` failure is ours, the operator's or AWS's. Its message is printable; only
@@ -78,6 +89,7 @@ export class Failure extends Error {
   constructor(
     readonly kind: "build" | "system",
     message: string,
+    override readonly cause: Cause = {},
     details: readonly string[] = [],
   ) {
     super([message, ...details].map(printable).join("\n  "));
@@ -97,118 +109,118 @@ export function reasonOf(error: unknown): string {
   return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
-/** What is known about a failure, by its text. */
-export interface Advice {
-  readonly advice: string;
-  readonly again?: true; // it may pass within minutes, elsewhere or by itself
-  readonly setting?: "TaskDefinition" | "PlatformVersion"; // the one that it speaks of
-}
+// What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. The texts are only
+// printed. The group of a problem decides: see PASSING, and where a variable of the job is at fault.
 
-const PASSES = { again: true } as const;
-const DEFINITION = { setting: "TaskDefinition" } as const;
-const PLATFORM = { setting: "PlatformVersion" } as const;
-const NEEDS = "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath";
-/** ECS's words for an override that the task definition does not bear: no such container, or a secret of that name. */
-const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must be unique/i;
+/** Another start may succeed: later, in another subnet or with other capacity. */
+const PASSING = {
+  throttled: "start fewer tasks at once, or ask AWS for higher API rates",
+  provisioning: "lower the runner's limit: too many tasks wait for capacity in this cluster",
+  capacity: "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy",
+  quota: "lower the runner's limit, or ask AWS for a higher Fargate quota",
+  instances: "give the cluster's instances more room, or lower the runner's limit",
+  addresses: "give Subnets with more free addresses",
+  interfaces: "ask AWS for more network interfaces in this region",
+  awsFault: "ask AWS if it happens again",
+  spot: "run it again, with on-demand capacity if it must not happen",
+  host: "run it again: AWS took the task's host away",
+};
+
+/** The task definition is at fault. */
+const OF_DEFINITION = {
+  definition: "name a task definition that is active in this region",
+  incompatible: "make the task definition compatible with LaunchType or the capacity provider",
+  networkMode: "set networkMode to awsvpc in the task definition",
+  container: "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath",
+  secret: "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath",
+  taskRole: "give the task definition a taskRoleArn, or set EnableExecuteCommand = false",
+  placement: "add instances that match the task definition's requirements and the zones of Subnets",
+  architecture: "build the image for the task definition's cpuArchitecture, or change that",
+};
+
+/** The platform version is at fault. */
+const OF_PLATFORM = {
+  platform: "set PlatformVersion to one that AWS lists and the task definition supports, or to LATEST",
+  fargateOnly: "remove PlatformVersion and EnablePublicIP: only Fargate tasks have them",
+};
+
+const ADVICE = {
+  ...PASSING,
+  ...OF_DEFINITION,
+  ...OF_PLATFORM,
+  // The runner's host and its way to AWS.
+  disk: "the runner's user must be able to write there, on a disk with room",
+  credentials: "give the runner's host a role, or AWS_* variables with a valid key",
+  profile: "check AWS_PROFILE and credential_process, and that the runner's user can read and run them",
+  metadata: "set the instance's metadata response hop limit to 2, or give the container AWS_* variables",
+  clock: "set the clock of the runner's host right",
+  unreachable: "let the runner's host reach AWS in Region: a NAT gateway, a VPC endpoint for ECS, or HTTPS_PROXY",
+  certificate: "set AWS_CA_BUNDLE to the certificate authority of your proxy or endpoint",
+  proxy: "check HTTPS_PROXY: its address, user name and password, and what it allows",
+  accessDenied: "allow $1 in the IAM policy of the runner's host",
+  account: "ask AWS support to enable ECS and Fargate for this account and region",
+  // Settings.
+  cluster: "check Cluster and Region in the configuration file",
+  network: "check Subnet, SecurityGroup and Region: all must belong to one VPC",
+  launchType: 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy',
+  capacityProvider: "add it to the cluster: aws ecs put-cluster-capacity-providers",
+  taskSize: "make the task smaller, or ask AWS for a higher Fargate quota",
+  assumeRole: "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute",
+  linkedRole: "create it: aws iam create-service-linked-role --aws-service-name ecs.amazonaws.com",
+  // Tasks that do not start.
+  executionRole: "allow $1 to the task definition's execution role",
+  route: "give the subnet a route to ECR, S3, Secrets Manager and CloudWatch Logs: NAT or VPC endpoints",
+  missing: "create what the task definition names: a secret, a parameter, a file, a log group",
+  efsName: "give EFS a mount target in each zone of Subnets, and let the VPC resolve DNS host names",
+  efsPort: "allow port 2049 from the task's security group to the EFS mount targets",
+  efsAccess: "allow elasticfilesystem:ClientMount to the task role, and check the volume's directory",
+  volume: "check the task definition's volumes, and the disk space of the instance",
+  pullRate: "copy the image to ECR, or give the registry's credentials",
+  pullSpace: "give the task definition more ephemeralStorage",
+  pull: "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)",
+  command: "check the command and entry point in the image and the task definition, and memory",
+  // Tasks that stop.
+  memory: "give the task definition more memory, or the job less to do at once",
+  exited: "read the container's log: its SSH server must run until the task is stopped",
+  unhealthy: "correct the health check of ci-coordinator, or give it a longer startPeriod",
+  ownStop: "this driver did: see GitLab Runner's log, and what runs fargate sweep",
+  userStop: "look in CloudTrail for who called StopTask",
+  noTask: "look for the task in the ECS console",
+  // Logins.
+  key: 'let Username in with the key in SSH_PUBLIC_KEY; KeyType = "ed25519" works with any OpenSSH',
+  publicAddress: "set EnablePublicIP, and give the subnet a route to an internet gateway",
+  connection: "the task runs on: look at what the job did to sshd, at its load and memory",
+  refused: "the image must start an SSH server on Port",
+  algorithms: "the SSH server must offer curve25519 or ECDH, and AES, as OpenSSH does",
+  noServer: "Port must lead to an SSH server that lets this host in",
+  silent: "allow Port in the task's security group, from the runner's host; check routes",
+  hostKey: "nothing was sent; find out what answers at that address in place of the task",
+};
+export type Problem = keyof typeof ADVICE;
+
+/** @returns what to do about a failure; undefined if the driver does not know its cause */
+export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
+  problem && ADVICE[problem].replace("$1", subject ?? "this action");
+
+/** The cause of any thrown value. */
+export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
 /**
- * The words of AWS, of SSH and of this program for what has failed, and what to do about it; the first that fits counts,
- * and $1 stands for what it has matched. Texts: the ECS API reference, and the ECS developer guide's pages on
- * stopped tasks' errors and on API failure reasons.
+ * Runs `action`; rethrows its error as a Failure prefixed with `what`.
+ * @param problem what an error of the operating system means here
  */
-const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
-  [
-    /^(the record|the manager's|TaskMetadata).* cannot be (made|written|used: E[A-Z]+:)/,
-    "the runner's user must be able to write there, on a disk with room",
-  ],
-  // Whatever else is said beside them, these pass.
-  [/Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
-  [/SpotInterruption|Spot Task was interrupted/, "run it again, with on-demand capacity if it must not happen", PASSES],
-  // Images and roles, before the words that they share with RunTask: here it is the task's registry, and its own role.
-  [
-    /(?:CannotPull|ResourceInit|Fetching secret).* perform: ([\w-]+:\w+)/,
-    "allow $1 to the task definition's execution role",
-  ],
-  [/toomanyrequests|Too Many Requests|pull rate limit/i, "copy the image to ECR, or give the registry's credentials"],
-  [/CannotPull.*no space left/, "give the task definition more ephemeralStorage"],
-  [/CannotPull.*matching platform/, "build the image for the definition's cpuArchitecture, or change that"],
-  [/CannotPull/, "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)"],
-  [/CannotStartContainer/, "check the image's command and processor architecture, and memory"],
-  [
-    /Unexpected EC2 error.*(InvalidSubnet|InvalidGroup|InvalidSecurityGroup|Unauthorized)/,
-    "check Subnet, SecurityGroup and Region: all must be of one VPC",
-  ],
-  // Starts that may work a little later or elsewhere.
-  [/Capacity is unavailable/i, "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy", PASSES],
-  [/reached the limit on the number of/i, "lower the runner's limit, or ask AWS for a higher Fargate quota", PASSES],
-  [/InterfaceLimitExceeded/, "ask AWS for more network interfaces in this region", PASSES],
-  [/RESOURCE:ENI|InsufficientFreeAddresses|interface limit/i, "give Subnets with more free addresses", PASSES],
-  [/RESOURCE:\w/, "give the cluster's instances more room, or lower the runner's limit", PASSES],
-  [/Timeout waiting for|Unexpected EC2|InternalError|ContainerRuntime\w*Error/, "ask AWS if it happens again", PASSES],
-  [/ResourceNotFound/, "create what the task definition names: a secret, a parameter, a log group"],
-  [/ResourceInit/, "check the execution role, and the subnet's route to Secrets Manager, ECR and CloudWatch Logs"],
-  // Tasks that stopped.
-  [/OutOfMemory/, "give the task definition more memory, or the job less to do at once"],
-  [/EssentialContainerExited/, "read the container's log: its SSH server must run until the task is stopped"],
-  [/TerminationNotice|InfrastructureHealth|performing maintenance/, "run it again: AWS took the task's host away"],
-  [/UserInitiated: (fargate sweep|job )/, "this driver did: see GitLab Runner's log, and what runs fargate sweep"],
-  [/UserInitiated/, "CloudTrail shows who called StopTask"],
-  // Calls that were refused.
-  [/not authorized to perform: ([\w-]+:\w+)/, "allow $1 in the IAM policy of the runner's host"],
-  [/AccessDenied|UnauthorizedOperation/, "allow this action in the IAM policy of the runner's host"],
-  [/Signature (expired|not yet)|RequestExpired/, "set the clock of the runner's host right"],
-  [
-    /credential|security token|UnrecognizedClient|signature we calculated|AuthenticationToken/i,
-    "give the runner's host a role, or AWS_* variables with a valid key",
-  ],
-  [/ClusterNotFound/, "check Cluster and Region in the configuration file"],
-  [/No Container Instances/, 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy'],
-  [/capacity provider.*not (associated|found)/i, "add it to the cluster: aws ecs put-cluster-capacity-providers"],
-  [/TaskDefinition (not found|is inactive)/i, "name a task definition that is active in this region", DEFINITION],
-  [/not support launch_type/, "the task definition must be compatible with FARGATE, or LaunchType with it", DEFINITION],
-  [OVERRIDE_REFUSED, NEEDS, DEFINITION],
-  [/PlatformUnknown|PlatformTaskDefinition/, "set PlatformVersion to one that AWS lists, or not at all", PLATFORM],
-  [/InvalidSubnet|InvalidGroup|same VPC/, "check Subnet, SecurityGroup and Region: all must belong to one VPC"],
-  [/configuration is above your limit|is currently blocked/, "ask AWS support to lift the account's limit"],
-  [/service linked role/, "create it: aws iam create-service-linked-role --aws-service-name ecs.amazonaws.com"],
-  [/assume the role/, "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute"],
-  [/got no answer.*certificate/i, "trust the CA: NODE_EXTRA_CA_CERTS in the runner's environment"],
-  [/got no answer/, "the runner's host must reach AWS in Region: NAT gateway, VPC endpoint for ECS, or HTTPS_PROXY"],
-  // Logins.
-  [/refused? the key|refuses to let/, "the container must let Username in with the key in SSH_PUBLIC_KEY"],
-  [/no public address/, "set EnablePublicIP, and give the subnet a route to an internet gateway"],
-  [/(not begin|lost while).*RUNNING/, "the task runs on: look at what the job did to sshd, at its load and memory"],
-  [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
-  [/no matching .*algorithm/, "the SSH server must offer curve25519 or ECDH, and AES, as OpenSSH does"],
-  [/no login worked.*(closed the conn|handshake)/i, "Port must lead to an SSH server that lets this host in"],
-  [/no login worked|nothing answered/, "allow Port in the task's security group, from the runner's host; check routes"],
-  [/server's key is not the one/, "nothing was sent; find out what answers at that address in place of the task"],
-];
-
-/** @returns what is known about a failure; undefined where its text must speak for itself */
-export function adviceFor(text: string): Advice | undefined {
-  const known = text
-    .replaceAll("\u2019", "'") // AWS writes both apostrophes
-    .replace(/the server says "[^"]*"/g, "") // what others have chosen is nobody's failure
-    .replace(/of this job, .*, (?=is not allowed:|cannot be used:)/s, "");
-  for (const [pattern, advice, more] of KNOWN) {
-    const match = pattern.exec(known);
-    if (match) return { advice: advice.replace("$1", match[1] ?? ""), ...more };
-  }
-}
-
-/** Does something whose failure is told as `what`, with the reason. @throws {Failure} */
-function orFail<T>(what: string, action: () => T): T {
+function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   try {
     return action();
   } catch (error) {
-    throw new Failure("system", `${what}: ${reasonOf(error)}`);
+    const known = (error as NodeJS.ErrnoException).code === undefined ? undefined : problem;
+    throw new Failure("system", `${what}: ${reasonOf(error)}`, { problem: known, ...causeOf(error) });
   }
 }
 
 /** Reads a file that must be there. @throws {Failure} naming it as `what` */
 const readFile = (path: string, what: string): Buffer =>
-  orFail(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
+  withContext(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
 
 // 3. Configuration ----------------------------------------------------------------------------------------
 
@@ -489,7 +501,7 @@ export function readConfig(file: string, path: string, options: Options, env: En
   if (!result.success) {
     const all = [...new Set(result.issues.map(describeProblem))];
     const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
-    throw new Failure("system", `${path} cannot be used:`, problems);
+    throw new Failure("system", `${path} cannot be used:`, {}, problems);
   }
   // The runner calls each try in a directory of its own, which it removes.
   result.output.TaskMetadata.Directory = resolve(dirname(path), result.output.TaskMetadata.Directory);
@@ -617,7 +629,7 @@ export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
     const what = `JOB_RESPONSE_FILE ${path} cannot be used`;
-    const response = orFail(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
+    const response = withContext(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
     const { protocol, host, pathname } = new URL(response.git_info.repo_url); // and none of its token
     const project = response.job_info.project_id;
     // The job's token is what nobody can guess, nor a second GitLab of this runner give out once more.
@@ -669,7 +681,7 @@ export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 /** Makes the directory of records, for its owner alone, unless it is there. @returns and @throws as `checkDirectory` */
 export function openDirectory(directory: string): string | undefined {
   const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
-  orFail(`TaskMetadata.Directory ${directory} cannot be made`, make);
+  withContext(`TaskMetadata.Directory ${directory} cannot be made`, make, "disk");
   return checkDirectory(directory);
 }
 
@@ -730,7 +742,7 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
 /** @throws {Failure} when the record cannot be kept safe; the caller must not go on to start a task */
 export function writeRecord(path: string, record: TaskRecord): void {
   const content = `${JSON.stringify(record, null, 2)}\n`;
-  orFail(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync));
+  withContext(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync), "disk");
 }
 
 /** Whether a text that holds a `startedBy` holds another than that of the job in a record's file name. */
@@ -741,7 +753,7 @@ const isOfAnother = (path: string, text: string): boolean => {
 
 /** @returns undefined where there is none. @throws {Failure} when there is one that cannot be understood, or trusted */
 export function readRecord(path: string): TaskRecord | undefined {
-  return orFail(`the record ${path} cannot be used`, () => {
+  return withContext(`the record ${path} cannot be used`, () => {
     try {
       const record = readJson(readOwn(path), RecordSchema);
       if (isOfAnother(path, record.StartedBy)) throw new Error("it is of another job");
@@ -835,7 +847,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"]) {
  */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
-  return orFail(`the manager's identity ${path} cannot be used`, () => {
+  return withContext(`the manager's identity ${path} cannot be used`, () => {
     try {
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
     } catch (error) {
@@ -960,57 +972,151 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
   await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
 }
 
-/** What the SDK throws; without a status no answer came. */
-type AwsError = { name?: string; $metadata?: { httpStatusCode?: number } };
-const statusOf = (error: unknown): number => (error as AwsError | undefined)?.$metadata?.httpStatusCode ?? 0;
-
-/** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
-const isThrottling = (error: unknown): boolean =>
-  /Throttl|TooManyRequests|RequestLimitExceeded|SlowDown/.test((error as AwsError | undefined)?.name ?? "");
-
-/** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
-export function isTransient(error: unknown): boolean {
-  const { name = "", $metadata } = (error ?? {}) as AwsError;
-  const status = statusOf(error);
-  if (isThrottling(error)) return true;
-  // Without a status, request or answer was lost; with one of success, it broke off. Missing credentials look alike.
-  if (status < 300) return $metadata !== undefined && !/Credential/.test(name);
-  return status >= 500 || status === 429;
-}
-
-/** The same where a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
-const mayPass = (error: unknown): boolean => isTransient(error) || /Credential/.test((error as Error).name);
+/** AWS's names for errors, and two stop codes. A name decides, whatever the text beside it. */
+const BY_NAME: readonly (readonly [Problem, RegExp])[] = [
+  ["throttled", /^(Throttling(Exception)?|RequestLimitExceeded|TooManyRequestsException|RequestThrottled|SlowDown)$/],
+  ["provisioning", /^LimitExceededException$/],
+  ["accessDenied", /^(AccessDenied(Exception)?|UnauthorizedOperation|NotAuthorized)$/],
+  [
+    "credentials",
+    /^(CredentialsProviderError|(ExpiredToken|UnrecognizedClient|MissingAuthenticationToken)(Exception)?)$/,
+  ],
+  ["credentials", /^(InvalidClientTokenId|AuthFailure|IncompleteSignature(Exception)?)$/],
+  ["clock", /^(RequestExpired|RequestTimeTooSkewed|RequestInTheFuture)$/],
+  ["account", /^(BlockedException|OptInRequired|SubscriptionRequiredException)$/],
+  ["cluster", /^ClusterNotFoundException$/],
+  ["platform", /^Platform(Unknown|TaskDefinitionIncompatibility)Exception$/],
+  ["incompatible", /^UnsupportedFeatureException$/],
+  ["spot", /^SpotInterruption$/],
+  ["userStop", /^UserInitiated$/],
+];
 
 /**
- * Whether a RunTask that failed may have started a task: it reached AWS, and what came back does not deny it. A
- * conflict means that the token, which is nobody else's, has started one.
+ * AWS's prose, for what AWS has no name for: how the message of an error, a failure's reason, a stoppedReason or a
+ * container's reason begins. The first that fits counts. The texts are those of the ECS API reference, of the ECS
+ * developer guide's pages on stopped tasks' errors and API failure reasons, and of public reports.
  */
-export function mayHaveWorked(error: unknown): boolean {
-  const status = statusOf(error);
-  if (status >= 300) return status >= 500 || (error as Error).name === "ConflictException";
-  const { name = "", code = "", message = "" } = error as NodeJS.ErrnoException;
-  return !/Credential|ECONNREFUSED|ConnectionRefused|ENOTFOUND|EAI_AGAIN/.test(`${name} ${code} ${message}`);
+const BY_TEXT: readonly (readonly [Problem, RegExp])[] = [
+  // Messages of RunTask and StopTask.
+  ["clock", /^Signature (expired|not yet current)/],
+  ["credentials", /^The (request signature we calculated|security token included in the request)/],
+  ["noTask", /^The referenced task was not found/],
+  ["definition", /^TaskDefinition (not found|is inactive)/],
+  ["incompatible", /^(Task definition does not support launch_type|The selected task definition is not compatible)/],
+  ["networkMode", /^Network Configuration is not valid for the given networkMode/],
+  ["container", /^Override for container named \S+ is not a container in the TaskDefinition/],
+  ["secret", /^The secret name must be unique/],
+  ["fargateOnly", /^(The platform version must be null|Assign public IP is not supported)/],
+  ["taskRole", /^The execute command failed because a valid task role/],
+  ["capacityProvider", /^The specified capacity provider/],
+  ["launchType", /^(No Container Instances were found|NO ACTIVE INSTANCES|EMPTY CAPACITY PROVIDER)/],
+  ["assumeRole", /^(ResourceInitializationError: )?ECS was unable to assume the role/],
+  ["linkedRole", /^Unable to assume the service linked role/],
+  ["taskSize", /^(The requested \w+ configuration is above your limit|No Fargate configuration exists)/],
+  // Load, capacity and limits: of RunTask, and of tasks that stop before they are ready.
+  ["provisioning", /^Tasks provisioning capacity limit exceeded/],
+  ["capacity", /^Capacity is unavailable at this time/],
+  ["quota", /^You've reached the limit on the number of/],
+  ["addresses", /^RESOURCE:ENI/],
+  ["instances", /^(RESOURCE:|AGENT\b|Unable to attach network interface to unused device index)/],
+  ["placement", /^(LOCATION|ATTRIBUTE|MemberOf placement constraint)/],
+  ["throttled", /^(Error retrieving|Unexpected EC2 error).*\b(RequestLimitExceeded|Throttling|Rate exceeded)/],
+  ["addresses", /^Unexpected EC2 error.*\bInsufficientFreeAddressesInSubnet/],
+  ["interfaces", /^Unexpected EC2 error.*InterfaceLimitExceeded/],
+  [
+    "network",
+    /^(Error retrieving|Unexpected EC2 error).*\b(Invalid(Subnet|Group|SecurityGroup|Parameter)|Unauthorized)/,
+  ],
+  [
+    "awsFault",
+    /^(Error retrieving|Unexpected EC2 error|Timeout waiting for|Network interface provision complete error)/,
+  ],
+  ["awsFault", /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeoutError|CannotInspectContainerError)/],
+  ["awsFault", /^ResourceInitializationError: failed to configure ENI/],
+  // Tasks that do not start. AWS's word at the beginning decides; the rest of the text only chooses the advice.
+  [
+    "executionRole",
+    /^(ResourceInit|Fetching secret|CannotPull).*(AccessDenied|not authorized to perform|KMS is not allowed)/,
+  ],
+  ["efsName", /^ResourceInit.*invoke EFS utils.*Failed to resolve/],
+  ["efsAccess", /^ResourceInit.*invoke EFS utils.*(access denied|No such file)/],
+  ["efsPort", /^ResourceInit.*invoke EFS utils/],
+  [
+    "missing",
+    /^(ResourceInit|Fetching secret).*(NotFound|invalid ssm parameters|did not contain|not found|failed to initialize)/,
+  ],
+  ["route", /^ResourceInit/],
+  ["pullRate", /^CannotPull.*(toomanyrequests|Too Many Requests|pull rate limit)/],
+  ["pullSpace", /^CannotPull.*no space left/],
+  ["architecture", /^(CannotPull.*(matching platform|no matching manifest)|CannotStart.*exec format error)/],
+  ["pull", /^CannotPull/],
+  ["command", /^CannotStartContainerError/],
+  ["volume", /^CannotCreate(Volume|Container)Error/],
+  ["spot", /^Your Spot Task was interrupted/],
+  ["host", /^(Host EC2 |ECS is performing maintenance|Container instance deregistration)/],
+  ["unhealthy", /^Task failed container health checks/],
+  ["memory", /^OutOfMemory/],
+  // Stop codes, if no text says more.
+  ["exited", /^EssentialContainerExited$/],
+  ["host", /^(TerminationNotice|InfrastructureHealth)$/],
+];
+
+const firstFit = (rows: typeof BY_TEXT, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
+
+/** Recognizes a problem by AWS's name for it, else by how one of AWS's texts begins. */
+export function recognize(name: string, ...texts: (string | undefined)[]): Pick<Cause, "problem" | "subject"> {
+  const known = texts.flatMap((text) => text?.replaceAll("\u2019", "'") ?? []); // AWS writes both apostrophes
+  const problem = firstFit(BY_NAME, name) ?? known.map((text) => firstFit(BY_TEXT, text)).find(Boolean);
+  const subject = known.map((text) => / is not authorized to perform: ([\w-]+:\w+)/.exec(text)?.[1]).find(Boolean);
+  return { problem, subject };
 }
 
-/** Why a call to AWS failed, without the hints for programmers that the SDK and bun add. */
-function awsReason(error: unknown): string {
-  const { name = "" } = error as AwsError;
-  const status = statusOf(error);
-  // The SDK stumbles over a body that it does not expect: a proxy's page, or anything else.
-  if (status > 0 && /^(Type|Syntax|Range)Error$/.test(name) && !/ECONN|socket/i.test(reasonOf(error)))
-    return `HTTP ${status} with a body that is none of AWS's`;
-  return reasonOf(error).replace(/(?: For more information, pass `verbose|\n)[\s\S]*/, "");
-}
+/** What the SDK throws. Its fields come from the answer, where they may be of any type. */
+type AwsError = { name?: unknown; message?: unknown; code?: unknown; $metadata?: { httpStatusCode?: number } };
+
+/** Codes of errors with which no request left this host. */
+const NOT_SENT = ["ECONNREFUSED", "ENOTFOUND", "EAI_AGAIN"];
 
 /** What a call to AWS came to, as a Failure that names the call and the error. */
-export function awsFailure(action: string, error: unknown): Failure {
-  const { name = "Error" } = error as AwsError;
-  const answered = statusOf(error) >= 300;
-  const reason = awsReason(error);
-  const detail = answered && !reason.startsWith("HTTP ") ? `${name}: ${reason}` : reason;
-  const what = answered ? "was refused" : /Credential/.test(name) ? "was not sent" : "got no answer";
-  return new Failure("system", `${action} ${what}: ${detail}`);
+export function awsFailure(operation: string, thrown: unknown): Failure {
+  const { name, message, code, $metadata } = thrown as AwsError;
+  const status = $metadata?.httpStatusCode ?? 0;
+  const error = typeof name === "string" && name ? name : "UnknownError";
+  const refused = status >= 300;
+  const known = recognize(error, refused && typeof message === "string" ? message : undefined);
+  const wasSent = $metadata !== undefined && !NOT_SENT.includes(code as string);
+  const cause = {
+    operation,
+    error,
+    ...known,
+    // Without a status, the request or its answer was lost; with one of success, the answer broke off.
+    isRetryable:
+      firstFit(BY_NAME, error) === "throttled" || (refused ? status >= 500 || status === 429 : $metadata !== undefined),
+    // A conflict means that the token, which is nobody else's, has started a task.
+    mayHaveStarted: refused ? status >= 500 || error === "ConflictException" : wasSent,
+  };
+  // The hints for programmers that the SDK and bun add are left out.
+  let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(
+    /(?: For more information, pass `verbose|\n)[\s\S]*/,
+    "",
+  );
+  // The SDK stumbles over a body that it does not expect, such as a proxy's page.
+  const isForeign = status > 0 && /^(Type|Syntax|Range)Error$/.test(error) && !/ECONN|socket/i.test(text);
+  if (isForeign) text = `HTTP ${status} with a body that is none of AWS's`;
+  if (refused)
+    return new Failure("system", `${operation} was refused: ${isForeign ? text : `${error}: ${text}`}`, cause);
+  if (known.problem === "credentials") return new Failure("system", `${operation} was not sent: ${text}`, cause);
+  return new Failure("system", `${operation} got no answer: ${text}`, { ...cause, problem: "unreachable" });
 }
+
+/** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
+const isTransient = (error: unknown): boolean => causeOf(error).isRetryable === true;
+
+/** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
+const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
+
+/** The same if a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
+const mayPass = (error: unknown): boolean => isTransient(error) || causeOf(error).problem === "credentials";
 
 const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
 /** For how long a call may fail and be tried again before the log says so, in ms; throttled, longer than a rush lasts. */
@@ -1108,17 +1214,14 @@ export class Aws {
       try {
         return await Promise.race([call({ abortSignal: sdk.signal }), cut.promise]);
       } catch (error) {
-        // The SDK takes them from the answer, where they may be of any type.
-        const told = error as Error;
-        if (typeof told.name !== "string" || told.name === "") told.name = "UnknownError";
-        if (typeof told.message !== "string") told.message = "";
-        log.debug("{action} failed after {ms} ms: {reason}", { action, ms: now() - begun, reason: awsReason(error) });
-        const patience = isThrottling(error) ? PATIENCE.throttled : PATIENCE.other;
-        if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(error)) {
+        const failure = awsFailure(action, error);
+        log.debug("{reason} (after {ms} ms)", { reason: failure.message, ms: now() - begun });
+        const patience = isThrottling(failure) ? PATIENCE.throttled : PATIENCE.other;
+        if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(failure)) {
           warned = true;
-          log.warn("{action} still fails, and is tried again: {reason}", { action, reason: awsReason(error) });
+          log.warn("{reason}; it is tried again", { reason: failure.message });
         }
-        throw error;
+        throw failure;
       } finally {
         timers.forEach(clearTimeout);
         signal?.removeEventListener("abort", onSignal);
@@ -1126,11 +1229,11 @@ export class Aws {
     };
     // A call that was throttled must not come again sooner than the one that it stands for.
     const least = (error: unknown) => (isThrottling(error) ? Math.min(500 * 2 ** ++this.throttled, 5_000) : 0);
+    const isOfCall = (error: unknown) => causeOf(error).operation === action; // else nothing was sent
     try {
-      return await retry(once, { until, again: (e) => !(e instanceof Failure) && again(e), now, signal, least });
+      return await retry(once, { until, again: (error) => isOfCall(error) && again(error), now, signal, least });
     } catch (error) {
-      if (error instanceof Failure) throw error; // of onSend: nothing was sent
-      throw signal?.aborted ? signal.reason : awsFailure(action, error);
+      throw signal?.aborted && isOfCall(error) ? signal.reason : error;
     }
   }
 
@@ -1149,11 +1252,17 @@ export class Aws {
     });
   }
 
-  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why not */
-  async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
-    const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
-    const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" "));
-    return { arn: tasks?.[0]?.taskArn, why: reasons.join("; ") || "AWS gave no reason" };
+  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why there is none */
+  async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<string | Failure> {
+    const { tasks, failures = [] } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
+    const arn = tasks?.[0]?.taskArn;
+    if (arn) return arn;
+    const reasons = failures.map((f) => [f.reason, f.detail].filter(Boolean).join(" ")).join("; ");
+    const cause = {
+      operation: "ecs:RunTask",
+      ...recognize("", ...failures.map((failure) => failure.reason)),
+    };
+    return new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`, cause);
   }
 
   /** @returns what ECS knows of these tasks, in calls of 100; those that it does not know (yet, or no more) are missing */
@@ -1172,13 +1281,13 @@ export class Aws {
    * @param young until when, in epoch ms, ECS may not know the task yet
    */
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
-    const again = (error: unknown) =>
-      mayPass(error) || (/task was not found/i.test(reasonOf(error)) && this.context.now() < young);
+    const isGone = (error: unknown) => causeOf(error).problem === "noTask";
+    const again = (error: unknown) => mayPass(error) || (isGone(error) && this.context.now() < young);
     const stop = (ecs: ECS, abort: Abort) => ecs.stopTask({ cluster, task, reason }, abort);
     await this.#ecs("StopTask", { ...limits, again }, stop).catch((error) => {
-      if (/task was not found/i.test(reasonOf(error))) return;
+      if (isGone(error)) return;
       if (error === limits.signal?.reason) throw error;
-      throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`);
+      throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`, causeOf(error));
     });
   }
 
@@ -1206,7 +1315,7 @@ export class Aws {
       ec2.describeNetworkInterfaces(asked, abort),
     ).catch((failure: Failure) => {
       // EC2 may learn of the interface a moment after ECS.
-      if (/InvalidNetworkInterfaceID\.NotFound/.test(failure.message)) return { NetworkInterfaces: [] };
+      if (failure.cause.error === "InvalidNetworkInterfaceID.NotFound") return { NetworkInterfaces: [] };
       throw failure;
     });
     return NetworkInterfaces?.[0]?.Association?.PublicIp;
@@ -1236,6 +1345,17 @@ export function explainStop(task: Task): string {
   return `${stopped}${containers.join("")}`;
 }
 
+const STOPPED = "task"; // the operation of a Cause: the task itself has ended
+const OWN_STOP = /^(fargate sweep: |job )/; // reasons that this driver gives to StopTask
+
+/** Why a task stopped, for decisions. */
+export function stopCause({ stopCode, stoppedReason = "", containers = [] }: Task): Cause {
+  const reasons = containers.map((container) => container.reason);
+  const { problem, subject } = recognize(stopCode ?? "", stoppedReason, ...reasons, stopCode);
+  const isOwn = problem === "userStop" && OWN_STOP.test(stoppedReason);
+  return { operation: STOPPED, problem: isOwn ? "ownStop" : problem, subject };
+}
+
 /**
  * Pause before the next DescribeTasks, in ms, with jitter. Twenty jobs that poll once a second use up what an
  * account may ask for (20 calls a second), so: quickly at first, when the address is about to come, to 2 s; and 5 s
@@ -1259,15 +1379,27 @@ export interface SshTarget extends Pick<Config["SSH"], "Port" | "Username" | "Ke
 
 export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket }>;
 
-/** Why no connection came about; `unreachable` may pass, the others are final. */
+/** Why no connection came about. `unreachable` and `unverified` (ECS did not answer) may pass, the others are final. */
 export class SshFailure extends Failure {
   constructor(
-    readonly why: "unreachable" | "login" | "host-key",
+    readonly why: "unreachable" | "unverified" | "login" | "host-key",
     message: string,
+    cause: Cause = {},
   ) {
-    super("system", message);
+    super("system", message, cause);
   }
 }
+
+/** The level that ssh2 gives its errors, and the operating system's code. */
+type SshError = Error & { level?: string; code?: unknown };
+const sshProblem = ({ level, code }: SshError): Problem =>
+  code === "ECONNREFUSED"
+    ? "refused"
+    : level === "handshake"
+      ? "algorithms"
+      : code === undefined
+        ? "noServer"
+        : "silent";
 
 // What a server that keeps to the protocol does not come near, in bytes; ssh2 has no bounds of its own.
 const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, beside the script: each of 36 bytes takes 1.5 KB
@@ -1334,9 +1466,11 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     client.destroy();
     socket.destroy();
   };
-  const fail = (why: SshFailure["why"], text: string) => end(new SshFailure(why, `${where}: ${text}`));
-  const late = (ms: number, what: string) => setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`), ms);
-  let timer = late(silence, "nothing answered");
+  const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
+    end(new SshFailure(why, `${where}: ${text}`, { problem }));
+  const late = (ms: number, what: string, problem: Problem) =>
+    setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
+  let timer = late(silence, "nothing answered", "silent");
   const abort = () => end(signal.reason);
   signal.addEventListener("abort", abort);
   const { toSend = 0 } = target;
@@ -1354,19 +1488,19 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   socket.once("data", () => {
     onAnswer();
     clearTimeout(timer);
-    timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in");
+    timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in", "noServer");
   });
   client.on("ready", () => {
     if (hostKey) done.resolve({ client, hostKey, socket });
-    else fail("host-key", "the server let us in before it had shown its key");
+    else fail("host-key", "the server let us in before it had shown its key", "hostKey");
   });
   // Stays for the connection's life: an error event without a listener would end the process.
-  client.on("error", (error: Error & { level?: string }) => {
-    if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared");
-    else if (error.level === "client-authentication") fail("login", "the server refused the key");
-    else fail("unreachable", sshReason(error));
+  client.on("error", (error: SshError) => {
+    if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared", "hostKey");
+    else if (error.level === "client-authentication") fail("login", "the server refused the key", "key");
+    else fail("unreachable", sshReason(error), sshProblem(error));
   });
-  client.on("close", () => fail("unreachable", "the server closed the connection"));
+  client.on("close", () => fail("unreachable", "the server closed the connection", "noServer"));
   try {
     client.connect({
       sock: socket.connect({ host: target.host, port: target.Port }),
@@ -1683,7 +1817,8 @@ const END_WITHIN = 8_000; // ms at most for ending a script's session; its proce
 /** How a script ended. */
 export type Outcome =
   | { readonly ended: "exited"; readonly code: number }
-  | { readonly ended: "lost"; readonly begun: boolean; readonly reason: string }; // begun: some of it may have run
+  // begun: some of it may have run; wasSilent: the server answered no keep-alive
+  | { readonly ended: "lost"; readonly begun: boolean; readonly wasSilent: boolean; readonly reason: string };
 
 /**
  * Runs a script over a connection and passes its output on. Aborting `stop` ends the script and its processes first.
@@ -1699,8 +1834,10 @@ export async function runScript(
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
   const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
   let reason: string | undefined;
-  connection.client.on("error", (error) => {
+  let wasSilent = false;
+  connection.client.on("error", (error: SshError) => {
     reason = sshReason(error);
+    wasSilent = error.level === "client-timeout";
   });
   connection.client.on("close", () => {
     reason ??= "the server closed the connection";
@@ -1748,7 +1885,7 @@ export async function runScript(
     if (status === undefined) {
       await sleep(50); // the end of the connection, where that is the cause, is told after the channel's
       reason ??= "the server closed the script's channel without an exit status";
-      return { ended: "lost", begun: session !== undefined, reason };
+      return { ended: "lost", begun: session !== undefined, wasSilent, reason };
     }
     if (session === undefined)
       throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
@@ -1929,11 +2066,12 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     return untilReady(context, aws, record, key, begun);
   };
   const again = (error: unknown) => {
-    const reason = reasonOf(error);
-    // With a start unanswered, or any other failure, there may be a task already.
-    const noTask = !record.Unanswered && /^(ecs:RunTask |the task stopped before it was ready)/.test(reason);
-    const passes = !stop.aborted && noTask && adviceFor(reason)?.again === true;
+    const { operation, problem } = causeOf(error);
+    // After an unanswered start, or any other failure, there may be a task already.
+    const noTask = !record.Unanswered && (operation === "ecs:RunTask" || operation === STOPPED);
+    const passes = !stop.aborted && noTask && problem !== undefined && problem in PASSING;
     if (passes && now() < until) {
+      const reason = reasonOf(error);
       const { Subnets, CapacityProviderStrategy } = placed();
       const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
       const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
@@ -1941,7 +2079,9 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     }
     return passes;
   };
-  return retry(once, { until, again, now, signal: stop, most: 20_000 });
+  return retry(once, { until, again, now, signal: stop, most: 20_000 }).catch((error) => {
+    throw blame(context, error);
+  });
 }
 
 /**
@@ -1949,7 +2089,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
  * record says so before each call and after its answer, so that a task whose answer is lost can be found.
  */
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
-  const { config, job, byJob, log, now, stop } = context;
+  const { config, job, log, now, stop } = context;
   const { StartTimeout, DeadlineMargin, TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
     const clientToken = randomUUID();
@@ -1961,12 +2101,12 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
       keepRecord(context, { ...record, Unanswered: true });
     };
     const again = (error: unknown) => {
-      record.Unanswered ||= mayHaveWorked(error);
+      record.Unanswered ||= causeOf(error).mayHaveStarted === true;
       return isTransient(error);
     };
-    const { arn, why } = await aws.runTask(input, { until, again, onSend, signal: stop, grace: ANSWER_GRACE });
+    const arn = await aws.runTask(input, { until, again, onSend, signal: stop, grace: ANSWER_GRACE });
     record.Unanswered = false;
-    if (!arn) throw new Failure("system", `ecs:RunTask started no task: ${why}`);
+    if (arn instanceof Failure) throw arn;
     record.TaskARN = arn;
     keepRecord(context, record);
   };
@@ -1975,20 +2115,23 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
-  try {
-    await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((failure: Error) => {
-      const [refused] = OVERRIDE_REFUSED.exec(failure.message) ?? [];
-      if (!refused || record.PrivateKey || record.Unanswered) throw failure;
-      log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it without");
-      return runTask(/secret/i.test(refused) ? deadline : undefined);
-    });
-  } catch (error) {
-    const { setting } = adviceFor(reasonOf(error)) ?? {};
-    if (!setting || !byJob.includes(setting)) throw error;
-    const variable = setting === "TaskDefinition" ? "FARGATE_TASK_DEFINITION" : "FARGATE_PLATFORM_VERSION";
-    const choice = `${variable} of this job, ${config.Fargate[setting]},`;
-    throw new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`);
-  }
+  await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((error) => {
+    const { problem } = causeOf(error);
+    const isRefused = problem === "container" || problem === "secret";
+    if (!isRefused || record.PrivateKey || record.Unanswered) throw error;
+    log.info("The task definition does not accept SSH_PUBLIC_KEY from the driver; starting the task without it");
+    return runTask(problem === "secret" ? deadline : undefined);
+  });
+}
+
+/** If a variable of the job has decided the setting that is at fault, the failure is the job's. */
+function blame({ config, byJob }: Context, error: unknown): unknown {
+  const { problem = "" } = causeOf(error);
+  const setting = problem in OF_DEFINITION ? "TaskDefinition" : problem in OF_PLATFORM ? "PlatformVersion" : undefined;
+  if (!setting || !byJob.includes(setting)) return error;
+  const variable = setting === "TaskDefinition" ? "FARGATE_TASK_DEFINITION" : "FARGATE_PLATFORM_VERSION";
+  const choice = `${variable} of this job, ${config.Fargate[setting]},`;
+  return new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`, causeOf(error));
 }
 
 // For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
@@ -2020,13 +2163,14 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   let runningSince: number | undefined;
   let refusedSince: number | undefined;
   let refusedFor = 0;
-  let lastFailure = "";
+  let lastFailure: SshFailure | undefined;
   let lastTold = "";
   let alive = 0;
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
-    logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, ({ why, message }) => {
+    logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, (failure) => {
+      const { why, message } = failure;
       if (message !== lastTold) log.debug("no login yet: {message}", { message });
       lastTold = message;
       if (why === "login") {
@@ -2034,7 +2178,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         refusedFor = now() - refusedSince;
       }
       // A refused key says more than the connections that sshd then refuses for a while.
-      if (why === "login" || refusedSince === undefined) lastFailure = message;
+      if (why === "login" || refusedSince === undefined) lastFailure = failure;
     }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
   };
   const describe = async () => {
@@ -2047,7 +2191,8 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     if (task) alive = asked;
     return task;
   };
-  const stopped = (why: string) => new Failure("system", `the task stopped before it was ready: ${why}`);
+  const stopped = (why: string, cause: Cause) =>
+    new Failure("system", `the task stopped before it was ready: ${why}`, cause);
   const tooLong = () => {
     if (runningSince !== undefined && refusedFor > REFUSAL_PATIENCE)
       return `the task runs, but its SSH server refuses to let ${config.SSH.Username} in`;
@@ -2064,7 +2209,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         status = task.lastStatus;
         log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
-      if (task && isEnding(task)) throw stopped(explainStop(task));
+      if (task && isEnding(task)) throw stopped(explainStop(task), stopCause(task));
       if (status === "RUNNING") runningSince ??= now();
       if (task && !host) {
         const eni = interfaceDetail(task, "networkInterfaceId");
@@ -2075,9 +2220,12 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
       }
       const late = tooLong();
       if (late) {
-        const tried = lastFailure && `; the last attempt to log in: ${lastFailure}`;
+        const tried = lastFailure ? `; the last attempt to log in: ${lastFailure.message}` : "";
         const noAddress = `; it has no ${usePublic ? "public address" : "address"}`;
-        throw new Failure("system", `${late}${host ? tried : noAddress}`);
+        // Without an address, no login was tried. A task that is not RUNNING has no SSH server yet.
+        const tooLate = runningSince === undefined ? undefined : (lastFailure?.cause.problem ?? "silent");
+        const problem = host ? tooLate : usePublic ? "publicAddress" : undefined;
+        throw new Failure("system", `${late}${host ? tried : noAddress}`, { problem });
       }
       await sleep(pollPause(polls, host !== undefined, Math.random(), aws.throttled), signal);
     }
@@ -2088,7 +2236,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], { until: deadline, signal: stop });
     if (task && !isEnding(task)) return login;
     login.connection.client.destroy();
-    throw stopped(task ? explainStop(task) : "ECS no longer knows it");
+    throw task ? stopped(explainStop(task), stopCause(task)) : stopped("ECS no longer knows it", {});
   } finally {
     over.abort(new Failure("system", "the task is no longer awaited"));
   }
@@ -2153,23 +2301,23 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     if (++tries > 2 && now() > asked + 5_000) {
       // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
       asked = now();
-      const fate = await fateOf(context, record, 0);
-      if (fate.ended) throw new Failure("system", `${stage} did not begin: ${fate.says}`);
+      const { ended, says, cause } = await fateOf(context, record, 0);
+      if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
     }
     const connection = await connect(target, CONNECT_CUT, stop);
     try {
       if (!record.PrivateKey || Math.abs(now() - seen) > FRESH) {
-        const { known, ended, says } = await fateOf(context, record, 0);
-        if (ended) throw new Failure("system", `${stage} did not begin: ${says}`);
-        if (!known) throw new SshFailure("unreachable", says);
+        const { ended, says, cause } = await fateOf(context, record, 0);
+        if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
+        if (ended === undefined) throw new SshFailure("unverified", says, cause);
       }
       const outcome = await runScript(connection, script, shells, context);
       if (outcome.ended === "lost") {
         if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
         // ECS may learn of an end some seconds after the connection; after a silence of keep-alives it has had them.
-        const { says } = await fateOf(context, record, /keepalive/i.test(outcome.reason) ? 0 : 10_000);
+        const { says, cause } = await fateOf(context, record, outcome.wasSilent ? 0 : 10_000);
         const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${says}`;
-        throw new Failure("system", lost);
+        throw new Failure("system", lost, cause);
       }
       if (outcome.code === 137) await explainKill(context, record, connection, stage);
       return outcome.code;
@@ -2178,7 +2326,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     }
   };
   const again = (error: unknown) => {
-    const passes = error instanceof SshFailure && error.why === "unreachable";
+    const passes = error instanceof SshFailure && (error.why === "unreachable" || error.why === "unverified");
     if (passes) log.debug("{stage}: {reason}; trying again", { stage, reason: reasonOf(error) });
     return passes;
   };
@@ -2186,9 +2334,10 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     return await retry(attempt, { until: now() + config.SSH.ConnectTimeout * 1000, again, now, signal: stop });
   } catch (error) {
     if (stop.aborted || !(error instanceof SshFailure)) throw error;
-    const asked = error.why !== "unreachable" || /^what became of the task/.test(error.message);
-    const why = asked ? "" : `; ${(await fateOf(context, record, 10_000)).says}`;
-    throw new Failure("system", `${stage} did not begin: ${reasonOf(error)}${why}`);
+    const did = `${stage} did not begin: ${reasonOf(error)}`;
+    if (error.why !== "unreachable") throw new Failure("system", did, error.cause);
+    const { says, cause } = await fateOf(context, record, 10_000);
+    throw new Failure("system", `${did}; ${says}`, { problem: cause.problem ?? error.cause.problem });
   }
 }
 
@@ -2200,17 +2349,19 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
     ask(connection, `exec sh -c '${counters}'`, context.stop).catch(() => ""),
     fateOf(context, record, 0),
   ]);
-  const says = /OutOfMemory/.test(fate.says)
-    ? fate.says
-    : /oom_kill [1-9]/.test(counted) && "the kernel has killed processes of this container for want of memory";
+  const says =
+    fate.cause.problem === "memory"
+      ? fate.says
+      : /oom_kill [1-9]/.test(counted) && "the kernel has killed processes of this container for want of memory";
   if (!says) return;
   context.log.error("{stage} ended with exit code 137: {says}", { stage, says });
-  context.log.error("what to do: {advice}", { advice: adviceFor("OutOfMemory")?.advice });
+  context.log.error("what to do: {advice}", { advice: ADVICE.memory });
 }
 
 /**
  * What ECS says about a record's task. Of one that has ended, it may learn the exit codes up to 10 s later.
  * @param patience ms for which it is asked again about one that has not
+ * @returns `ended`: undefined if that is not known
  */
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
@@ -2220,16 +2371,18 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
     for (;;) {
       const limits = { until: now() + 5_000, signal: stop };
       const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], limits);
-      if (!task) return { known: true, ended: true, says: "ECS no longer knows the task" };
+      if (!task) return { ended: true, says: "ECS no longer knows the task", cause: {} };
       const ended = isEnding(task);
       const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
-      const says = ended ? `the task stopped: ${explainStop(task)}` : `ECS says that the task is ${task.lastStatus}`;
-      if ((ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500) return { known: true, ended, says };
+      const enough = (ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500;
+      if (enough && ended) return { ended, says: `the task stopped: ${explainStop(task)}`, cause: stopCause(task) };
+      const problem = task.lastStatus === "RUNNING" ? ("connection" as const) : undefined;
+      if (enough) return { ended, says: `ECS says that the task is ${task.lastStatus}`, cause: { problem } };
       await sleep(1_500, stop);
     }
   } catch (error) {
     stop.throwIfAborted();
-    return { known: false, ended: false, says: `what became of the task is not known: ${reasonOf(error)}` };
+    return { ended: undefined, says: `the task's state is unknown: ${reasonOf(error)}`, cause: causeOf(error) };
   }
 }
 
@@ -2302,7 +2455,7 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     trace = { ...named, TaskARN: "", StartedBy: startedBy(context) };
   }
   const left = `its task is stopped, but the record ${path} cannot be removed`;
-  if (await stop(trace)) orFail(left, () => fs.rmSync(path, { force: true }));
+  if (await stop(trace)) withContext(left, () => fs.rmSync(path, { force: true }));
   return true;
 }
 
@@ -2335,7 +2488,7 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
     const limits = { until: now() + STOP_FOR, signal };
     const tasks = await aws.listTasks(cluster, name, limits).catch((error) => {
       const reason = reasonOf(error);
-      if (!/AccessDenied/.test(reason)) throw error;
+      if (causeOf(error).problem !== "accessDenied") throw error;
       log.warn("whether a task started by {name} is left could not be looked up: {reason}", { name, reason });
     });
     if (!tasks) return false;
@@ -2707,7 +2860,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     return 0;
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
-    const advice = adviceFor(failure.message)?.advice;
+    const advice = adviceFor(failure.cause);
     const lines = [...failure.message.split("\n"), ...(advice ? [`what to do: ${advice}`] : [])];
     for (const line of lines) log.fatal(line.replace(/[{}]/g, "$&$&")); // no placeholders
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
