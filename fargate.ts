@@ -72,11 +72,10 @@ export function printable(value: unknown): string {
 export interface Cause {
   readonly problem?: Problem | undefined; // selects the advice
   readonly subject?: string | undefined; // the IAM action that AWS names, for the advice
-  readonly operation?: string; // the call that failed, such as ecs:RunTask
+  readonly operation?: string; // the call that failed, such as ecs:RunTask; STOPPED if the task itself has ended
   readonly error?: string; // AWS's name for the error
   readonly isRetryable?: boolean; // the same call may succeed in a moment
   readonly mayHaveStarted?: boolean; // RunTask may have started a task all the same
-  readonly hasNoTask?: boolean; // AWS has said that no task was started, or that the one started has stopped
 }
 
 /**
@@ -977,11 +976,8 @@ const BY_NAME: readonly (readonly [Problem, RegExp])[] = [
   ["throttled", /^(Throttling(Exception)?|RequestLimitExceeded|TooManyRequestsException|RequestThrottled|SlowDown)$/],
   ["provisioning", /^LimitExceededException$/],
   ["accessDenied", /^(AccessDenied(Exception)?|UnauthorizedOperation|NotAuthorized)$/],
-  [
-    "credentials",
-    /^(CredentialsProviderError|(ExpiredToken|UnrecognizedClient|MissingAuthenticationToken)(Exception)?)$/,
-  ],
-  ["credentials", /^(InvalidClientTokenId|AuthFailure|IncompleteSignature(Exception)?)$/],
+  ["credentials", /^(CredentialsProviderError|InvalidClientTokenId|AuthFailure)$/],
+  ["credentials", /^(ExpiredToken|UnrecognizedClient|MissingAuthenticationToken|IncompleteSignature)(Exception)?$/],
   ["clock", /^(RequestExpired|RequestTimeTooSkewed|RequestInTheFuture)$/],
   ["account", /^(BlockedException|OptInRequired|SubscriptionRequiredException)$/],
   ["cluster", /^ClusterNotFoundException$/],
@@ -1023,28 +1019,16 @@ const BY_TEXT: readonly (readonly [Problem, RegExp])[] = [
   ["throttled", /^(Error retrieving|Unexpected EC2 error).*\b(RequestLimitExceeded|Throttling|Rate exceeded)/],
   ["addresses", /^Unexpected EC2 error.*\bInsufficientFreeAddressesInSubnet/],
   ["interfaces", /^Unexpected EC2 error.*InterfaceLimitExceeded/],
-  [
-    "network",
-    /^(Error retrieving|Unexpected EC2 error).*\b(Invalid(Subnet|Group|SecurityGroup|Parameter)|Unauthorized)/,
-  ],
-  [
-    "awsFault",
-    /^(Error retrieving|Unexpected EC2 error|Timeout waiting for|Network interface provision complete error)/,
-  ],
+  ["network", /^(Error retrieving|Unexpected EC2 error).*\b(Invalid(Subnet|Group|Security|Param)|Unauthorized)/],
+  ["awsFault", /^(Error retrieving|Unexpected EC2 error|Timeout waiting for|Network interface provision)/],
   ["awsFault", /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeoutError|CannotInspectContainerError)/],
   ["awsFault", /^ResourceInitializationError: failed to configure ENI/],
   // Tasks that do not start. AWS's word at the beginning decides; the rest of the text only chooses the advice.
-  [
-    "executionRole",
-    /^(ResourceInit|Fetching secret|CannotPull).*(AccessDenied|not authorized to perform|KMS is not allowed)/,
-  ],
+  ["executionRole", /^(ResourceInit|Fetching|CannotPull).*(AccessDenied|not authorized|KMS is not allowed)/],
   ["efsName", /^ResourceInit.*invoke EFS utils.*Failed to resolve/],
   ["efsAccess", /^ResourceInit.*invoke EFS utils.*(access denied|No such file)/],
   ["efsPort", /^ResourceInit.*invoke EFS utils/],
-  [
-    "missing",
-    /^(ResourceInit|Fetching secret).*(NotFound|invalid ssm parameters|did not contain|not found|failed to initialize)/,
-  ],
+  ["missing", /^(ResourceInit|Fetching).*(NotFound|not found|invalid ssm|did not contain|failed to initialize)/],
   ["route", /^ResourceInit/],
   ["pullRate", /^CannotPull.*(toomanyrequests|Too Many Requests|pull rate limit)/],
   ["pullSpace", /^CannotPull.*no space left/],
@@ -1258,10 +1242,7 @@ export class Aws {
     const arn = tasks?.[0]?.taskArn;
     if (arn) return arn;
     const reasons = failures.map((f) => [f.reason, f.detail].filter(Boolean).join(" ")).join("; ");
-    const cause = {
-      operation: "ecs:RunTask",
-      ...recognize("", ...failures.map((failure) => failure.reason)),
-    };
+    const cause = { operation: "ecs:RunTask", ...recognize("", ...failures.map(({ reason }) => reason)) };
     return new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`, cause);
   }
 
