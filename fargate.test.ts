@@ -7,6 +7,7 @@ import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
+import { hostname } from "node:os";
 import { basename, join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
@@ -718,8 +719,17 @@ describe("the job's identity", () => {
 
   test("config's answer has the documented shape", () => {
     expect(configAnswer(undefined)).toBe('{"driver":{"name":"fargate","version":"dev (HEAD)"},"hostname":""}');
-    expect(JSON.parse(configAnswer(readJob(variables)))).toMatchObject({ hostname: readJob(variables)?.stem });
+    expect(JSON.parse(configAnswer(readJob(variables), "ci-manager-1.example"))).toMatchObject({
+      hostname: "ci-manager-1.example",
+    });
     expect(readJob({})).toBeUndefined();
+  });
+
+  test("the host name in config's answer means nothing to a shell", () => {
+    const nameFor = (host: string) => JSON.parse(configAnswer(readJob(variables), host)).hostname;
+    expect(nameFor('$(id)`id`"\\!$HOME;a\nb_c é')).toBe("ididHOMEabc");
+    expect(nameFor('$(`"')).toBe("");
+    expect(nameFor(hostname())).toBe(JSON.parse(configAnswer(readJob(variables))).hostname);
   });
 });
 
@@ -2515,8 +2525,9 @@ describe("the compiled program", () => {
     const runner = makeRunner({ config: world.configure({ Fargate: { Subnet: "subnet-1", SecurityGroup: "sg-1" } }) });
     const [config, prepared] = (await runner.prepare()).slice(-2);
     expect(config?.stdout.toString()).toMatch(
-      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"job-\d+-[0-9a-f]{64}"\}\n$/,
+      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"[A-Za-z0-9.-]*"\}\n$/,
     );
+    expect(JSON.parse(`${config?.stdout}`).hostname).toBe(hostname().replace(/[^A-Za-z0-9.-]/g, ""));
     expect(prepared?.stdout.toString()).toBe("");
     const time = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\dZ";
     const lines = prepared?.stderr.toString().trimEnd().split("\n") ?? [];

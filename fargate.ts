@@ -1790,9 +1790,13 @@ const recordPath = ({ config, job }: Context): string => join(config.TaskMetadat
 const startedBy = ({ config, job }: Context): string =>
   `fargate-${managerId(config.TaskMetadata.Directory)}-${job.hash.slice(0, 32)}`;
 
-/** The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. */
-export function configAnswer(job: Job | undefined): string {
-  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: job?.stem ?? "" });
+/**
+ * The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml.
+ * @param host this manager's host name, which job logs show; the runner's scripts put it between double quotes in a shell
+ */
+export function configAnswer(job: Job | undefined, host = hostname()): string {
+  const shown = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : "";
+  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: shown });
 }
 
 /** The operator's own key, where it can be read. */
