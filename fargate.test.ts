@@ -7014,6 +7014,16 @@ describe("the command line", () => {
   test.each([
     ["", "fargate: no command was given; known: custom, sweep"],
     ["custom", "fargate custom: no command was given; known: config, prepare, run, cleanup"],
+  ])("%j alone prints its help to standard error, then what is missing, and fails", async (line, message) => {
+    const words = line.split(" ").filter(Boolean);
+    const { code, stdout, stderr } = await fargate(words, { env: { SYSTEM_FAILURE_EXIT_CODE: "77" } });
+    const help = (await fargate([...words, "--help"])).stdout.toString();
+    expect({ code, stdout: stdout.toString() }).toEqual({ code: 77, stdout: "" });
+    expect(stderr.startsWith(help)).toBe(true);
+    expect(stderr.slice(help.length).replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
+  });
+
+  test.each([
     [
       "--log-level loud custom config",
       "fargate: option '--log-level <level>' argument 'loud' is invalid; known: trace, debug, info, warn, warning, " +

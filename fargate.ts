@@ -2568,10 +2568,11 @@ class Cli extends Command {
     throw new Failure("system", `${path}: ${what}; known: ${known}`);
   }
 
-  /** Help that nobody asked for stands for a missing command; a runner must not take it for a stage that went well. */
+  /** commander shows help as an error if a command is missing; a runner must not take that for a successful stage. */
   override help(context?: unknown): never {
-    if ((context as { error?: boolean } | undefined)?.error) this.error("no command was given");
-    return super.help(context as never);
+    if (!(context as { error?: boolean } | undefined)?.error) super.help();
+    this.outputHelp({ error: true });
+    this.error("no command was given");
   }
 }
 
