@@ -8,7 +8,7 @@ import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
 import { hostname } from "node:os";
-import { basename, join } from "node:path";
+import { basename, join, relative as relativePath } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
 import {
@@ -398,6 +398,30 @@ describe("configuration", () => {
     expect(chosen(read("manual", options, env))).toEqual(["from-option", "LATEST", "error", "json"]);
     const empty = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "", CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "" };
     expect(chosen(read("manual", { TaskDefinition: "" }, empty))).toEqual(chosen(read("manual")));
+  });
+
+  test("relative paths in the file start from its directory, --log-file from the working directory", () => {
+    const text = configFile("full")
+      .replace("/var/log/fargate.log", "logs/fargate.log")
+      .replace("/var/lib/fargate", "../records")
+      .replace("/etc/gitlab-runner/id_ed25519", "id_ed25519");
+    const pathsIn = (path: string, options = {}) => {
+      const { config } = readConfig(text, path, options, {});
+      return [config.LogFile, config.TaskMetadata.Directory, config.SSH.PrivateKeyPath];
+    };
+    expect(pathsIn("/etc/fargate/x.toml")).toEqual([
+      "/etc/fargate/logs/fargate.log",
+      "/etc/records",
+      "/etc/fargate/id_ed25519",
+    ]);
+    const here = process.cwd();
+    expect(pathsIn("conf/x.toml")).toEqual([
+      join(here, "conf", "logs", "fargate.log"),
+      join(here, "records"),
+      join(here, "conf", "id_ed25519"),
+    ]);
+    expect(pathsIn("/etc/fargate/x.toml", { LogFile: "y.log" })[0]).toBe("y.log");
+    expect(pathsIn("/etc/fargate/x.toml", { LogFile: " " })[0]).toBe("/etc/fargate/logs/fargate.log");
   });
 
   test("a variable may name the task definition that the file leaves out", () => {
@@ -2978,6 +3002,26 @@ describe("the compiled program", () => {
     });
   });
 
+  test("relative paths in the configuration file work from any working directory", async () => {
+    const key = await makeKeyPair("ed25519");
+    const config = world.configure({ top: { LogFile: "beside.log" }, SSH: { PrivateKeyPath: "beside.key" } });
+    const beside = (name: string) => join(config, "..", name);
+    fs.writeFileSync(beside("beside.key"), key.privateKey, { mode: 0o600 });
+    wholeRun.ownKey(beside("beside.key"));
+    const env = byHand();
+    const since = world.aws.callsTo("RunTask").length;
+    const [elsewhere, another] = [directory(), directory()];
+    const stage = (name: string, cwd: string) => fargate(["--config", config, "custom", name], { env, cwd });
+    expect(await stage("prepare", elsewhere)).toMatchObject({ code: 0, stderr: "" });
+    const relative = ["--config", relativePath(another, config), "--log-file", "here.log", "custom", "cleanup"];
+    expect(await fargate(relative, { env, cwd: another })).toMatchObject({ code: 0, stderr: "" });
+    const [sent] = world.aws.callsTo("RunTask").slice(since);
+    expect(JSON.stringify(sent?.input)).toContain(key.publicKey);
+    expect(fs.readFileSync(beside("beside.log"), "utf8")).toContain("Ready: logged in to");
+    expect([fs.readdirSync(elsewhere), fs.readdirSync(another)]).toEqual([[], ["here.log"]]);
+    nothingLeft();
+  });
+
   test("unknown keys are a warning in prepare, and in prepare only", async () => {
     const config = world.configure({ Fargate: { Clutser: "x" } });
     const env = byHand();
@@ -2994,7 +3038,8 @@ describe("the compiled program", () => {
     expect(bad.code).toBe(2);
     expect(bad.stderr.trimEnd().split("\n")).toHaveLength(20);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
-    expect(none.stderr).toMatch(/error: the configuration file config\.toml cannot be read: ENOENT/);
+    // With its whole path: the runner starts each stage in a working directory of its own.
+    expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml cannot be read: ENOENT/);
     const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
     expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID");
     expect([none.code, jobless.code]).toEqual([2, 2]);

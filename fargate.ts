@@ -491,9 +491,12 @@ export function readConfig(file: string, path: string, options: Options, env: En
     const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
     throw new Failure("system", `${path} cannot be used:`, problems);
   }
-  // The runner calls each try in a directory of its own, which it removes.
-  result.output.TaskMetadata.Directory = resolve(dirname(path), result.output.TaskMetadata.Directory);
   const config = result.output;
+  // Not relative to the working directory: the runner makes a new one for each attempt, and removes it.
+  const beside = (name: string) => resolve(dirname(path), name);
+  config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
+  if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
+  if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
   const named = isTable(fargate) ? fargate.TaskDefinition : undefined;
   const refusal = byJob.includes("TaskDefinition") ? refusalOf(config.Fargate, named) : undefined;
   return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
@@ -2686,7 +2689,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
       writeWhole(1, `${configAnswer(readJob(env))}\n`);
       return 0;
     }
-    const file = readFile(request.config, "the configuration file");
+    const file = readFile(resolve(request.config), "the configuration file");
     const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
     const operator: Operator = { config, log, stop: stopping.signal, now: Date.now };
