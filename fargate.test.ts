@@ -5170,6 +5170,38 @@ describe.concurrent("the record cannot be kept", () => {
       }
     });
 
+  /** A script fails, its exit code cannot be kept: the job still fails as its author's, and no file says otherwise. */
+  const failsWithoutExitCode = async (scene: Scene, file: string) => {
+    ended(await scene.stage("prepare"), 0);
+    const env = { BUILD_EXIT_CODE_FILE: file, BUILD_FAILURE_EXIT_CODE: "11" };
+    const finished = await scene.begin("run", { script: "exit 42", env }).finished;
+    ended(finished, 11);
+    expect(fs.existsSync(file)).toBe(false);
+    return { stage: "run (a build failure)", finished, says: /warning: BUILD_EXIT_CODE_FILE / };
+  };
+  faultTest("a script fails, and the disk of BUILD_EXIT_CODE_FILE is full", async (scene) => {
+    const path = directory();
+    if (!mount("size=64k", path)) throw new SkipFault("mount(8) is not permitted");
+    try {
+      spawnSync("dd", ["if=/dev/zero", `of=${join(path, "fill")}`], { stdio: "ignore" });
+      return await failsWithoutExitCode(scene, join(path, "exit-code"));
+    } finally {
+      spawnSync("umount", [path]);
+    }
+  });
+  faultTest("a script fails, and the directory of BUILD_EXIT_CODE_FILE is gone", (scene) =>
+    failsWithoutExitCode(scene, join(directory(), "gone", "exit-code")),
+  );
+  faultTest("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const env = { BUILD_EXIT_CODE_FILE: join(directory(), "exit-code") };
+    fs.mkdirSync(env.BUILD_EXIT_CODE_FILE);
+    const finished = await scene.begin("run", { script: "echo never", env }).finished;
+    ended(finished, 2);
+    expect(finished.stdout.toString()).toBe("");
+    return { stage: "run", finished };
+  });
+
   faultTest("the disk is full when RunTask has answered", async (scene) => {
     const path = directory();
     if (!mount("size=64k", path)) throw new SkipFault("mount(8) is not permitted");

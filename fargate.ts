@@ -2107,7 +2107,8 @@ const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped 
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
-  if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
+  const forget = () => exitCodeFile && fs.rmSync(exitCodeFile, { force: true });
+  orFail("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", forget); // this stage would answer with its code
   const script = readFile(scriptPath, `the script of ${stage},`);
   const path = recordPath(context);
   checkDirectory(context.config.TaskMetadata.Directory);
@@ -2131,7 +2132,13 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   } catch {} // cleaned up meanwhile; or the next stage asks ECS
   log.debug("{stage} ended with exit code {code}", { stage, code });
   if (code === 0) return 0;
-  if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
+  try {
+    if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
+  } catch (error) {
+    removeQuietly(exitCodeFile as string); // the runner takes an empty file for a system failure
+    const told = { reason: reasonOf(error), code };
+    log.warn("BUILD_EXIT_CODE_FILE cannot be written: {reason}; the runner sees exit code 1, not {code}", told);
+  }
   return exitCode("build", env);
 }
 
