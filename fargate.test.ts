@@ -360,6 +360,7 @@ describe("configuration", () => {
         EnablePublicIP: true,
         UsePublicIP: false,
         PlatformVersion: "1.4.0",
+        AllowedPlatformVersions: ["1.4.0", "LATEST"],
         CapacityProviderStrategy: [
           { CapacityProvider: "FARGATE_SPOT", Weight: 3 },
           { CapacityProvider: "FARGATE", Weight: 1, Base: 1 },
@@ -553,6 +554,35 @@ describe("configuration", () => {
     );
     for (const bad of ['""', '"family"', "true", '[""]', '["a/b"]', '["a:b"]', '["a*b*c*d*e"]', '["(a|b)"]', "[3]"])
       expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedTaskDefinitions\S* is .*; expected: .*family/);
+  });
+
+  test.each<[list: string | undefined, asked: string, refusal?: string]>([
+    [undefined, "9.9.9"],
+    ['["1.4.0", "LATEST"]', "1.4.0"],
+    ['["1.4.0", "LATEST"]', " LATEST "],
+    ['["1.4.0", "LATEST"]', "latest", "latest, is not allowed: AllowedPlatformVersions has 1.4.0, LATEST"],
+    ['["1.4.0", "LATEST"]', "1.4.0\n", undefined],
+    ['["1.*"]', "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has 1.*"],
+    ["[]", "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has none"],
+    ["[]", "x".repeat(5_000), `${"x".repeat(300)}, is not allowed: AllowedPlatformVersions has none`],
+  ])("AllowedPlatformVersions = %s, and a job asks for %j", (list, asked, refusal) => {
+    const text = configFile("guide").replace(/^ *PlatformVersion .*\n/m, "");
+    const file = list ? text.replace("[Fargate]\n", `[Fargate]\n  AllowedPlatformVersions = ${list}\n`) : text;
+    const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: asked };
+    expect(readConfig(file, "x", {}, env).refusal).toBe(refusal && `FARGATE_PLATFORM_VERSION of this job, ${refusal}`);
+    // The operator's own choice, and a job that chooses none, are not asked about.
+    const other = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "any" };
+    expect(readConfig(file, "x", { PlatformVersion: asked }, { ...env, ...other }).refusal).toBeUndefined();
+    expect(readConfig(file, "x", {}, other).refusal).toBeUndefined();
+  });
+
+  test("AllowedPlatformVersions that is no list of versions is refused, and never taken for no setting", () => {
+    const read = (value: string) => {
+      const file = configFile("guide").replace("[Fargate]\n", `[Fargate]\nAllowedPlatformVersions = ${value}\n`);
+      return readConfig(file, "x", {}, {});
+    };
+    for (const bad of ['""', '"LATEST"', "true", '[""]', "[3]"])
+      expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedPlatformVersions\S* is .*; expected: .*1\.4\.0/);
   });
 
   test("a pattern full of stars does not hold up prepare", () => {
@@ -4950,6 +4980,18 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       return { stage: "prepare", finished };
     },
     { changes: { Fargate: { AllowedTaskDefinitions: ["test-*"] } } },
+  );
+  faultTest(
+    "the job's own variable names a platform version that it may not",
+    async (scene) => {
+      const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.3.0", BUILD_FAILURE_EXIT_CODE: "11" };
+      const finished = await scene.stage("prepare", { env });
+      ended(finished, 11);
+      expect(scene.world.aws.calls).toEqual([]);
+      ended(await scene.stage("prepare", { env: { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.4.0" } }), 0);
+      return { stage: "prepare (a build failure)", finished };
+    },
+    { changes: { Fargate: { AllowedPlatformVersions: ["1.4.0"] } } },
   );
   for (const [whose, operators] of [
     ["with the same keys (PrivateKeyPath, host keys of the image)", true],

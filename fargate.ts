@@ -238,6 +238,9 @@ const listOf = (item: string, most: number) =>
   v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
 const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
+const allowed = (item: v.GenericSchema<string>, what: string) =>
+  v.optional(v.pipe(v.array(item), v.maxLength(100), v.description(`what a job's variable may name, a list: ${what}`)));
+const PLATFORM_VERSION = "a Fargate platform version, such as 1.4.0 or LATEST";
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -274,12 +277,11 @@ export const ConfigSchema = v.object({
       SecurityGroup: v.optional(text("a security group ID, such as sg-0a1b2c3d")),
       SecurityGroups: v.optional(listOf("a security group ID", 5)),
       TaskDefinition: text("family, family:revision or ARN of the task definition"),
-      AllowedTaskDefinitions: v.optional(
-        v.pipe(v.array(pattern), v.maxLength(100), v.description(`what a job's variable may name, a list: ${PATTERN}`)),
-      ),
+      AllowedTaskDefinitions: allowed(pattern, PATTERN),
       EnablePublicIP: v.optional(flag("whether the task gets a public address"), false),
       UsePublicIP: v.optional(flag("whether to connect to the task's public address")),
-      PlatformVersion: v.optional(text("a Fargate platform version, such as 1.4.0 or LATEST")),
+      PlatformVersion: v.optional(text(PLATFORM_VERSION)),
+      AllowedPlatformVersions: allowed(text(PLATFORM_VERSION), PLATFORM_VERSION),
       LaunchType: v.optional(exactly(["FARGATE", "EC2"], "where the task runs")),
       CapacityProviderStrategy: v.optional(strategy),
       FallbackCapacityProviderStrategy: v.optional(strategy),
@@ -335,6 +337,9 @@ export type Config = v.InferOutput<typeof ConfigSchema>;
 export type Options = Partial<
   Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>
 >;
+
+/** Settings that a job may choose, by a variable of this name. The runner passes it on as `CUSTOM_ENV_<name>`. */
+const VARIABLES = { TaskDefinition: "FARGATE_TASK_DEFINITION", PlatformVersion: "FARGATE_PLATFORM_VERSION" } as const;
 
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
@@ -420,31 +425,37 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 }
 
 /**
- * Whether a job's variable may name the task definition that it names. A pattern without a revision allows any; an ARN
- * must also be of the configured region, and of the partition and account that an ARN in the configuration file says.
+ * Whether a job may choose the platform version and the task definition that its variables name. A pattern without a
+ * revision allows any; an ARN must also be of the configured region, and of the partition and account that an ARN in the
+ * configuration file says.
+ * @param byJob the settings that a variable of the job decided
  * @param configured the file's own TaskDefinition, if it has one
  * @returns why not; undefined where it may
  */
-export function refusalOf(f: Config["Fargate"], configured: unknown): string | undefined {
-  if (!f.AllowedTaskDefinitions) return undefined;
-  const asked = f.TaskDefinition;
-  const refused = `FARGATE_TASK_DEFINITION of this job, ${asked.slice(0, 300)}, is not allowed:`;
+export function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
+  const refused = (key: keyof typeof VARIABLES, why: string) =>
+    `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
+  const { TaskDefinition: asked, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
+  if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
+    return refused("PlatformVersion", `AllowedPlatformVersions has ${versions.join(", ") || "none"}`);
+  if (!byJob.includes("TaskDefinition") || !patterns) return undefined;
   const [, partition, region, account, named] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
     const arns = [f.Cluster, String(configured)].map((name) => /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/.exec(name));
     const own = arns.filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
+    const where = "the account that Cluster or TaskDefinition in the configuration file names by an ARN";
     if (!known || region !== f.Region)
-      return `${refused} an ARN must be of region ${f.Region}, and of the account that Cluster or TaskDefinition in the configuration file names by an ARN`;
+      return refused("TaskDefinition", `an ARN must be of region ${f.Region}, and of ${where}`);
   }
   const name = named ?? asked;
   const fits = (pattern: string) => {
     const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?");
     return new RegExp(`^${expression}$`).test(name);
   };
-  if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && f.AllowedTaskDefinitions.some(fits)) return undefined;
-  return `${refused} AllowedTaskDefinitions has ${f.AllowedTaskDefinitions.join(", ") || "none"}`;
+  if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && patterns.some(fits)) return undefined;
+  return refused("TaskDefinition", `AllowedTaskDefinitions has ${patterns.join(", ") || "none"}`);
 }
 
 /**
@@ -470,10 +481,8 @@ export function readConfig(file: string, path: string, options: Options, env: En
   const fargate = folded.Fargate ?? {}; // where it is no table, the schema says so
   const overrides: Table = {};
   const byJob: string[] = [];
-  for (const [key, variable] of [
-    ["TaskDefinition", env.CUSTOM_ENV_FARGATE_TASK_DEFINITION],
-    ["PlatformVersion", env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION],
-  ] as const) {
+  for (const key of ["TaskDefinition", "PlatformVersion"] as const) {
+    const variable = env[`CUSTOM_ENV_${VARIABLES[key]}`];
     overrides[key] = given(options[key], variable, (fargate as Table)[key]);
     if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
   }
@@ -498,7 +507,7 @@ export function readConfig(file: string, path: string, options: Options, env: En
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
   const named = isTable(fargate) ? fargate.TaskDefinition : undefined;
-  const refusal = byJob.includes("TaskDefinition") ? refusalOf(config.Fargate, named) : undefined;
+  const refusal = refusalOf(config.Fargate, byJob, named);
   return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
@@ -1992,8 +2001,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   } catch (error) {
     const { setting } = adviceFor(reasonOf(error)) ?? {};
     if (!setting || !byJob.includes(setting)) throw error;
-    const variable = setting === "TaskDefinition" ? "FARGATE_TASK_DEFINITION" : "FARGATE_PLATFORM_VERSION";
-    const choice = `${variable} of this job, ${config.Fargate[setting]},`;
+    const choice = `${VARIABLES[setting]} of this job, ${config.Fargate[setting]},`;
     throw new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`);
   }
 }
