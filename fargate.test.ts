@@ -89,6 +89,7 @@ import {
   type SweepReport,
   sweep,
   type TaskRecord,
+  unreadVariables,
   usersOf,
   writeRecord,
 } from "./fargate.ts";
@@ -583,6 +584,34 @@ describe("configuration", () => {
     };
     for (const bad of ['""', '"LATEST"', "true", '[""]', "[3]"])
       expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedPlatformVersions\S* is .*; expected: .*1\.4\.0/);
+  });
+
+  test("a job's variable that nothing reads is named, with the one that it may be meant for", () => {
+    const reportOn = (...names: string[]) =>
+      unreadVariables(Object.fromEntries(names.map((name) => [`CUSTOM_ENV_${name}`, "x"])));
+    const meant = (name: string, known: string) => ({ misspelt: [`${name} (did you mean ${known}?)`], other: [] });
+    const nothing = { misspelt: [], other: [] };
+    for (const name of [
+      "FARGATE_TASK_DEFINITON",
+      "FARGATE_TASKDEFINITION",
+      "FARGATE_TASK_DEFINITIONS",
+      "FARGTE_TASK_DEFINITION",
+    ])
+      expect(reportOn(name)).toEqual(meant(name, "FARGATE_TASK_DEFINITION"));
+    expect(reportOn("FARGATE_PLATFORM_VERSON")).toEqual(meant("FARGATE_PLATFORM_VERSON", "FARGATE_PLATFORM_VERSION"));
+    // As the driver sees it, but set by the job's author.
+    for (const name of ["FARGATE_TASK_DEFINITION", "FARGATE_TASK_DEFINITON"])
+      expect(reportOn(`CUSTOM_ENV_${name}`)).toEqual(meant(`CUSTOM_ENV_${name}`, "FARGATE_TASK_DEFINITION"));
+    for (const name of [
+      "FARGATE_CLUSTER",
+      "FARGATE_TASK_DEFINI",
+      "CUSTOM_ENV_FARGATE_CLUSTER",
+      `FARGATE_${"x".repeat(5_000)}`,
+    ])
+      expect(reportOn(name)).toEqual({ misspelt: [], other: [name] });
+    expect(reportOn("FARGATE_TASK_DEFINITION", "FARGATE_PLATFORM_VERSION", "CI_JOB_ID", "PATH", "")).toEqual(nothing);
+    // Of the manager's own environment, no variable is the job's.
+    expect(unreadVariables({ FARGATE_TASK_DEFINITON: "x", FARGATE_X: "x" })).toEqual(nothing);
   });
 
   test("a pattern full of stars does not hold up prepare", () => {
@@ -3232,6 +3261,30 @@ describe("the compiled program", () => {
     fs.writeFileSync(env.JOB_RESPONSE_FILE, JSON.stringify(open.job.response));
     const closed = world.configure({ Fargate: { AllowedTaskDefinitions: [] } });
     expect(await fargate(["--config", closed, "custom", "cleanup"], { env })).toMatchObject({ code: 0, stderr: "" });
+    nothingLeft();
+  });
+
+  test("variables of a job that nothing reads: one warning for those that look misspelt, the others at debug", async () => {
+    const config = world.configure({ top: { LogLevel: "debug" } });
+    const env = {
+      ...byHand(),
+      CUSTOM_ENV_FARGATE_TASK_DEFINITON: "x",
+      CUSTOM_ENV_CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.4.0",
+      CUSTOM_ENV_FARGATE_CLUSTER: "mine",
+      "CUSTOM_ENV_FARGATE_\u001b[0Ksection_start:1:x\r\n": "x",
+      [`CUSTOM_ENV_FARGATE_${"y".repeat(5_000)}`]: "x",
+      ...Object.fromEntries(Array.from({ length: 50 }, (_, n) => [`CUSTOM_ENV_FARGATE_${n}`, "x"])),
+    };
+    const { code, stderr } = await fargate(["--config", config, "custom", "prepare"], { env });
+    expect(code, stderr).toBe(0);
+    const lines = stderr.split("\n").filter((line) => line.includes("nothing reads these variables"));
+    const [warning] = lines.filter((line) => line.includes(" warning: "));
+    expect(lines).toHaveLength(2);
+    expect(warning).toContain("FARGATE_TASK_DEFINITON (did you mean FARGATE_TASK_DEFINITION?)");
+    expect(warning).toContain("CUSTOM_ENV_FARGATE_PLATFORM_VERSION (did you mean FARGATE_PLATFORM_VERSION?)");
+    for (const line of lines) expect(line).not.toMatch(/[\p{Cc}]|y{200}/u);
+    expect(lines.join().length).toBeLessThan(2_000);
+    expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).not.toContain("nothing reads");
     nothingLeft();
   });
 

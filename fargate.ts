@@ -375,6 +375,25 @@ function nearestKey(unknown: string): string {
 }
 
 /**
+ * A job's variables that nothing reads: `misspelt` are within two edits of one of `VARIABLES`, or written as the driver
+ * sees that one, with the runner's prefix; `other` ones begin as those do.
+ */
+export function unreadVariables(env: Environment) {
+  const read: string[] = Object.values(VARIABLES);
+  const misspelt: string[] = [];
+  const other: string[] = [];
+  for (const key of Object.keys(env)) {
+    const name = key.startsWith("CUSTOM_ENV_") ? key.slice(11) : "";
+    const bare = name.replace(/^CUSTOM_ENV_/, "");
+    const nearest = read.find((known) => bare.length < 100 && distance(bare, known) <= 2);
+    if (read.includes(name)) continue;
+    if (nearest) misspelt.push(`${name} (did you mean ${nearest}?)`);
+    else if (bare.startsWith("FARGATE_")) other.push(name);
+  }
+  return { misspelt, other };
+}
+
+/**
  * Gives every key the schema's spelling: the official driver's TOML library matches keys without regard to case,
  * an exact spelling first. Keys that match none are left out, with a warning.
  */
@@ -1822,6 +1841,18 @@ async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
   }
 }
 
+/** Logs what the job's author has set although it has no effect, as far as a log line has room for it. */
+function reportUnused({ env, log }: Context): void {
+  const few = (names: readonly string[]) =>
+    names
+      .slice(0, 6)
+      .map((name) => name.slice(0, 150))
+      .join(", ") + (names.length > 6 ? ", ..." : "");
+  const { misspelt, other } = unreadVariables(env);
+  if (misspelt.length > 0) log.warn("nothing reads these variables of the job: {names}", { names: few(misspelt) });
+  if (other.length > 0) log.debug("nothing reads these variables of the job: {names}", { names: few(other) });
+}
+
 const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
 const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 
@@ -1829,6 +1860,7 @@ const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 export async function prepare(context: Context): Promise<void> {
   const { config, job, log, now, stop, refusal } = context;
   if (refusal) throw new Failure("build", refusal);
+  reportUnused(context);
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
   const { Directory } = config.TaskMetadata;
