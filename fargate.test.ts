@@ -753,7 +753,7 @@ describe("the job's identity", () => {
     const hash = sha256(
       JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711, gitlabJob().response.token]),
     );
-    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600 };
+    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, unused: [] };
     expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
     for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
       for (const value of ["", "other", "../../x", "a\u0000b", "\u001b[0K\n", "x".repeat(5_000)])
@@ -783,6 +783,19 @@ describe("the job's identity", () => {
       own,
     ];
     expect(new Set(others).size).toBe(others.length);
+  });
+
+  test("image and services are taken as far as they have names, and have no say in anything else", () => {
+    const jobOf = (changes: object) => readJob({ JOB_RESPONSE_FILE: response(changes) });
+    const none = jobOf({ image: { name: "" }, services: [] });
+    const services = [{ name: "postgres:16", alias: "db" }, { name: "redis" }];
+    expect(jobOf({ image: { name: "ruby:3.2" }, services })).toEqual({
+      ...none,
+      unused: ["image ruby:3.2", "service postgres:16", "service redis"],
+    });
+    for (const odd of [null, 3, "ruby", [], {}, { name: 3 }, undefined])
+      expect(jobOf({ image: odd, services: odd })).toEqual(none);
+    expect(jobOf({ services: [null, { name: null }, "x", { name: "y" }] })?.unused).toEqual(["service y"]);
   });
 
   test("a response that cannot be read is a failure, and no token of it is shown", () => {
@@ -3285,6 +3298,34 @@ describe("the compiled program", () => {
     for (const line of lines) expect(line).not.toMatch(/[\p{Cc}]|y{200}/u);
     expect(lines.join().length).toBeLessThan(2_000);
     expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).not.toContain("nothing reads");
+    nothingLeft();
+  });
+
+  taskTest("a job's image and services are not used: prepare says so in one line", async () => {
+    const hostile = "\u001b[0Ksection_start:1:x\r\n{names}";
+    const services = [
+      "postgres:16",
+      { name: "redis:7", alias: "cache" },
+      hostile,
+      "z".repeat(5_000),
+      "4",
+      "5",
+      "6",
+      "7",
+    ];
+    const result = await makeRunner({ job: { image: "ruby:3.2", services, script: ["true"] } }).runJob();
+    expect(result).toMatchObject({ status: "success" });
+    const lines = result.stages.flatMap(({ stderr }) => stderr.toString().split("\n"));
+    const [line, ...more] = lines.filter((text) => /ruby|postgres|redis|not used/.test(text));
+    expect(more).toEqual([]);
+    expect(line).toMatch(
+      /Z warning: not used, because a task's images come from its task definition: image ruby:3\.2, service postgres:16, /,
+    );
+    expect(line).toMatch(/, service redis:7, .*, \.\.\.; choose one with FARGATE_TASK_DEFINITION$/);
+    expect(line).not.toMatch(/\p{Cc}|z{200}/u);
+    // Without any, nothing.
+    const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
+    expect(plain.trace.toString()).not.toContain("not used");
     nothingLeft();
   });
 

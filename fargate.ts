@@ -613,18 +613,29 @@ export interface Job {
   readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
   readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
   readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
+  readonly unused?: readonly string[]; // the `image:` and `services:` that its author asks for: only to be logged
 }
 
 const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
 const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
 const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
+const namesOf = (what: string) =>
+  v.fallback(
+    v.pipe(
+      v.object({ name: v.pipe(v.string(), v.nonEmpty()) }),
+      v.transform((it) => [`${what} ${it.name}`]),
+    ),
+    [],
+  );
 const JobResponseSchema = v.object({
   id: v.pipe(v.number(), v.safeInteger()),
   token: v.optional(v.string(), ""),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
   runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
+  image: namesOf("image"),
+  services: v.fallback(v.array(namesOf("service")), []),
 });
 
 /** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
@@ -660,6 +671,7 @@ export function readJob(env: Environment): Job | undefined {
       hash,
       title: `job ${response.id} of project ${project}`,
       timeout: timeout > 0 ? Math.min(timeout, LONGEST_TIMEOUT) : DEFAULT_TIMEOUT,
+      unused: [response.image, ...response.services].flat(),
     };
   }
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
@@ -1842,15 +1854,15 @@ async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
 }
 
 /** Logs what the job's author has set although it has no effect, as far as a log line has room for it. */
-function reportUnused({ env, log }: Context): void {
-  const few = (names: readonly string[]) =>
-    names
-      .slice(0, 6)
-      .map((name) => name.slice(0, 150))
-      .join(", ") + (names.length > 6 ? ", ..." : "");
+function reportUnused({ env, job: { unused = [] }, log }: Context): void {
+  const few = (names: readonly string[]) => ({
+    names: [...names.slice(0, 6).map((name) => name.slice(0, 150)), ...(names.length > 6 ? ["..."] : [])].join(", "),
+  });
+  const why = "not used, because a task's images come from its task definition";
+  if (unused.length > 0) log.warn(`${why}: {names}; choose one with FARGATE_TASK_DEFINITION`, few(unused));
   const { misspelt, other } = unreadVariables(env);
-  if (misspelt.length > 0) log.warn("nothing reads these variables of the job: {names}", { names: few(misspelt) });
-  if (other.length > 0) log.debug("nothing reads these variables of the job: {names}", { names: few(other) });
+  if (misspelt.length > 0) log.warn("nothing reads these variables of the job: {names}", few(misspelt));
+  if (other.length > 0) log.debug("nothing reads these variables of the job: {names}", few(other));
 }
 
 const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
