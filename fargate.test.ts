@@ -931,7 +931,8 @@ describe("the task record", () => {
     fs.chmodSync(where, 0o755);
     fs.chownSync(where, 12_345, 0);
     expect(openDirectory(where)).toBe(
-      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; chown 0 ${where}`,
+      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; chown 0 ${where} if only the driver uses ` +
+        "it, or use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata",
     );
     const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
     announce({ Directory: where }, stem, "run");
@@ -943,12 +944,14 @@ describe("the task record", () => {
   test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {
     const where = join(directory(), "records");
     expect(openDirectory(where)).toBeUndefined();
+    const use = (path: string) => `use a directory of the driver's own with mode 0700, such as ${path}`;
     for (const [mode, verdict] of [
       [0o700, "good"],
       [0o755, "good"],
       [0o770, "warning"],
-      [0o1777, "warning"],
-      [0o1703, "good"],
+      [0o1777, "shared"],
+      [0o1703, "shared"],
+      [0o1770, "shared"],
       [0o702, "refused"],
       [0o777, "refused"],
     ] as const) {
@@ -956,11 +959,18 @@ describe("the task record", () => {
       if (verdict === "refused") {
         const { message } = thrown(() => openDirectory(where));
         expect(message).toBe(
-          `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; chmod o-w ${where}`,
+          `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; chmod o-w ${where} if only the ` +
+            `driver uses it, or ${use("/opt/gitlab-runner/metadata")}`,
         );
       } else {
-        const warning = `TaskMetadata.Directory ${where} can be written to by its group; chmod g-w ${where}`;
-        expect(openDirectory(where)).toBe(verdict === "warning" ? warning : undefined);
+        const writable = `TaskMetadata.Directory ${where} can be written to by others; `;
+        const warning = {
+          good: undefined,
+          warning: `${writable}chmod g-w ${where} if only the driver uses it, or ${use("/opt/gitlab-runner/metadata")}`,
+          // Other programs need the mode of a directory such as /tmp: no advice to change it.
+          shared: `${writable}${use(join(where, "fargate-metadata"))}`,
+        };
+        expect(openDirectory(where)).toBe(warning[verdict]);
       }
     }
   });
@@ -4079,6 +4089,28 @@ describe.concurrent("cleanup", () => {
     ended(finished, 0);
     ended(await scene.run("true"), 0);
     return { stage: "prepare", finished, says: /warning: .*chmod g-w / };
+  });
+  faultTest("the directory for records is shared by all users, as /tmp is", async (scene) => {
+    fs.mkdirSync(scene.world.records);
+    fs.chmodSync(scene.world.records, 0o1777);
+    scene.configure({ TaskMetadata: { Directory: `${scene.world.records}/` } });
+    const finished = await scene.stage("prepare");
+    ended(finished, 0);
+    expect(finished.stderr).not.toContain("chmod");
+    ended(await scene.run("true"), 0);
+    // The advice can be followed.
+    const better = /such as (\S+)$/m.exec(finished.stderr)?.[1] as string;
+    expect(better).toBe(join(scene.world.records, "fargate-metadata"));
+    ended(await scene.stage("cleanup"), 0);
+    scene.configure({ TaskMetadata: { Directory: better } });
+    const followed = await scene.stage("prepare");
+    ended(followed, 0);
+    expect(followed.stderr).not.toContain("warning");
+    expect(fs.statSync(better).mode & 0o777).toBe(0o700);
+    ended(await scene.stage("cleanup"), 0);
+    fs.rmSync(better, { recursive: true });
+    scene.configure();
+    return { stage: "prepare", finished, says: /warning: / };
   });
 
   faultTest("the task has stopped before cleanup", async (scene) => {

@@ -717,17 +717,21 @@ export function openDirectory(directory: string): string | undefined {
 }
 
 /**
- * @returns a warning where the directory's group, or another user who owns it, may write to it
+ * @returns a warning where others may write to the directory, or another user owns it
  * @throws {Failure} where anybody may put one record in another's place
  */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
   const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
+  const shared = (mode & 0o1000) !== 0; // sticky, as /tmp is: other programs need its mode as it is
+  const better = shared ? join(directory, "fargate-metadata") : "/opt/gitlab-runner/metadata";
+  const use = `use a directory of the driver's own with mode 0700, such as ${better}`;
+  const advice = (command: string) => (shared ? use : `${command} ${directory} if only the driver uses it, or ${use}`);
   if ((mode & 0o1002) === 0o002)
-    throw new Failure("system", `${what} cannot be used: anybody may write to it; chmod o-w ${directory}`);
+    throw new Failure("system", `${what} cannot be used: anybody may write to it; ${advice("chmod o-w")}`);
   const own = process.geteuid?.();
-  if (uid !== 0 && uid !== own) return `${what} belongs to another user, of id ${uid}; chown ${own} ${directory}`;
-  return mode & 0o020 ? `${what} can be written to by its group; chmod g-w ${directory}` : undefined;
+  if (uid !== 0 && uid !== own) return `${what} belongs to another user, of id ${uid}; ${advice(`chown ${own}`)}`;
+  return mode & 0o022 ? `${what} can be written to by others; ${advice("chmod g-w")}` : undefined;
 }
 
 /**
