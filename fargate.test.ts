@@ -2804,7 +2804,9 @@ describe("the compiled program", () => {
       onTestFinished(() => other.close());
       const config = other.configure({ Fargate: { TaskDefinition: definition }, SSH: { PrivateKeyPath: path } });
       const runner = makeRunner({ config, environment: other.aws.environment, job: { script: ["true"] } });
-      expect(await runner.runJob()).toMatchObject({ status: "success" });
+      const result = await runner.runJob();
+      expect(result).toMatchObject({ status: "success" });
+      expect(result.trace.toString()).not.toContain("PrivateKeyPath is set");
       const [refused, started] = other.aws.callsTo("RunTask");
       expect(refused?.status).toBe(400);
       const deadline = [{ name: "FARGATE_DEADLINE", value: expect.stringMatching(/^\d{10}$/) }];
@@ -2812,6 +2814,25 @@ describe("the compiled program", () => {
       else expect(started?.input.overrides?.containerOverrides?.[0]?.environment).toEqual(deadline);
       expect(other.aws.running()).toEqual([]);
     });
+
+  taskTest("a PrivateKeyPath beside a task definition that accepts a key for each job is a warning", async () => {
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, (await makeKeyPair("ed25519")).privateKey, { mode: 0o600 });
+    const result = await makeRunner({
+      config: world.configure({ SSH: { PrivateKeyPath: path } }),
+      job: { script: ["true"] },
+    }).runJob();
+    expect(result).toMatchObject({ status: "success" });
+    const warnings = result.trace.toString().match(/warning: .*PrivateKeyPath.*/g);
+    expect(warnings).toEqual([
+      "warning: PrivateKeyPath is set, so all tasks accept the same key; the task definition takes one for each job: " +
+        "remove it, unless the image ignores SSH_PUBLIC_KEY",
+    ]);
+    // With a key for each job there is nothing to say.
+    const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
+    expect(plain.trace.toString()).not.toContain("PrivateKeyPath");
+    nothingLeft();
+  });
 
   taskTest(
     "a job's variable names the task definition; one that does not take the key is told how to be",

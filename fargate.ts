@@ -2039,8 +2039,13 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
+  const warnOfSharedKey = () => {
+    const shared =
+      "PrivateKeyPath is set, so all tasks accept the same key; the task definition takes one for each job";
+    if (!record.PrivateKey) log.warn(`${shared}: remove it, unless the image ignores SSH_PUBLIC_KEY`);
+  };
   try {
-    await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((failure: Error) => {
+    await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).then(warnOfSharedKey, (failure: Error) => {
       const [refused] = OVERRIDE_REFUSED.exec(failure.message) ?? [];
       if (!refused || record.PrivateKey || record.Unanswered) throw failure;
       log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it without");
