@@ -3105,6 +3105,58 @@ describe("the compiled program", () => {
     });
   });
 
+  test("LogFile is not opened through a link of another user's, at its end or on the way", async ({ skip }) => {
+    if (process.geteuid?.() !== 0) return skip("only root can give links away");
+    const where = directory();
+    const target = join(where, "target");
+    const path = (name: string) => join(where, name);
+    const link = (to: string, name: string, owner: number) => {
+      fs.symlinkSync(to, path(name));
+      fs.lchownSync(path(name), owner, owner);
+    };
+    fs.mkdirSync(path("logs"));
+    link(target, "theirs.log", 12_345);
+    link(path("logs"), "their-logs", 12_345);
+    link(path("theirs.log"), "ours-to-theirs.log", 0);
+    link("loop.log", "loop.log", 0);
+    const env = byHand();
+    const cleanUp = (LogFile: string) =>
+      fargate(["--config", world.configure({ top: { LogFile, LogLevel: "debug" } }), "custom", "cleanup"], { env });
+    for (const [file, why] of [
+      ["theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
+      ["their-logs/x.log", `${path("their-logs")} is a symbolic link of another user, of id 12345`],
+      ["ours-to-theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
+      ["loop.log", "too many symbolic links"],
+    ] as const) {
+      const { code, stderr } = await cleanUp(path(file));
+      expect({ code, stderr }).toMatchObject({
+        code: 0,
+        stderr: expect.stringContaining(
+          `warning: LogFile ${path(file)} cannot be written: ${why}; logging to standard error\n`,
+        ),
+      });
+    }
+    expect([fs.existsSync(target), fs.readdirSync(path("logs"))]).toEqual([false, []]);
+    // Links of root and of this user are followed, to a file that need not be there yet.
+    link("target", "ours.log", 0);
+    link("logs", "our-logs", 0);
+    for (const file of ["ours.log", "our-logs/x.log"])
+      expect(await cleanUp(path(file))).toMatchObject({ code: 0, stderr: "" });
+    for (const file of [target, path("logs/x.log")]) expect(fs.readFileSync(file, "utf8")).toContain("is not there");
+  });
+
+  test("LogFile may be /dev/stderr", async () => {
+    const config = world.configure({ top: { LogFile: "/dev/stderr" } });
+    const output = join(directory(), "output");
+    const shell = ["sh", "-c", 'output=$1; shift; exec "$@" 2>"$output"', "sh", output];
+    const command = [...shell, driver, "--config", config, "custom", "cleanup"];
+    const { code, stderr } = await start(command, { env: byHand() }).finished;
+    expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+    const text = fs.readFileSync(output, "utf8");
+    expect(text).toContain("is not there: nothing was ever started");
+    expect(text).not.toContain("LogFile");
+  });
+
   test("relative paths in the configuration file work from any working directory", async () => {
     const key = await makeKeyPair("ed25519");
     const config = world.configure({ top: { LogFile: "beside.log" }, SSH: { PrivateKeyPath: "beside.key" } });

@@ -33,7 +33,7 @@ import { createHash, generateKeyPairSync, randomBytes, randomUUID } from "node:c
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
 import { hostname, constants as osConstants } from "node:os";
-import { dirname, join, resolve } from "node:path";
+import { basename, dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
@@ -565,6 +565,21 @@ function writeWhole(file: number, text: string): void {
 }
 
 /**
+ * Follows the symbolic links of a path, also of its directories. What is below /proc stays as it is: the kernel made it.
+ * @throws at a link of another user than root and this one, who could have any file written to by pointing it there
+ */
+function followTrustedLinks(path: string, most = 40): string {
+  const parent = dirname(path);
+  const here = path === parent ? path : join(followTrustedLinks(parent, most), basename(path));
+  const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
+  if (!link?.isSymbolicLink()) return here;
+  if (most === 0) throw new Error("too many symbolic links");
+  const own = link.uid === 0 || link.uid === process.geteuid?.();
+  if (!own) throw new Error(`${here} is a symbolic link of another user, of id ${link.uid}`);
+  return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)), most - 1);
+}
+
+/**
  * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
  * the job. What ends a stage is always shown on standard error too, so that the job log says why.
  */
@@ -574,8 +589,10 @@ export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFi
   let trouble: unknown;
   if (settings.LogFile) {
     try {
-      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK } = fs.constants; // a pipe must not hold up a stage
-      const file = fs.openSync(settings.LogFile, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0o600);
+      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants; // a pipe must not hold up a stage
+      const path = followTrustedLinks(resolve(settings.LogFile));
+      const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one; /dev/stderr leads to /proc
+      const file = fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
       write = (line) => writeWhole(file, line);
     } catch (error) {
       trouble = error;
