@@ -5411,6 +5411,37 @@ describe.concurrent("the record cannot be kept", () => {
       }
     });
 
+  faultTest("a network file system gives all files in the directory for records to another user", async (scene) => {
+    // The same from the driver's point of view: it runs as one user, and its new files belong to another.
+    const strace = [
+      "strace",
+      "-f",
+      "-qq",
+      "-o",
+      "/dev/null",
+      "-e",
+      "trace=geteuid",
+      "-e",
+      "inject=geteuid:retval=12345",
+    ];
+    if (!(await straceWorks())) throw new SkipFault("strace(1) does not work");
+    if (process.geteuid?.() !== 0) throw new SkipFault("the table of faults shows root's id");
+    fs.mkdirSync(scene.world.records, { mode: 0o700 });
+    const command = [...strace, driver, "--config", scene.world.configure(), "custom"];
+    const finished = await start([...command, "prepare"], { env: scene.env }).finished;
+    ended(finished, 2);
+    expect(scene.world.aws.calls).toEqual([]);
+    expect(finished.stderr).toContain("run GitLab Runner as it");
+    // No exception for it: whoever reaches such a directory writes as that user. A good record is not used, either.
+    ended(await scene.stage("prepare"), 0);
+    const script = join(directory(), "script");
+    fs.writeFileSync(script, "echo never");
+    const run = await start([...command, "run", script, "build_script"], { env: scene.env }).finished;
+    ended(run, 2);
+    expect(run.stdout.toString()).toBe("");
+    return { stage: "prepare", finished };
+  });
+
   /** A script fails, its exit code cannot be kept: the job still fails as its author's, and no file says otherwise. */
   const failsWithoutExitCode = async (scene: Scene, file: string) => {
     ended(await scene.stage("prepare"), 0);

@@ -762,7 +762,12 @@ function readOwn(path: string, others = 0o077): string {
   try {
     const stat = fs.fstatSync(file);
     if (!stat.isFile()) throw new Error("it is not a regular file");
-    if (stat.uid !== process.geteuid?.()) throw new Error(`it belongs to another user, of id ${stat.uid}`);
+    if (stat.uid !== process.geteuid?.()) {
+      // Also where a file system gives all files to one user: whoever reaches it can have written them.
+      const fixed = "; if the file system gives all files to that user (an EFS access point), run GitLab Runner as it";
+      const like = fs.statSync(dirname(path)).uid === stat.uid ? fixed : "";
+      throw new Error(`it belongs to another user, of id ${stat.uid}${like}`);
+    }
     if (stat.mode & others) throw new Error(`its mode is ${(stat.mode & 0o777).toString(8)}, and should be 600`);
     return fs.readFileSync(file, "utf8");
   } finally {
