@@ -254,14 +254,18 @@ const strategy = v.pipe(
   v.minLength(1),
   v.maxLength(20),
   v.check((providers) => providers.some((provider) => provider.Weight > 0)),
-  v.description(
-    "1 to 20 of {CapacityProvider, Weight, Base}, at least one with a Weight above 0, such as " +
-      '[{CapacityProvider = "FARGATE_SPOT", Weight = 1}]',
-  ),
+  v.description('1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0'),
 );
 
 /** Keys that valibot's `record` leaves out without a word. */
 const RESERVED = ["__proto__", "constructor", "prototype"];
+
+const tags = v.pipe(
+  v.custom<Record<string, string>>((tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key))),
+  v.record(v.string(), v.string()),
+  v.check((tags) => Object.keys(tags).length <= 50),
+  v.description("a table of at most 50 tags for the task, text = text"),
+);
 
 /** Every setting, as the configuration file spells it, with default, unit and meaning. */
 export const ConfigSchema = v.object({
@@ -286,23 +290,10 @@ export const ConfigSchema = v.object({
       CapacityProviderStrategy: v.optional(strategy),
       FallbackCapacityProviderStrategy: v.optional(strategy),
       EnableExecuteCommand: v.optional(flag("whether ECS Exec may enter the task"), false),
-      Tags: v.optional(
-        v.pipe(
-          v.custom<Record<string, string>>(
-            (tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key)),
-          ),
-          v.record(v.string(), v.string()),
-          v.check((tags) => Object.keys(tags).length <= 50),
-          v.description("a table of at most 50 tags for the task, text = text"),
-        ),
-        {},
-      ),
+      Tags: v.optional(tags, {}),
       PropagateTags: v.optional(exactly(["TASK_DEFINITION", "NONE"], "whose tags the task gets beside its own")),
       StartTimeout: v.optional(whole(1, 86_400, "seconds from the start of a task until it must be ready"), 600),
-      DeadlineMargin: v.optional(
-        whole(0, 604_800, "seconds a task may outlive StartTimeout and the job's timeout"),
-        3600,
-      ),
+      DeadlineMargin: v.optional(whole(0, 604_800, "seconds of grace after StartTimeout and job timeout"), 3600),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
     v.rawCheck(({ dataset, addIssue }) => {
@@ -374,23 +365,14 @@ function nearestKey(unknown: string): string {
   return [...knownKeys()].reduce((best, key) => (far(key) < far(best) ? key : best));
 }
 
-/**
- * A job's variables that nothing reads: `misspelt` are within two edits of one of `VARIABLES`, or written as the driver
- * sees that one, with the runner's prefix; `other` ones begin as those do.
- */
+/** A job's variables that nothing reads: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
 export function unreadVariables(env: Environment) {
   const read: string[] = Object.values(VARIABLES);
-  const misspelt: string[] = [];
-  const other: string[] = [];
-  for (const key of Object.keys(env)) {
-    const name = key.startsWith("CUSTOM_ENV_") ? key.slice(11) : "";
-    const bare = name.replace(/^CUSTOM_ENV_/, "");
-    const nearest = read.find((known) => bare.length < 100 && distance(bare, known) <= 2);
-    if (read.includes(name)) continue;
-    if (nearest) misspelt.push(`${name} (did you mean ${nearest}?)`);
-    else if (bare.startsWith("FARGATE_")) other.push(name);
-  }
-  return { misspelt, other };
+  return Object.keys(env).flatMap((key) => {
+    const [, name = "", bare = ""] = /^CUSTOM_ENV_((?:CUSTOM_ENV_)?(.*))$/s.exec(key) ?? [];
+    const meant = read.find((known) => distance(bare, known) <= 2);
+    return !read.includes(name) && (meant || bare.startsWith("FARGATE_")) ? [{ name, meant }] : [];
+  });
 }
 
 /**
@@ -444,9 +426,8 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 }
 
 /**
- * Whether a job may choose the platform version and the task definition that its variables name. A pattern without a
- * revision allows any; an ARN must also be of the configured region, and of the partition and account that an ARN in the
- * configuration file says.
+ * Whether a job may choose what its variables name. A pattern without a revision allows any; an ARN must also be of the
+ * configured region, and of the partition and account that an ARN in the configuration file says.
  * @param byJob the settings that a variable of the job decided
  * @param configured the file's own TaskDefinition, if it has one
  * @returns why not; undefined where it may
@@ -461,12 +442,11 @@ export function refusalOf(f: Config["Fargate"], byJob: readonly string[], config
   const [, partition, region, account, named] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
-    const arns = [f.Cluster, String(configured)].map((name) => /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/.exec(name));
-    const own = arns.filter((arn) => arn !== null);
+    const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
+    const own = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
-    const where = "the account that Cluster or TaskDefinition in the configuration file names by an ARN";
-    if (!known || region !== f.Region)
-      return refused("TaskDefinition", `an ARN must be of region ${f.Region}, and of ${where}`);
+    const right = `region ${f.Region} and of the account in the ARN of Cluster or TaskDefinition in the file`;
+    if (!known || region !== f.Region) return refused("TaskDefinition", `an ARN must be of ${right}`);
   }
   const name = named ?? asked;
   const fits = (pattern: string) => {
@@ -505,14 +485,9 @@ export function readConfig(file: string, path: string, options: Options, env: En
     overrides[key] = given(options[key], variable, (fargate as Table)[key]);
     if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
   }
-  const merged: Table = {
-    LogLevel: given(options.LogLevel, folded.LogLevel),
-    LogFormat: given(options.LogFormat, folded.LogFormat),
-    LogFile: given(options.LogFile, folded.LogFile),
-    Fargate: isTable(fargate) ? { ...fargate, ...overrides } : fargate,
-    TaskMetadata: folded.TaskMetadata ?? {},
-    SSH: folded.SSH ?? {},
-  };
+  const merged: Table = { TaskMetadata: {}, SSH: {}, ...folded };
+  merged.Fargate = isTable(fargate) ? { ...fargate, ...overrides } : fargate;
+  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], folded[key]);
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
     const all = [...new Set(result.issues.map(describeProblem))];
@@ -525,8 +500,7 @@ export function readConfig(file: string, path: string, options: Options, env: En
   config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
-  const named = isTable(fargate) ? fargate.TaskDefinition : undefined;
-  const refusal = refusalOf(config.Fargate, byJob, named);
+  const refusal = refusalOf(config.Fargate, byJob, (fargate as Table).TaskDefinition);
   return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
@@ -565,18 +539,16 @@ function writeWhole(file: number, text: string): void {
 }
 
 /**
- * Follows the symbolic links of a path, also of its directories. What is below /proc stays as it is: the kernel made it.
- * @throws at a link of another user than root and this one, who could have any file written to by pointing it there
+ * Follows the symbolic links of a path, those of its directories too; links of /proc are the kernel's, and stay.
+ * @throws at a link of another user than root and this one, who could have any file written to
  */
-function followTrustedLinks(path: string, most = 40): string {
-  const parent = dirname(path);
-  const here = path === parent ? path : join(followTrustedLinks(parent, most), basename(path));
+function followTrustedLinks(path: string): string {
+  const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
   const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
   if (!link?.isSymbolicLink()) return here;
-  if (most === 0) throw new Error("too many symbolic links");
-  const own = link.uid === 0 || link.uid === process.geteuid?.();
-  if (!own) throw new Error(`${here} is a symbolic link of another user, of id ${link.uid}`);
-  return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)), most - 1);
+  if (link.uid !== 0 && link.uid !== process.geteuid?.())
+    throw new Error(`${here} is a symbolic link of another user, of id ${link.uid}`);
+  return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)));
 }
 
 /**
@@ -630,29 +602,22 @@ export interface Job {
   readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
   readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
   readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
-  readonly unused?: readonly string[]; // the `image:` and `services:` that its author asks for: only to be logged
+  readonly unused?: readonly string[]; // image and services that its author asks for, only to be logged
 }
 
 const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
 const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
 const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
-const namesOf = (what: string) =>
-  v.fallback(
-    v.pipe(
-      v.object({ name: v.pipe(v.string(), v.nonEmpty()) }),
-      v.transform((it) => [`${what} ${it.name}`]),
-    ),
-    [],
-  );
+const named = v.fallback(v.object({ name: v.string() }), { name: "" });
 const JobResponseSchema = v.object({
   id: v.pipe(v.number(), v.safeInteger()),
   token: v.optional(v.string(), ""),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
   runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
-  image: namesOf("image"),
-  services: v.fallback(v.array(namesOf("service")), []),
+  image: named,
+  services: v.fallback(v.array(named), []),
 });
 
 /** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
@@ -688,7 +653,7 @@ export function readJob(env: Environment): Job | undefined {
       hash,
       title: `job ${response.id} of project ${project}`,
       timeout: timeout > 0 ? Math.min(timeout, LONGEST_TIMEOUT) : DEFAULT_TIMEOUT,
-      unused: [response.image, ...response.services].flat(),
+      unused: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
@@ -702,6 +667,7 @@ export function readJob(env: Environment): Job | undefined {
 // 6. Task record ------------------------------------------------------------------------------------------
 
 const RECORD_VERSION = 1;
+const MANAGER = /^[0-9a-f]{12}$/;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
 const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
 
@@ -734,21 +700,17 @@ export function openDirectory(directory: string): string | undefined {
 }
 
 /**
- * @returns a warning where others may write to the directory, or another user owns it
+ * @returns a warning where others may write to the directory, or another user owns it; it never advises to change the
+ *   mode, because other programs may need a directory such as /tmp as it is
  * @throws {Failure} where anybody may put one record in another's place
  */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
+  const use = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
-  const shared = (mode & 0o1000) !== 0; // sticky, as /tmp is: other programs need its mode as it is
-  const better = shared ? join(directory, "fargate-metadata") : "/opt/gitlab-runner/metadata";
-  const use = `use a directory of the driver's own with mode 0700, such as ${better}`;
-  const advice = (command: string) => (shared ? use : `${command} ${directory} if only the driver uses it, or ${use}`);
-  if ((mode & 0o1002) === 0o002)
-    throw new Failure("system", `${what} cannot be used: anybody may write to it; ${advice("chmod o-w")}`);
-  const own = process.geteuid?.();
-  if (uid !== 0 && uid !== own) return `${what} belongs to another user, of id ${uid}; ${advice(`chown ${own}`)}`;
-  return mode & 0o022 ? `${what} can be written to by others; ${advice("chmod g-w")}` : undefined;
+  if ((mode & 0o1002) === 0o002) throw new Failure("system", `${what} cannot be used: anybody may write to it; ${use}`);
+  if (uid !== 0 && uid !== process.geteuid?.()) return `${what} belongs to another user, of id ${uid}; ${use}`;
+  return mode & 0o022 ? `${what} can be written to by others; ${use}` : undefined;
 }
 
 /**
@@ -911,7 +873,7 @@ export function managerId(directory: string): string {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
     const id = readOwn(path).trim();
-    if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
+    if (!MANAGER.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
 }
@@ -1860,12 +1822,12 @@ const startedBy = ({ config, job }: Context): string =>
   `fargate-${managerId(config.TaskMetadata.Directory)}-${job.hash.slice(0, 32)}`;
 
 /**
- * The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml.
- * @param host this manager's host name, which job logs show; the runner's scripts put it between double quotes in a shell
+ * The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. The runner puts the host
+ * name into a script, between double quotes: only characters that mean nothing to a shell are kept.
  */
 export function configAnswer(job: Job | undefined, host = hostname()): string {
-  const shown = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : "";
-  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: shown });
+  const name = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : "";
+  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: name });
 }
 
 /** The operator's own key, where it can be read. */
@@ -1879,18 +1841,6 @@ async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
   }
 }
 
-/** Logs what the job's author has set although it has no effect, as far as a log line has room for it. */
-function reportUnused({ env, job: { unused = [] }, log }: Context): void {
-  const few = (names: readonly string[]) => ({
-    names: [...names.slice(0, 6).map((name) => name.slice(0, 150)), ...(names.length > 6 ? ["..."] : [])].join(", "),
-  });
-  const why = "not used, because a task's images come from its task definition";
-  if (unused.length > 0) log.warn(`${why}: {names}; choose one with FARGATE_TASK_DEFINITION`, few(unused));
-  const { misspelt, other } = unreadVariables(env);
-  if (misspelt.length > 0) log.warn("nothing reads these variables of the job: {names}", few(misspelt));
-  if (other.length > 0) log.debug("nothing reads these variables of the job: {names}", few(other));
-}
-
 const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
 const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 
@@ -1898,7 +1848,12 @@ const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 export async function prepare(context: Context): Promise<void> {
   const { config, job, log, now, stop, refusal } = context;
   if (refusal) throw new Failure("build", refusal);
-  reportUnused(context);
+  const noEffect = "image: and services: have no effect, choose a task definition by FARGATE_TASK_DEFINITION instead";
+  if (job.unused?.length) log.warn(`${noEffect}: {names}`, { names: job.unused.join(", ") });
+  const unread = unreadVariables(context.env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
+  for (const { name, meant } of unread.slice(0, 20))
+    if (meant) log.warn("nothing reads the job's variable {name}; did you mean {meant}?", { name, meant });
+    else log.debug("nothing reads the job's variable {name}", { name });
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
   const { Directory } = config.TaskMetadata;
@@ -2061,13 +2016,10 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
-  const warnOfSharedKey = () => {
-    const shared =
-      "PrivateKeyPath is set, so all tasks accept the same key; the task definition takes one for each job";
-    if (!record.PrivateKey) log.warn(`${shared}: remove it, unless the image ignores SSH_PUBLIC_KEY`);
-  };
+  const shared = "with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY";
+  const accepted = () => record.PrivateKey || log.warn(shared);
   try {
-    await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).then(warnOfSharedKey, (failure: Error) => {
+    await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).then(accepted, (failure: Error) => {
       const [refused] = OVERRIDE_REFUSED.exec(failure.message) ?? [];
       if (!refused || record.PrivateKey || record.Unanswered) throw failure;
       log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it without");
@@ -2219,8 +2171,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
     if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
   } catch (error) {
     removeQuietly(exitCodeFile as string); // the runner takes an empty file for a system failure
-    const told = { reason: reasonOf(error), code };
-    log.warn("BUILD_EXIT_CODE_FILE cannot be written: {reason}; the runner sees exit code 1, not {code}", told);
+    log.warn("BUILD_EXIT_CODE_FILE cannot be written; the runner sees 1: {reason}", { reason: reasonOf(error) });
   }
   return exitCode("build", env);
 }
@@ -2669,17 +2620,14 @@ class Cli extends Command {
   }
 }
 
-/** Takes one of some words, in any case. */
-const oneOfWords = (words: readonly string[]) => (value: string) => {
-  if (words.includes(value.trim().toLowerCase())) return value;
-  throw new InvalidArgumentError(`known: ${words.join(", ")}`);
+/** Takes a value that fits; `known` says in words what does. */
+const only = (known: string, fits: (value: string) => boolean) => (value: string) => {
+  if (fits(value)) return value;
+  throw new InvalidArgumentError(`known: ${known}`);
 };
-
-/** Takes the id of a manager, as it stands in `startedBy`. */
-const managerIdOf = (value: string) => {
-  if (/^[0-9a-f]{12}$/.test(value)) return value;
-  throw new InvalidArgumentError("known: 12 hex digits, as in the task's startedBy: fargate-<id>-<job>");
-};
+const oneOfWords = (words: readonly string[]) =>
+  only(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
+const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id>-<job>", (id) => MANAGER.test(id));
 
 /**
  * @param argv the arguments, without the program's own name
@@ -2738,7 +2686,7 @@ export function parseCommandLine(argv: readonly string[]) {
   }
   const command = asked.name() as "config" | "prepare" | "run" | "cleanup" | "sweep";
   const sweep: SweepOptions = { dryRun: false, json: false, ...asked.opts<Partial<SweepOptions>>() };
-  const given = program.opts<Record<string, string | undefined>>();
+  const { config = "", ...given } = program.opts<Record<string, string | undefined>>();
   const options: Options = {
     LogLevel: given.debug ? "debug" : given.logLevel,
     LogFormat: given.logFormat,
@@ -2746,13 +2694,7 @@ export function parseCommandLine(argv: readonly string[]) {
     TaskDefinition: given.taskDef,
     PlatformVersion: given.platformVersion,
   };
-  return {
-    command,
-    operands: asked.args,
-    config: given.config as string,
-    options,
-    ...(command === "sweep" && { sweep }),
-  };
+  return { command, operands: asked.args, config, options, ...(command === "sweep" && { sweep }) };
 }
 
 /** Runs one invocation. @returns the process's exit code */
