@@ -7,7 +7,8 @@ import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
-import { basename, join } from "node:path";
+import { hostname } from "node:os";
+import { basename, join, relative as relativePath } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
 import {
@@ -93,6 +94,7 @@ import {
   stopCause,
   sweep,
   type TaskRecord,
+  unreadVariables,
   usersOf,
   writeRecord,
 } from "./fargate.ts";
@@ -517,6 +519,7 @@ describe("configuration", () => {
         EnablePublicIP: true,
         UsePublicIP: false,
         PlatformVersion: "1.4.0",
+        AllowedPlatformVersions: ["1.4.0", "LATEST"],
         CapacityProviderStrategy: [
           { CapacityProvider: "FARGATE_SPOT", Weight: 3 },
           { CapacityProvider: "FARGATE", Weight: 1, Base: 1 },
@@ -555,6 +558,30 @@ describe("configuration", () => {
     expect(chosen(read("manual", options, env))).toEqual(["from-option", "LATEST", "error", "json"]);
     const empty = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "", CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "" };
     expect(chosen(read("manual", { TaskDefinition: "" }, empty))).toEqual(chosen(read("manual")));
+  });
+
+  test("relative paths in the file start from its directory, --log-file from the working directory", () => {
+    const text = configFile("full")
+      .replace("/var/log/fargate.log", "logs/fargate.log")
+      .replace("/var/lib/fargate", "../records")
+      .replace("/etc/gitlab-runner/id_ed25519", "id_ed25519");
+    const pathsIn = (path: string, options = {}) => {
+      const { config } = readConfig(text, path, options, {});
+      return [config.LogFile, config.TaskMetadata.Directory, config.SSH.PrivateKeyPath];
+    };
+    expect(pathsIn("/etc/fargate/x.toml")).toEqual([
+      "/etc/fargate/logs/fargate.log",
+      "/etc/records",
+      "/etc/fargate/id_ed25519",
+    ]);
+    const here = process.cwd();
+    expect(pathsIn("conf/x.toml")).toEqual([
+      join(here, "conf", "logs", "fargate.log"),
+      join(here, "records"),
+      join(here, "conf", "id_ed25519"),
+    ]);
+    expect(pathsIn("/etc/fargate/x.toml", { LogFile: "y.log" })[0]).toBe("y.log");
+    expect(pathsIn("/etc/fargate/x.toml", { LogFile: " " })[0]).toBe("/etc/fargate/logs/fargate.log");
   });
 
   test("a variable may name the task definition that the file leaves out", () => {
@@ -686,6 +713,62 @@ describe("configuration", () => {
     );
     for (const bad of ['""', '"family"', "true", '[""]', '["a/b"]', '["a:b"]', '["a*b*c*d*e"]', '["(a|b)"]', "[3]"])
       expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedTaskDefinitions\S* is .*; expected: .*family/);
+  });
+
+  test.each<[list: string | undefined, asked: string, refusal?: string]>([
+    [undefined, "9.9.9"],
+    ['["1.4.0", "LATEST"]', "1.4.0"],
+    ['["1.4.0", "LATEST"]', " LATEST "],
+    ['["1.4.0", "LATEST"]', "latest", "latest, is not allowed: AllowedPlatformVersions has 1.4.0, LATEST"],
+    ['["1.4.0", "LATEST"]', "1.4.0\n", undefined],
+    ['["1.*"]', "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has 1.*"],
+    ["[]", "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has none"],
+    ["[]", "x".repeat(5_000), `${"x".repeat(300)}, is not allowed: AllowedPlatformVersions has none`],
+  ])("AllowedPlatformVersions = %s, and a job asks for %j", (list, asked, refusal) => {
+    const text = configFile("guide").replace(/^ *PlatformVersion .*\n/m, "");
+    const file = list ? text.replace("[Fargate]\n", `[Fargate]\n  AllowedPlatformVersions = ${list}\n`) : text;
+    const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: asked };
+    expect(readConfig(file, "x", {}, env).refusal).toBe(refusal && `FARGATE_PLATFORM_VERSION of this job, ${refusal}`);
+    // The operator's own choice, and a job that chooses none, are not asked about.
+    const other = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "any" };
+    expect(readConfig(file, "x", { PlatformVersion: asked }, { ...env, ...other }).refusal).toBeUndefined();
+    expect(readConfig(file, "x", {}, other).refusal).toBeUndefined();
+  });
+
+  test("AllowedPlatformVersions that is no list of versions is refused, and never taken for no setting", () => {
+    const read = (value: string) => {
+      const file = configFile("guide").replace("[Fargate]\n", `[Fargate]\nAllowedPlatformVersions = ${value}\n`);
+      return readConfig(file, "x", {}, {});
+    };
+    for (const bad of ['""', '"LATEST"', "true", '[""]', "[3]"])
+      expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedPlatformVersions\S* is .*; expected: .*1\.4\.0/);
+  });
+
+  test("a job's variable that nothing reads is named, with the one that it may be meant for", () => {
+    const reportOn = (...names: string[]) =>
+      unreadVariables(Object.fromEntries(names.map((name) => [`CUSTOM_ENV_${name}`, "x"])));
+    const meant = (name: string, known: string) => [{ name, meant: known }];
+    for (const name of [
+      "FARGATE_TASK_DEFINITON",
+      "FARGATE_TASKDEFINITION",
+      "FARGATE_TASK_DEFINITIONS",
+      "FARGTE_TASK_DEFINITION",
+    ])
+      expect(reportOn(name)).toEqual(meant(name, "FARGATE_TASK_DEFINITION"));
+    expect(reportOn("FARGATE_PLATFORM_VERSON")).toEqual(meant("FARGATE_PLATFORM_VERSON", "FARGATE_PLATFORM_VERSION"));
+    // As the driver sees it, but set by the job's author.
+    for (const name of ["FARGATE_TASK_DEFINITION", "FARGATE_TASK_DEFINITON"])
+      expect(reportOn(`CUSTOM_ENV_${name}`)).toEqual(meant(`CUSTOM_ENV_${name}`, "FARGATE_TASK_DEFINITION"));
+    for (const name of [
+      "FARGATE_CLUSTER",
+      "FARGATE_TASK_DEFINI",
+      "CUSTOM_ENV_FARGATE_CLUSTER",
+      `FARGATE_${"x".repeat(5_000)}`,
+    ])
+      expect(reportOn(name)).toEqual([{ name }]);
+    expect(reportOn("FARGATE_TASK_DEFINITION", "FARGATE_PLATFORM_VERSION", "CI_JOB_ID", "PATH", "")).toEqual([]);
+    // Of the manager's own environment, no variable is the job's.
+    expect(unreadVariables({ FARGATE_TASK_DEFINITON: "x", FARGATE_X: "x" })).toEqual([]);
   });
 
   test("a pattern full of stars does not hold up prepare", () => {
@@ -827,7 +910,7 @@ describe("the job's identity", () => {
     const hash = sha256(
       JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711, gitlabJob().response.token]),
     );
-    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600 };
+    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, unused: [] };
     expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
     for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
       for (const value of ["", "other", "../../x", "a\u0000b", "\u001b[0K\n", "x".repeat(5_000)])
@@ -859,6 +942,19 @@ describe("the job's identity", () => {
     expect(new Set(others).size).toBe(others.length);
   });
 
+  test("image and services are taken as far as they have names, and have no say in anything else", () => {
+    const jobOf = (changes: object) => readJob({ JOB_RESPONSE_FILE: response(changes) });
+    const none = jobOf({ image: { name: "" }, services: [] });
+    const services = [{ name: "postgres:16", alias: "db" }, { name: "redis" }];
+    expect(jobOf({ image: { name: "ruby:3.2" }, services })).toEqual({
+      ...none,
+      unused: ["ruby:3.2", "postgres:16", "redis"],
+    });
+    for (const odd of [null, 3, "ruby", [], {}, { name: 3 }, undefined])
+      expect(jobOf({ image: odd, services: odd })).toEqual(none);
+    expect(jobOf({ services: [null, { name: null }, "x", { name: "y" }] })?.unused).toEqual(["y"]);
+  });
+
   test("a response that cannot be read is a failure, and no token of it is shown", () => {
     const broken = join(directory(), "response.json");
     fs.writeFileSync(broken, '{"token": "secret-token-1"');
@@ -876,8 +972,17 @@ describe("the job's identity", () => {
 
   test("config's answer has the documented shape", () => {
     expect(configAnswer(undefined)).toBe('{"driver":{"name":"fargate","version":"dev (HEAD)"},"hostname":""}');
-    expect(JSON.parse(configAnswer(readJob(variables)))).toMatchObject({ hostname: readJob(variables)?.stem });
+    expect(JSON.parse(configAnswer(readJob(variables), "ci-manager-1.example"))).toMatchObject({
+      hostname: "ci-manager-1.example",
+    });
     expect(readJob({})).toBeUndefined();
+  });
+
+  test("the host name in config's answer means nothing to a shell", () => {
+    const nameFor = (host: string) => JSON.parse(configAnswer(readJob(variables), host)).hostname;
+    expect(nameFor('$(id)`id`"\\!$HOME;a\nb_c é')).toBe("ididHOMEabc");
+    expect(nameFor('$(`"')).toBe("");
+    expect(nameFor(hostname())).toBe(JSON.parse(configAnswer(readJob(variables))).hostname);
   });
 });
 
@@ -903,6 +1008,8 @@ const someRecord: TaskRecord = {
 };
 
 describe("the task record", () => {
+  /** Advice that is harmless wherever `Directory` is, also /tmp, whose mode other programs need. */
+  const ownDirectory = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   /** A path whose name says the job, as that in `someRecord`. */
   const recordIn = (where: string) => join(where, `job-1-${"0123456789abcdef".repeat(4)}.json`);
 
@@ -983,7 +1090,7 @@ describe("the task record", () => {
     fs.chmodSync(where, 0o755);
     fs.chownSync(where, 12_345, 0);
     expect(openDirectory(where)).toBe(
-      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; chown 0 ${where}`,
+      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; ${ownDirectory}`,
     );
     const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
     announce({ Directory: where }, stem, "run");
@@ -1000,7 +1107,7 @@ describe("the task record", () => {
       [0o755, "good"],
       [0o770, "warning"],
       [0o1777, "warning"],
-      [0o1703, "good"],
+      [0o1703, "warning"],
       [0o702, "refused"],
       [0o777, "refused"],
     ] as const) {
@@ -1008,10 +1115,10 @@ describe("the task record", () => {
       if (verdict === "refused") {
         const { message } = thrown(() => openDirectory(where));
         expect(message).toBe(
-          `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; chmod o-w ${where}`,
+          `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; ${ownDirectory}`,
         );
       } else {
-        const warning = `TaskMetadata.Directory ${where} can be written to by its group; chmod g-w ${where}`;
+        const warning = `TaskMetadata.Directory ${where} can be written to by others; ${ownDirectory}`;
         expect(openDirectory(where)).toBe(verdict === "warning" ? warning : undefined);
       }
     }
@@ -2767,8 +2874,9 @@ describe("the compiled program", () => {
     const runner = makeRunner({ config: world.configure({ Fargate: { Subnet: "subnet-1", SecurityGroup: "sg-1" } }) });
     const [config, prepared] = (await runner.prepare()).slice(-2);
     expect(config?.stdout.toString()).toMatch(
-      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"job-\d+-[0-9a-f]{64}"\}\n$/,
+      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"[A-Za-z0-9.-]*"\}\n$/,
     );
+    expect(JSON.parse(`${config?.stdout}`).hostname).toBe(hostname().replace(/[^A-Za-z0-9.-]/g, ""));
     expect(prepared?.stdout.toString()).toBe("");
     const time = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\dZ";
     const lines = prepared?.stderr.toString().trimEnd().split("\n") ?? [];
@@ -2939,7 +3047,9 @@ describe("the compiled program", () => {
       onTestFinished(() => other.close());
       const config = other.configure({ Fargate: { TaskDefinition: definition }, SSH: { PrivateKeyPath: path } });
       const runner = makeRunner({ config, environment: other.aws.environment, job: { script: ["true"] } });
-      expect(await runner.runJob()).toMatchObject({ status: "success" });
+      const result = await runner.runJob();
+      expect(result).toMatchObject({ status: "success" });
+      expect(result.trace.toString()).not.toContain("with PrivateKeyPath");
       const [refused, started] = other.aws.callsTo("RunTask");
       expect(refused?.status).toBe(400);
       const deadline = [{ name: "FARGATE_DEADLINE", value: expect.stringMatching(/^\d{10}$/) }];
@@ -2947,6 +3057,24 @@ describe("the compiled program", () => {
       else expect(started?.input.overrides?.containerOverrides?.[0]?.environment).toEqual(deadline);
       expect(other.aws.running()).toEqual([]);
     });
+
+  taskTest("a PrivateKeyPath beside a task definition that accepts a key for each job is a warning", async () => {
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, (await makeKeyPair("ed25519")).privateKey, { mode: 0o600 });
+    const result = await makeRunner({
+      config: world.configure({ SSH: { PrivateKeyPath: path } }),
+      job: { script: ["true"] },
+    }).runJob();
+    expect(result).toMatchObject({ status: "success" });
+    const warnings = result.trace.toString().match(/warning: .*PrivateKeyPath.*/g);
+    expect(warnings).toEqual([
+      "warning: with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY",
+    ]);
+    // With a key for each job there is nothing to say.
+    const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
+    expect(plain.trace.toString()).not.toContain("PrivateKeyPath");
+    nothingLeft();
+  });
 
   taskTest(
     "a job's variable names the task definition; one that does not take the key is told how to be",
@@ -3219,6 +3347,76 @@ describe("the compiled program", () => {
     });
   });
 
+  test("LogFile is not opened through a link of another user's, at its end or on the way", async ({ skip }) => {
+    if (process.geteuid?.() !== 0) return skip("only root can give links away");
+    const where = directory();
+    const target = join(where, "target");
+    const path = (name: string) => join(where, name);
+    const link = (to: string, name: string, owner: number) => {
+      fs.symlinkSync(to, path(name));
+      fs.lchownSync(path(name), owner, owner);
+    };
+    fs.mkdirSync(path("logs"));
+    link(target, "theirs.log", 12_345);
+    link(path("logs"), "their-logs", 12_345);
+    link(path("theirs.log"), "ours-to-theirs.log", 0);
+    link("loop.log", "loop.log", 0);
+    const env = byHand();
+    const cleanUp = (LogFile: string) =>
+      fargate(["--config", world.configure({ top: { LogFile, LogLevel: "debug" } }), "custom", "cleanup"], { env });
+    for (const [file, why] of [
+      ["theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
+      ["their-logs/x.log", `${path("their-logs")} is a symbolic link of another user, of id 12345`],
+      ["ours-to-theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
+      ["loop.log", "Maximum call stack size exceeded"],
+    ] as const) {
+      const { code, stderr } = await cleanUp(path(file));
+      expect({ code, stderr }).toMatchObject({
+        code: 0,
+        stderr: expect.stringContaining(`warning: LogFile ${path(file)} cannot be written: ${why}`),
+      });
+    }
+    expect([fs.existsSync(target), fs.readdirSync(path("logs"))]).toEqual([false, []]);
+    // Links of root and of this user are followed, to a file that need not be there yet.
+    link("target", "ours.log", 0);
+    link("logs", "our-logs", 0);
+    for (const file of ["ours.log", "our-logs/x.log"])
+      expect(await cleanUp(path(file))).toMatchObject({ code: 0, stderr: "" });
+    for (const file of [target, path("logs/x.log")]) expect(fs.readFileSync(file, "utf8")).toContain("is not there");
+  });
+
+  test("LogFile may be /dev/stderr", async () => {
+    const config = world.configure({ top: { LogFile: "/dev/stderr" } });
+    const output = join(directory(), "output");
+    const shell = ["sh", "-c", 'output=$1; shift; exec "$@" 2>"$output"', "sh", output];
+    const command = [...shell, driver, "--config", config, "custom", "cleanup"];
+    const { code, stderr } = await start(command, { env: byHand() }).finished;
+    expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+    const text = fs.readFileSync(output, "utf8");
+    expect(text).toContain("is not there: nothing was ever started");
+    expect(text).not.toContain("LogFile");
+  });
+
+  test("relative paths in the configuration file work from any working directory", async () => {
+    const key = await makeKeyPair("ed25519");
+    const config = world.configure({ top: { LogFile: "beside.log" }, SSH: { PrivateKeyPath: "beside.key" } });
+    const beside = (name: string) => join(config, "..", name);
+    fs.writeFileSync(beside("beside.key"), key.privateKey, { mode: 0o600 });
+    wholeRun.ownKey(beside("beside.key"));
+    const env = byHand();
+    const since = world.aws.callsTo("RunTask").length;
+    const [elsewhere, another] = [directory(), directory()];
+    const stage = (name: string, cwd: string) => fargate(["--config", config, "custom", name], { env, cwd });
+    expect(await stage("prepare", elsewhere)).toMatchObject({ code: 0, stderr: "" });
+    const relative = ["--config", relativePath(another, config), "--log-file", "here.log", "custom", "cleanup"];
+    expect(await fargate(relative, { env, cwd: another })).toMatchObject({ code: 0, stderr: "" });
+    const [sent] = world.aws.callsTo("RunTask").slice(since);
+    expect(JSON.stringify(sent?.input)).toContain(key.publicKey);
+    expect(fs.readFileSync(beside("beside.log"), "utf8")).toContain("Ready: logged in to");
+    expect([fs.readdirSync(elsewhere), fs.readdirSync(another)]).toEqual([[], ["here.log"]]);
+    nothingLeft();
+  });
+
   test("unknown keys are a warning in prepare, and in prepare only", async () => {
     const config = world.configure({ Fargate: { Clutser: "x" } });
     const env = byHand();
@@ -3235,7 +3433,8 @@ describe("the compiled program", () => {
     expect(bad.code).toBe(2);
     expect(bad.stderr.trimEnd().split("\n")).toHaveLength(20);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
-    expect(none.stderr).toMatch(/error: the configuration file config\.toml cannot be read: ENOENT/);
+    // With its whole path: the runner starts each stage in a working directory of its own.
+    expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml cannot be read: ENOENT/);
     const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
     expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID");
     expect([none.code, jobless.code]).toEqual([2, 2]);
@@ -3398,6 +3597,51 @@ describe("the compiled program", () => {
     fs.writeFileSync(env.JOB_RESPONSE_FILE, JSON.stringify(open.job.response));
     const closed = world.configure({ Fargate: { AllowedTaskDefinitions: [] } });
     expect(await fargate(["--config", closed, "custom", "cleanup"], { env })).toMatchObject({ code: 0, stderr: "" });
+    nothingLeft();
+  });
+
+  test("a job's variables that nothing reads: a warning if they look misspelt, else a line at debug", async () => {
+    const config = world.configure({ top: { LogLevel: "debug" } });
+    const env = {
+      ...byHand(),
+      ...Object.fromEntries(Array.from({ length: 50 }, (_, n) => [`CUSTOM_ENV_FARGATE_${n}`, "x"])),
+      "CUSTOM_ENV_FARGATE_\u001b[0Ksection_start:1:x\r\n": "x",
+      [`CUSTOM_ENV_FARGATE_${"y".repeat(9_000)}`]: "x",
+      CUSTOM_ENV_FARGATE_TASK_DEFINITON: "x",
+      CUSTOM_ENV_CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.4.0",
+    };
+    const { code, stderr } = await fargate(["--config", config, "custom", "prepare"], { env });
+    expect(code, stderr).toBe(0);
+    const lines = stderr.split("\n").filter((line) => line.includes("nothing reads the job's variable "));
+    const warnings = lines
+      .filter((line) => line.includes(" warning: "))
+      .map((line) => line.replace(/^.* variable /, ""));
+    expect(warnings.sort()).toEqual([
+      "CUSTOM_ENV_FARGATE_PLATFORM_VERSION; did you mean FARGATE_PLATFORM_VERSION?",
+      "FARGATE_TASK_DEFINITON; did you mean FARGATE_TASK_DEFINITION?",
+    ]);
+    // Nobody can fill the log with names.
+    expect(lines).toHaveLength(20);
+    for (const line of lines) expect(line).not.toMatch(/\p{Cc}|y{5000}/u);
+    expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).not.toContain("nothing reads");
+    nothingLeft();
+  });
+
+  taskTest("a job's image and services have no effect: prepare says so in one line", async () => {
+    const hostile = "\u001b[0Ksection_start:1:x\r\n{names}";
+    const services = ["postgres:16", { name: "redis:7", alias: "cache" }, hostile, "z".repeat(9_000)];
+    const result = await makeRunner({ job: { image: "ruby:3.2", services, script: ["true"] } }).runJob();
+    expect(result).toMatchObject({ status: "success" });
+    const lines = result.stages.flatMap(({ stderr }) => stderr.toString().split("\n"));
+    const [line, ...more] = lines.filter((text) => /ruby|postgres|redis|no effect/.test(text));
+    expect(more).toEqual([]);
+    expect(line).toMatch(
+      /Z warning: image: and services: have no effect, choose a task definition by FARGATE_TASK_DEFINITION instead: ruby:3\.2, postgres:16, redis:7, /,
+    );
+    expect(line).not.toMatch(/\p{Cc}|z{5000}/u);
+    // Without any, nothing.
+    const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
+    expect(plain.trace.toString()).not.toContain("have no effect");
     nothingLeft();
   });
 
@@ -4150,7 +4394,17 @@ describe.concurrent("cleanup", () => {
     const finished = await scene.stage("prepare");
     ended(finished, 0);
     ended(await scene.run("true"), 0);
-    return { stage: "prepare", finished, says: /warning: .*chmod g-w / };
+    return { stage: "prepare", finished, says: /warning: TaskMetadata/ };
+  });
+  faultTest("the directory for records is shared by all users, as /tmp is", async (scene) => {
+    fs.mkdirSync(scene.world.records);
+    fs.chmodSync(scene.world.records, 0o1777);
+    scene.configure({ TaskMetadata: { Directory: `${scene.world.records}/` } });
+    const finished = await scene.stage("prepare");
+    ended(finished, 0);
+    expect(finished.stderr).not.toContain("chmod");
+    ended(await scene.run("true"), 0);
+    return { stage: "prepare", finished, says: /warning: / };
   });
 
   faultTest("the task has stopped before cleanup", async (scene) => {
@@ -5167,6 +5421,18 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
     },
     { changes: { Fargate: { AllowedTaskDefinitions: ["test-*"] } } },
   );
+  faultTest(
+    "the job's own variable names a platform version that it may not",
+    async (scene) => {
+      const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.3.0", BUILD_FAILURE_EXIT_CODE: "11" };
+      const finished = await scene.stage("prepare", { env });
+      ended(finished, 11);
+      expect(scene.world.aws.calls).toEqual([]);
+      ended(await scene.stage("prepare", { env: { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.4.0" } }), 0);
+      return { stage: "prepare (a build failure)", finished };
+    },
+    { changes: { Fargate: { AllowedPlatformVersions: ["1.4.0"] } } },
+  );
   for (const [whose, operators] of [
     ["with the same keys (PrivateKeyPath, host keys of the image)", true],
     ["with the same host key, and lets any key in", false],
@@ -5385,6 +5651,69 @@ describe.concurrent("the record cannot be kept", () => {
         spawnSync("umount", [path]);
       }
     });
+
+  faultTest("a network file system gives all files in the directory for records to another user", async (scene) => {
+    // The same from the driver's point of view: it runs as one user, and its new files belong to another.
+    const strace = [
+      "strace",
+      "-f",
+      "-qq",
+      "-o",
+      "/dev/null",
+      "-e",
+      "trace=geteuid",
+      "-e",
+      "inject=geteuid:retval=12345",
+    ];
+    if (!(await straceWorks())) throw new SkipFault("strace(1) does not work");
+    if (process.geteuid?.() !== 0) throw new SkipFault("the table of faults shows root's id");
+    fs.mkdirSync(scene.world.records, { mode: 0o700 });
+    const command = [...strace, driver, "--config", scene.world.configure(), "custom"];
+    const finished = await start([...command, "prepare"], { env: scene.env }).finished;
+    ended(finished, 2);
+    expect(scene.world.aws.calls).toEqual([]);
+    expect(finished.stderr).toContain("run GitLab Runner as it");
+    // No exception for it: whoever reaches such a directory writes as that user. A good record is not used, either.
+    ended(await scene.stage("prepare"), 0);
+    const script = join(directory(), "script");
+    fs.writeFileSync(script, "echo never");
+    const run = await start([...command, "run", script, "build_script"], { env: scene.env }).finished;
+    ended(run, 2);
+    expect(run.stdout.toString()).toBe("");
+    return { stage: "prepare", finished };
+  });
+
+  /** A script fails, its exit code cannot be kept: the job still fails as its author's, and no file says otherwise. */
+  const failsWithoutExitCode = async (scene: Scene, file: string) => {
+    ended(await scene.stage("prepare"), 0);
+    const env = { BUILD_EXIT_CODE_FILE: file, BUILD_FAILURE_EXIT_CODE: "11" };
+    const finished = await scene.begin("run", { script: "exit 42", env }).finished;
+    ended(finished, 11);
+    expect(fs.existsSync(file)).toBe(false);
+    return { stage: "run (a build failure)", finished, says: /warning: BUILD_EXIT_CODE_FILE / };
+  };
+  faultTest("a script fails, and the disk of BUILD_EXIT_CODE_FILE is full", async (scene) => {
+    const path = directory();
+    if (!mount("size=64k", path)) throw new SkipFault("mount(8) is not permitted");
+    try {
+      spawnSync("dd", ["if=/dev/zero", `of=${join(path, "fill")}`], { stdio: "ignore" });
+      return await failsWithoutExitCode(scene, join(path, "exit-code"));
+    } finally {
+      spawnSync("umount", [path]);
+    }
+  });
+  faultTest("a script fails, and the directory of BUILD_EXIT_CODE_FILE is gone", (scene) =>
+    failsWithoutExitCode(scene, join(directory(), "gone", "exit-code")),
+  );
+  faultTest("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const env = { BUILD_EXIT_CODE_FILE: join(directory(), "exit-code") };
+    fs.mkdirSync(env.BUILD_EXIT_CODE_FILE);
+    const finished = await scene.begin("run", { script: "echo never", env }).finished;
+    ended(finished, 2);
+    expect(finished.stdout.toString()).toBe("");
+    return { stage: "run", finished };
+  });
 
   faultTest("the disk is full when RunTask has answered", async (scene) => {
     const path = directory();
@@ -7275,6 +7604,16 @@ describe("the command line", () => {
   test.each([
     ["", "fargate: no command was given; known: custom, sweep"],
     ["custom", "fargate custom: no command was given; known: config, prepare, run, cleanup"],
+  ])("%j alone prints its help to standard error, then what is missing, and fails", async (line, message) => {
+    const words = line.split(" ").filter(Boolean);
+    const { code, stdout, stderr } = await fargate(words, { env: { SYSTEM_FAILURE_EXIT_CODE: "77" } });
+    const help = (await fargate([...words, "--help"])).stdout.toString();
+    expect({ code, stdout: stdout.toString() }).toEqual({ code: 77, stdout: "" });
+    expect(stderr.startsWith(help)).toBe(true);
+    expect(stderr.slice(help.length).replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
+  });
+
+  test.each([
     [
       "--log-level loud custom config",
       "fargate: option '--log-level <level>' argument 'loud' is invalid; known: trace, debug, info, warn, warning, " +

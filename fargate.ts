@@ -33,7 +33,7 @@ import { createHash, generateKeyPairSync, randomBytes, randomUUID } from "node:c
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
 import { hostname, constants as osConstants } from "node:os";
-import { dirname, join, resolve } from "node:path";
+import { basename, dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
@@ -249,6 +249,9 @@ const listOf = (item: string, most: number) =>
   v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
 const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
+const allowed = (item: v.GenericSchema<string>, what: string) =>
+  v.optional(v.pipe(v.array(item), v.maxLength(100), v.description(`what a job's variable may name, a list: ${what}`)));
+const PLATFORM_VERSION = "a Fargate platform version, such as 1.4.0 or LATEST";
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -262,14 +265,18 @@ const strategy = v.pipe(
   v.minLength(1),
   v.maxLength(20),
   v.check((providers) => providers.some((provider) => provider.Weight > 0)),
-  v.description(
-    "1 to 20 of {CapacityProvider, Weight, Base}, at least one with a Weight above 0, such as " +
-      '[{CapacityProvider = "FARGATE_SPOT", Weight = 1}]',
-  ),
+  v.description('1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0'),
 );
 
 /** Keys that valibot's `record` leaves out without a word. */
 const RESERVED = ["__proto__", "constructor", "prototype"];
+
+const tags = v.pipe(
+  v.custom<Record<string, string>>((tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key))),
+  v.record(v.string(), v.string()),
+  v.check((tags) => Object.keys(tags).length <= 50),
+  v.description("a table of at most 50 tags for the task, text = text"),
+);
 
 /** Every setting, as the configuration file spells it, with default, unit and meaning. */
 export const ConfigSchema = v.object({
@@ -285,33 +292,19 @@ export const ConfigSchema = v.object({
       SecurityGroup: v.optional(text("a security group ID, such as sg-0a1b2c3d")),
       SecurityGroups: v.optional(listOf("a security group ID", 5)),
       TaskDefinition: text("family, family:revision or ARN of the task definition"),
-      AllowedTaskDefinitions: v.optional(
-        v.pipe(v.array(pattern), v.maxLength(100), v.description(`what a job's variable may name, a list: ${PATTERN}`)),
-      ),
+      AllowedTaskDefinitions: allowed(pattern, PATTERN),
       EnablePublicIP: v.optional(flag("whether the task gets a public address"), false),
       UsePublicIP: v.optional(flag("whether to connect to the task's public address")),
-      PlatformVersion: v.optional(text("a Fargate platform version, such as 1.4.0 or LATEST")),
+      PlatformVersion: v.optional(text(PLATFORM_VERSION)),
+      AllowedPlatformVersions: allowed(text(PLATFORM_VERSION), PLATFORM_VERSION),
       LaunchType: v.optional(exactly(["FARGATE", "EC2"], "where the task runs")),
       CapacityProviderStrategy: v.optional(strategy),
       FallbackCapacityProviderStrategy: v.optional(strategy),
       EnableExecuteCommand: v.optional(flag("whether ECS Exec may enter the task"), false),
-      Tags: v.optional(
-        v.pipe(
-          v.custom<Record<string, string>>(
-            (tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key)),
-          ),
-          v.record(v.string(), v.string()),
-          v.check((tags) => Object.keys(tags).length <= 50),
-          v.description("a table of at most 50 tags for the task, text = text"),
-        ),
-        {},
-      ),
+      Tags: v.optional(tags, {}),
       PropagateTags: v.optional(exactly(["TASK_DEFINITION", "NONE"], "whose tags the task gets beside its own")),
       StartTimeout: v.optional(whole(1, 86_400, "seconds from the start of a task until it must be ready"), 600),
-      DeadlineMargin: v.optional(
-        whole(0, 604_800, "seconds a task may outlive StartTimeout and the job's timeout"),
-        3600,
-      ),
+      DeadlineMargin: v.optional(whole(0, 604_800, "seconds of grace after StartTimeout and job timeout"), 3600),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
     v.rawCheck(({ dataset, addIssue }) => {
@@ -347,6 +340,9 @@ export type Options = Partial<
   Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>
 >;
 
+/** Settings that a job may choose, by a variable of this name. The runner passes it on as `CUSTOM_ENV_<name>`. */
+const VARIABLES = { TaskDefinition: "FARGATE_TASK_DEFINITION", PlatformVersion: "FARGATE_PLATFORM_VERSION" } as const;
+
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
   typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Date);
@@ -378,6 +374,16 @@ function nearestKey(unknown: string): string {
     return distance(wanted, name) / Math.max(wanted.length, name.length);
   };
   return [...knownKeys()].reduce((best, key) => (far(key) < far(best) ? key : best));
+}
+
+/** A job's variables that nothing reads: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
+export function unreadVariables(env: Environment) {
+  const read: string[] = Object.values(VARIABLES);
+  return Object.keys(env).flatMap((key) => {
+    const [, name = "", bare = ""] = /^CUSTOM_ENV_((?:CUSTOM_ENV_)?(.*))$/s.exec(key) ?? [];
+    const meant = read.find((known) => distance(bare, known) <= 2);
+    return !read.includes(name) && (meant || bare.startsWith("FARGATE_")) ? [{ name, meant }] : [];
+  });
 }
 
 /**
@@ -431,31 +437,35 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 }
 
 /**
- * Whether a job's variable may name the task definition that it names. A pattern without a revision allows any; an ARN
- * must also be of the configured region, and of the partition and account that an ARN in the configuration file says.
+ * Whether a job may choose what its variables name. A pattern without a revision allows any; an ARN must also be of the
+ * configured region, and of the partition and account that an ARN in the configuration file says.
+ * @param byJob the settings that a variable of the job decided
  * @param configured the file's own TaskDefinition, if it has one
  * @returns why not; undefined where it may
  */
-export function refusalOf(f: Config["Fargate"], configured: unknown): string | undefined {
-  if (!f.AllowedTaskDefinitions) return undefined;
-  const asked = f.TaskDefinition;
-  const refused = `FARGATE_TASK_DEFINITION of this job, ${asked.slice(0, 300)}, is not allowed:`;
+export function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
+  const refused = (key: keyof typeof VARIABLES, why: string) =>
+    `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
+  const { TaskDefinition: asked, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
+  if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
+    return refused("PlatformVersion", `AllowedPlatformVersions has ${versions.join(", ") || "none"}`);
+  if (!byJob.includes("TaskDefinition") || !patterns) return undefined;
   const [, partition, region, account, named] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
-    const arns = [f.Cluster, String(configured)].map((name) => /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/.exec(name));
-    const own = arns.filter((arn) => arn !== null);
+    const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
+    const own = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
-    if (!known || region !== f.Region)
-      return `${refused} an ARN must be of region ${f.Region}, and of the account that Cluster or TaskDefinition in the configuration file names by an ARN`;
+    const right = `region ${f.Region} and of the account in the ARN of Cluster or TaskDefinition in the file`;
+    if (!known || region !== f.Region) return refused("TaskDefinition", `an ARN must be of ${right}`);
   }
   const name = named ?? asked;
   const fits = (pattern: string) => {
     const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?");
     return new RegExp(`^${expression}$`).test(name);
   };
-  if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && f.AllowedTaskDefinitions.some(fits)) return undefined;
-  return `${refused} AllowedTaskDefinitions has ${f.AllowedTaskDefinitions.join(", ") || "none"}`;
+  if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && patterns.some(fits)) return undefined;
+  return refused("TaskDefinition", `AllowedTaskDefinitions has ${patterns.join(", ") || "none"}`);
 }
 
 /**
@@ -481,32 +491,27 @@ export function readConfig(file: string, path: string, options: Options, env: En
   const fargate = folded.Fargate ?? {}; // where it is no table, the schema says so
   const overrides: Table = {};
   const byJob: string[] = [];
-  for (const [key, variable] of [
-    ["TaskDefinition", env.CUSTOM_ENV_FARGATE_TASK_DEFINITION],
-    ["PlatformVersion", env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION],
-  ] as const) {
+  for (const key of ["TaskDefinition", "PlatformVersion"] as const) {
+    const variable = env[`CUSTOM_ENV_${VARIABLES[key]}`];
     overrides[key] = given(options[key], variable, (fargate as Table)[key]);
     if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
   }
-  const merged: Table = {
-    LogLevel: given(options.LogLevel, folded.LogLevel),
-    LogFormat: given(options.LogFormat, folded.LogFormat),
-    LogFile: given(options.LogFile, folded.LogFile),
-    Fargate: isTable(fargate) ? { ...fargate, ...overrides } : fargate,
-    TaskMetadata: folded.TaskMetadata ?? {},
-    SSH: folded.SSH ?? {},
-  };
+  const merged: Table = { TaskMetadata: {}, SSH: {}, ...folded };
+  merged.Fargate = isTable(fargate) ? { ...fargate, ...overrides } : fargate;
+  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], folded[key]);
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
     const all = [...new Set(result.issues.map(describeProblem))];
     const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
     throw new Failure("system", `${path} cannot be used:`, {}, problems);
   }
-  // The runner calls each try in a directory of its own, which it removes.
-  result.output.TaskMetadata.Directory = resolve(dirname(path), result.output.TaskMetadata.Directory);
   const config = result.output;
-  const named = isTable(fargate) ? fargate.TaskDefinition : undefined;
-  const refusal = byJob.includes("TaskDefinition") ? refusalOf(config.Fargate, named) : undefined;
+  // Not relative to the working directory: the runner makes a new one for each attempt, and removes it.
+  const beside = (name: string) => resolve(dirname(path), name);
+  config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
+  if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
+  if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
+  const refusal = refusalOf(config.Fargate, byJob, (fargate as Table).TaskDefinition);
   return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
@@ -545,6 +550,19 @@ function writeWhole(file: number, text: string): void {
 }
 
 /**
+ * Follows the symbolic links of a path, those of its directories too; links of /proc are the kernel's, and stay.
+ * @throws at a link of another user than root and this one, who could have any file written to
+ */
+function followTrustedLinks(path: string): string {
+  const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
+  const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
+  if (!link?.isSymbolicLink()) return here;
+  if (link.uid !== 0 && link.uid !== process.geteuid?.())
+    throw new Error(`${here} is a symbolic link of another user, of id ${link.uid}`);
+  return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)));
+}
+
+/**
  * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
  * the job. What ends a stage is always shown on standard error too, so that the job log says why.
  */
@@ -554,8 +572,10 @@ export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFi
   let trouble: unknown;
   if (settings.LogFile) {
     try {
-      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK } = fs.constants; // a pipe must not hold up a stage
-      const file = fs.openSync(settings.LogFile, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0o600);
+      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants; // a pipe must not hold up a stage
+      const path = followTrustedLinks(resolve(settings.LogFile));
+      const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one; /dev/stderr leads to /proc
+      const file = fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
       write = (line) => writeWhole(file, line);
     } catch (error) {
       trouble = error;
@@ -593,18 +613,22 @@ export interface Job {
   readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
   readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
   readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
+  readonly unused?: readonly string[]; // image and services that its author asks for, only to be logged
 }
 
 const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
 const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
 const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
+const named = v.fallback(v.object({ name: v.string() }), { name: "" });
 const JobResponseSchema = v.object({
   id: v.pipe(v.number(), v.safeInteger()),
   token: v.optional(v.string(), ""),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
   runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
+  image: named,
+  services: v.fallback(v.array(named), []),
 });
 
 /** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
@@ -640,6 +664,7 @@ export function readJob(env: Environment): Job | undefined {
       hash,
       title: `job ${response.id} of project ${project}`,
       timeout: timeout > 0 ? Math.min(timeout, LONGEST_TIMEOUT) : DEFAULT_TIMEOUT,
+      unused: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
@@ -653,6 +678,7 @@ export function readJob(env: Environment): Job | undefined {
 // 6. Task record ------------------------------------------------------------------------------------------
 
 const RECORD_VERSION = 1;
+const MANAGER = /^[0-9a-f]{12}$/;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
 const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
 
@@ -685,17 +711,17 @@ export function openDirectory(directory: string): string | undefined {
 }
 
 /**
- * @returns a warning where the directory's group, or another user who owns it, may write to it
+ * @returns a warning where others may write to the directory, or another user owns it; it never advises to change the
+ *   mode, because other programs may need a directory such as /tmp as it is
  * @throws {Failure} where anybody may put one record in another's place
  */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
+  const use = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
-  if ((mode & 0o1002) === 0o002)
-    throw new Failure("system", `${what} cannot be used: anybody may write to it; chmod o-w ${directory}`);
-  const own = process.geteuid?.();
-  if (uid !== 0 && uid !== own) return `${what} belongs to another user, of id ${uid}; chown ${own} ${directory}`;
-  return mode & 0o020 ? `${what} can be written to by its group; chmod g-w ${directory}` : undefined;
+  if ((mode & 0o1002) === 0o002) throw new Failure("system", `${what} cannot be used: anybody may write to it; ${use}`);
+  if (uid !== 0 && uid !== process.geteuid?.()) return `${what} belongs to another user, of id ${uid}; ${use}`;
+  return mode & 0o022 ? `${what} can be written to by others; ${use}` : undefined;
 }
 
 /**
@@ -709,7 +735,12 @@ function readOwn(path: string, others = 0o077): string {
   try {
     const stat = fs.fstatSync(file);
     if (!stat.isFile()) throw new Error("it is not a regular file");
-    if (stat.uid !== process.geteuid?.()) throw new Error(`it belongs to another user, of id ${stat.uid}`);
+    if (stat.uid !== process.geteuid?.()) {
+      // Also where a file system gives all files to one user: whoever reaches it can have written them.
+      const fixed = "; if the file system gives all files to that user (an EFS access point), run GitLab Runner as it";
+      const like = fs.statSync(dirname(path)).uid === stat.uid ? fixed : "";
+      throw new Error(`it belongs to another user, of id ${stat.uid}${like}`);
+    }
     if (stat.mode & others) throw new Error(`its mode is ${(stat.mode & 0o777).toString(8)}, and should be 600`);
     return fs.readFileSync(file, "utf8");
   } finally {
@@ -853,7 +884,7 @@ export function managerId(directory: string): string {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
     const id = readOwn(path).trim();
-    if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
+    if (!MANAGER.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
 }
@@ -1908,9 +1939,13 @@ const recordPath = ({ config, job }: Context): string => join(config.TaskMetadat
 const startedBy = ({ config, job }: Context): string =>
   `fargate-${managerId(config.TaskMetadata.Directory)}-${job.hash.slice(0, 32)}`;
 
-/** The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. */
-export function configAnswer(job: Job | undefined): string {
-  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: job?.stem ?? "" });
+/**
+ * The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. The runner puts the host
+ * name into a script, between double quotes: only characters that mean nothing to a shell are kept.
+ */
+export function configAnswer(job: Job | undefined, host = hostname()): string {
+  const name = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : "";
+  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: name });
 }
 
 /** The operator's own key, where it can be read. */
@@ -1931,6 +1966,12 @@ const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 export async function prepare(context: Context): Promise<void> {
   const { config, job, log, now, stop, refusal } = context;
   if (refusal) throw new Failure("build", refusal);
+  const noEffect = "image: and services: have no effect, choose a task definition by FARGATE_TASK_DEFINITION instead";
+  if (job.unused?.length) log.warn(`${noEffect}: {names}`, { names: job.unused.join(", ") });
+  const unread = unreadVariables(context.env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
+  for (const { name, meant } of unread.slice(0, 20))
+    if (meant) log.warn("nothing reads the job's variable {name}; did you mean {meant}?", { name, meant });
+    else log.debug("nothing reads the job's variable {name}", { name });
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
   const { Directory } = config.TaskMetadata;
@@ -2096,7 +2137,9 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
-  await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((error) => {
+  const shared = "with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY";
+  const accepted = () => record.PrivateKey || log.warn(shared);
+  await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).then(accepted, (error) => {
     const { problem } = causeOf(error);
     const isRefused = problem === "container" || problem === "secret";
     if (!isRefused || record.PrivateKey || record.Unanswered) throw error;
@@ -2110,8 +2153,7 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
   const { problem = "" } = causeOf(error);
   const setting = problem in OF_DEFINITION ? "TaskDefinition" : problem in OF_PLATFORM ? "PlatformVersion" : undefined;
   if (!setting || !byJob.includes(setting)) return error;
-  const variable = setting === "TaskDefinition" ? "FARGATE_TASK_DEFINITION" : "FARGATE_PLATFORM_VERSION";
-  const choice = `${variable} of this job, ${config.Fargate[setting]},`;
+  const choice = `${VARIABLES[setting]} of this job, ${config.Fargate[setting]},`;
   return new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`, causeOf(error));
 }
 
@@ -2229,7 +2271,8 @@ const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped 
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
-  if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
+  const forget = () => exitCodeFile && fs.rmSync(exitCodeFile, { force: true });
+  withContext("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", forget); // this stage would answer with its code
   const script = readFile(scriptPath, `the script of ${stage},`);
   const path = recordPath(context);
   checkDirectory(context.config.TaskMetadata.Directory);
@@ -2253,7 +2296,12 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   } catch {} // cleaned up meanwhile; or the next stage asks ECS
   log.debug("{stage} ended with exit code {code}", { stage, code });
   if (code === 0) return 0;
-  if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
+  try {
+    if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
+  } catch (error) {
+    removeQuietly(exitCodeFile as string); // the runner takes an empty file for a system failure
+    log.warn("BUILD_EXIT_CODE_FILE cannot be written; the runner sees 1: {reason}", { reason: reasonOf(error) });
+  }
   return exitCode("build", env);
 }
 
@@ -2698,24 +2746,22 @@ class Cli extends Command {
     throw new Failure("system", `${path}: ${what}; known: ${known}`);
   }
 
-  /** Help that nobody asked for stands for a missing command; a runner must not take it for a stage that went well. */
+  /** commander shows help as an error if a command is missing; a runner must not take that for a successful stage. */
   override help(context?: unknown): never {
-    if ((context as { error?: boolean } | undefined)?.error) this.error("no command was given");
-    return super.help(context as never);
+    if (!(context as { error?: boolean } | undefined)?.error) super.help();
+    this.outputHelp({ error: true });
+    this.error("no command was given");
   }
 }
 
-/** Takes one of some words, in any case. */
-const oneOfWords = (words: readonly string[]) => (value: string) => {
-  if (words.includes(value.trim().toLowerCase())) return value;
-  throw new InvalidArgumentError(`known: ${words.join(", ")}`);
+/** Takes a value that fits; `known` says in words what does. */
+const only = (known: string, fits: (value: string) => boolean) => (value: string) => {
+  if (fits(value)) return value;
+  throw new InvalidArgumentError(`known: ${known}`);
 };
-
-/** Takes the id of a manager, as it stands in `startedBy`. */
-const managerIdOf = (value: string) => {
-  if (/^[0-9a-f]{12}$/.test(value)) return value;
-  throw new InvalidArgumentError("known: 12 hex digits, as in the task's startedBy: fargate-<id>-<job>");
-};
+const oneOfWords = (words: readonly string[]) =>
+  only(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
+const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id>-<job>", (id) => MANAGER.test(id));
 
 /**
  * @param argv the arguments, without the program's own name
@@ -2774,7 +2820,7 @@ export function parseCommandLine(argv: readonly string[]) {
   }
   const command = asked.name() as "config" | "prepare" | "run" | "cleanup" | "sweep";
   const sweep: SweepOptions = { dryRun: false, json: false, ...asked.opts<Partial<SweepOptions>>() };
-  const given = program.opts<Record<string, string | undefined>>();
+  const { config = "", ...given } = program.opts<Record<string, string | undefined>>();
   const options: Options = {
     LogLevel: given.debug ? "debug" : given.logLevel,
     LogFormat: given.logFormat,
@@ -2782,13 +2828,7 @@ export function parseCommandLine(argv: readonly string[]) {
     TaskDefinition: given.taskDef,
     PlatformVersion: given.platformVersion,
   };
-  return {
-    command,
-    operands: asked.args,
-    config: given.config as string,
-    options,
-    ...(command === "sweep" && { sweep }),
-  };
+  return { command, operands: asked.args, config, options, ...(command === "sweep" && { sweep }) };
 }
 
 /** Runs one invocation. @returns the process's exit code */
@@ -2815,7 +2855,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
       writeWhole(1, `${configAnswer(readJob(env))}\n`);
       return 0;
     }
-    const file = readFile(request.config, "the configuration file");
+    const file = readFile(resolve(request.config), "the configuration file");
     const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
     const operator: Operator = { config, log, stop: stopping.signal, now: Date.now };
