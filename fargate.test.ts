@@ -1535,6 +1535,16 @@ describe("prepare and cleanup, with ECS mocked", () => {
     }
   });
 
+  test("a single MISSING after the login does not fail prepare", async () => {
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, (await makeKeyPair("ed25519")).privateKey, { mode: 0o600 });
+    const context = contextOf((config) => Object.assign(config.SSH, { Port: 0, PrivateKeyPath: path }));
+    taskGoesThrough(context, taskIn("RUNNING", "127.0.0.1"), undefined, taskIn("RUNNING", "127.0.0.1"));
+    await prepare(context);
+    expect(ecs.commandCalls(DescribeTasksCommand)).toHaveLength(3);
+    expect(readRecord(recordFile())?.ContainerIP).toBe("127.0.0.1");
+  });
+
   test.each([
     ["stopped", { lastStatus: "STOPPED", desiredStatus: "STOPPED" }],
     ["about to stop", { lastStatus: "PENDING", desiredStatus: "STOPPED" }],
@@ -5173,6 +5183,27 @@ describe.concurrent("the task stops", () => {
       // AWS needs a while from the end of the containers to STOPPED.
       { container: true, timing: { deprovisioning: 4_000 } },
     );
+
+  for (const [what, times, code] of [
+    ["once", 1, 0],
+    ["any more", Number.POSITIVE_INFINITY, 2],
+  ] as const)
+    faultTest(`ECS does not know the task ${what}, before a script is sent to it`, async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const before = new Date(Date.now() - 20_000); // the driver asks ECS only after some silence
+      fs.utimesSync(scene.record, before, before);
+      const arn = scene.world.aws.running()[0]?.taskArn as string;
+      const missing = scene.world.aws.inject({
+        operation: "DescribeTasks",
+        times,
+        do: { failures: [{ arn, reason: "MISSING" }] },
+      });
+      const finished = await scene.run("echo ran");
+      ended(finished, code);
+      expect(finished.stdout.toString()).toBe(code === 0 ? "ran\n" : "");
+      expect(missing.used).toBeGreaterThanOrEqual(times === 1 ? 1 : 3);
+      return { stage: "run", finished };
+    });
 
   faultTest(
     "a script is killed for want of memory, and the container lives on",

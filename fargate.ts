@@ -1288,6 +1288,14 @@ export class Aws {
     return found;
   }
 
+  /** The same for one task that has been seen before. A single MISSING proves nothing: ECS is eventually consistent. */
+  async describeTask(cluster: string, arn: string, limits: CallLimits): Promise<Task | undefined> {
+    for (let calls = 1; ; calls++, await sleep(1_500, limits.signal)) {
+      const [task] = await this.describeTasks(cluster, [arn], limits);
+      if (task || calls === 4) return task;
+    }
+  }
+
   /**
    * Stops a task; one that is gone counts as stopped. `reason` holds ids only.
    * @param young until when, in epoch ms, ECS may not know the task yet
@@ -2256,7 +2264,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   try {
     const login = await Promise.race([ready.promise, watch()]);
     if (record.PrivateKey && now() < alive + FRESH) return login;
-    const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], { until: deadline, signal: stop });
+    const task = await aws.describeTask(record.Cluster, record.TaskARN, { until: deadline, signal: stop });
     if (task && !isEnding(task)) return login;
     login.connection.client.destroy();
     throw task ? stopped(explainStop(task), stopCause(task)) : stopped("ECS no longer knows it", {});
@@ -2399,7 +2407,7 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
   try {
     for (;;) {
       const limits = { until: now() + 5_000, signal: stop };
-      const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], limits);
+      const task = await aws.describeTask(record.Cluster, record.TaskARN, limits);
       if (!task) return { ended: true, says: "ECS no longer knows the task", cause: {} };
       const ended = isEnding(task);
       const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
@@ -2493,7 +2501,7 @@ async function isClaimed(context: Context, { TaskARN, Region, Cluster }: Partial
   const { job, now } = context;
   if (!TaskARN || !Region || !Cluster) return false;
   const limits = { until: now() + 5_000, signal };
-  const [task] = await new Aws(Region, context).describeTasks(Cluster, [TaskARN], limits);
+  const task = await new Aws(Region, context).describeTask(Cluster, TaskARN, limits);
   return task?.startedBy?.endsWith(`-${job.hash.slice(0, 32)}`) ?? false;
 }
 
