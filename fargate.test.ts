@@ -7,7 +7,7 @@ import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
-import { hostname } from "node:os";
+import { hostname, networkInterfaces } from "node:os";
 import { basename, join, relative as relativePath } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
@@ -80,6 +80,7 @@ import {
   parseCommandLine,
   pollPause,
   prepare as prepareStage,
+  privateAddress,
   readConfig,
   readJob,
   readRecord,
@@ -1309,6 +1310,22 @@ describe("calls to AWS", () => {
     // Each throttled call makes it slower, to a limit.
     expect([pollPause(0, false, 0.5, 1), pollPause(0, false, 0.5, 100)]).toEqual([1_000, 10_000]);
     expect([pollPause(0, true, 0.5, 1), pollPause(0, true, 0.5, 100)]).toEqual([10_000, 30_000]);
+  });
+
+  test("a task's address is its IPv4 address, else its IPv6 address", () => {
+    const attached = (...details: { name: string; value: string }[]) => [{ type: "ElasticNetworkInterface", details }];
+    const eni = { name: "networkInterfaceId", value: "eni-1" };
+    const ipv4 = { name: "privateIPv4Address", value: "192.0.2.1" };
+    const containers = [
+      { name: "ci-coordinator", networkInterfaces: [] },
+      { name: "side", networkInterfaces: [{ attachmentId: "x", ipv6Address: "2001:db8::1" }] },
+    ];
+    expect(privateAddress({})).toBe(undefined);
+    expect(privateAddress({ attachments: attached(eni), containers: [{}] })).toBe(undefined);
+    expect(privateAddress({ attachments: attached(eni), containers })).toBe("2001:db8::1");
+    expect(privateAddress({ attachments: attached(eni, ipv4), containers })).toBe("192.0.2.1");
+    const both = [{ networkInterfaces: [{ privateIpv4Address: "192.0.2.1", ipv6Address: "2001:db8::1" }] }];
+    expect(privateAddress({ attachments: attached(eni), containers: both })).toBe("192.0.2.1");
   });
 
   test("why a task stopped is told in AWS's words, with each container's exit", () => {
@@ -2922,6 +2939,45 @@ describe("the compiled program", () => {
     expect((await runner.cleanup()).exitCode).toBe(0);
     expect((await runner.cleanup()).exitCode).toBe(0);
     nothingLeft();
+  });
+
+  for (const UsePublicIP of [false, true])
+    test(`a task that has only an IPv6 address, ${UsePublicIP ? "with" : "without"} UsePublicIP`, async ({ skip }) => {
+      const loopback = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
+      if (!loopback.some(({ address }) => address === "::1")) skip("this machine has no IPv6 loopback address");
+      const other = await makeWorld({ embedded: true, address: () => "::1" });
+      try {
+        const env = { ...byHand(), ...other.aws.environment };
+        const config = other.configure({ Fargate: { UsePublicIP } });
+        const custom = (...args: string[]) => fargate(["custom", ...args, "--config", config], { env });
+        const prepared = await custom("prepare");
+        expect(prepared.stderr).toMatch(/Ready: logged in to ::1 as root/);
+        const ran = await custom("run", scriptFile("echo there"), "build_script");
+        expect(ran).toMatchObject({ code: 0, stdout: Buffer.from("there\n"), stderr: "" });
+        expect(other.aws.callsTo("DescribeNetworkInterfaces")).toEqual([]);
+        await other.aws.stopTask(other.aws.running()[0]?.taskArn as string, {
+          stopCode: "UserInitiated",
+          stoppedReason: "Task stopped by user",
+        });
+        const late = await custom("run", scriptFile("echo there"), "build_script");
+        expect(late.stderr).toContain("the task stopped: UserInitiated");
+        expect(await custom("cleanup")).toMatchObject({ code: 0 });
+      } finally {
+        await other.close();
+      }
+    });
+
+  test("a task that has addresses of both kinds is logged in to at its IPv4 address", async () => {
+    const other = await makeWorld({ embedded: true, ipv6Address: "2001:db8::1" });
+    try {
+      const env = { ...byHand(), ...other.aws.environment };
+      const config = other.configure();
+      const prepared = await fargate(["custom", "prepare", "--config", config], { env });
+      expect(prepared.stderr).toContain(`Ready: logged in to ${other.aws.running()[0]?.address} as root`);
+      expect(await fargate(["custom", "cleanup", "--config", config], { env })).toMatchObject({ code: 0 });
+    } finally {
+      await other.close();
+    }
   });
 
   taskTest("a failing job ends with its exit code, and its after_script runs", async () => {

@@ -1158,7 +1158,12 @@ const AnswerSchema = v.object({
     stoppedReason: givenText,
     createdAt: given(v.date()),
     attachments: listed({ type: givenText, details: pairs }),
-    containers: listed({ name: givenText, exitCode: given(v.number()), reason: givenText }),
+    containers: listed({
+      name: givenText,
+      exitCode: given(v.number()),
+      reason: givenText,
+      networkInterfaces: listed({ privateIpv4Address: givenText, ipv6Address: givenText }),
+    }),
     overrides: given(v.object({ containerOverrides: listed({ environment: pairs }) })),
   }),
   failures: listed({ reason: givenText, detail: givenText }),
@@ -1343,9 +1348,16 @@ export class Aws {
 }
 
 /** A detail of the task's network interface, undefined until it is attached. */
-export function interfaceDetail(task: Task, name: "privateIPv4Address" | "networkInterfaceId"): string | undefined {
+function interfaceDetail(task: Task, name: "privateIPv4Address" | "networkInterfaceId"): string | undefined {
   const eni = task.attachments?.find((attachment) => attachment.type === "ElasticNetworkInterface");
   return eni?.details?.find((detail) => detail.name === name)?.value;
+}
+
+/** The task's address in its subnet, undefined until the interface is attached: IPv4 if it has one, else IPv6. */
+export function privateAddress(task: Task): string | undefined {
+  // All containers of a task share its interface. The attachment's details name no IPv6 address.
+  const shared = task.containers?.flatMap((container) => container.networkInterfaces ?? [])[0];
+  return interfaceDetail(task, "privateIPv4Address") || shared?.privateIpv4Address || shared?.ipv6Address;
 }
 
 /** While a start is awaited, desiredStatus STOPPED is the end already, whatever lastStatus says. */
@@ -1476,7 +1488,8 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   const client = new Client();
   const socket = new Socket();
   socket.setNoDelay(true); // else each short packet may wait 40 ms for the last one's acknowledgement
-  const where = `${target.Username}@${target.host}:${target.Port}`;
+  const host = target.host.includes(":") ? `[${target.host}]` : target.host;
+  const where = `${target.Username}@${host}:${target.Port}`;
   let hostKey: Buffer | undefined;
   let changed = false;
   const done = Promise.withResolvers<Connection>();
@@ -2244,9 +2257,12 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
       if (status === "RUNNING") runningSince ??= now();
       if (task && !host) {
         const eni = interfaceDetail(task, "networkInterfaceId");
-        host = usePublic
-          ? eni && (await aws.publicAddress(eni, { until: deadline, signal }))
-          : interfaceDetail(task, "privateIPv4Address");
+        const address = privateAddress(task);
+        // Only IPv4 addresses have public counterparts.
+        host =
+          usePublic && !address?.includes(":")
+            ? eni && (await aws.publicAddress(eni, { until: deadline, signal }))
+            : address;
         if (host) beginLogins(host);
       }
       const late = tooLong();
