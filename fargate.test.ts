@@ -529,6 +529,7 @@ describe("configuration", () => {
         EnableExecuteCommand: true,
         PropagateTags: "TASK_DEFINITION",
         StartTimeout: 300,
+        WaitForHealthy: true,
         DeadlineMargin: 600,
         MaxTaskAge: 43_200,
         Tags: { team: "ci", "cost centre": "42" },
@@ -5187,6 +5188,53 @@ describe.concurrent("the task stops", () => {
       expect(await scene.run("echo ready")).toMatchObject({ code: 0, stdout: Buffer.from("ready\n") });
       return { stage: "prepare", finished, says: /trying again in/ };
     });
+
+  const wait = { changes: { Fargate: { WaitForHealthy: true } } };
+  test.concurrent("with WaitForHealthy prepare logs in once ECS reports the container healthy", async () => {
+    const own = embeddedHosts();
+    const world = await makeWorld({ hosts: own });
+    try {
+      const scene = makeScene(world, wait, forever);
+      const { aws } = world;
+      aws.permissions = new Set(["ecs:RunTask", "ecs:DescribeTasks", "ecs:StopTask"]);
+      const prepare = scene.begin("prepare");
+      await prepare.shows("is RUNNING");
+      const calls = aws.callsTo("DescribeTasks").length;
+      await aws.waitFor(() => aws.callsTo("DescribeTasks").length > calls + 1);
+      expect(own.servers[0]?.connections).toBe(0);
+      Object.assign(aws.running()[0]?.containers[0] ?? {}, { healthStatus: "HEALTHY" });
+      ended(await prepare.finished, 0);
+      expect(new Set(aws.calls.map(({ operation }) => operation))).toEqual(new Set(["RunTask", "DescribeTasks"]));
+      ended(await scene.run("true"), 0);
+      ended(await scene.stage("cleanup"), 0);
+    } finally {
+      await world.close();
+      await own.close();
+    }
+  });
+  faultTest(
+    "the container becomes unhealthy, and prepare waits for its health",
+    async (scene) => {
+      const prepare = scene.begin("prepare");
+      await prepare.shows("is RUNNING");
+      Object.assign(scene.world.aws.running()[0]?.containers[0] ?? {}, { healthStatus: "UNHEALTHY" });
+      const finished = await prepare.finished;
+      ended(finished, 2);
+      expect(finished.stderr).toContain("what to do: correct the health check of ci-coordinator");
+      return { stage: "prepare", finished };
+    },
+    wait,
+  );
+  faultTest(
+    "the container has no health check, and prepare waits for its health",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      expect(finished.stderr).toContain("what to do: give ci-coordinator a healthCheck in the task definition");
+      return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { WaitForHealthy: true, StartTimeout: 2 } } },
+  );
 
   const under: [what: string, cause: StopCause, advice: RegExp][] = [
     [

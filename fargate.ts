@@ -182,6 +182,7 @@ const ADVICE = {
   memory: "give the task definition more memory, or the job less to do at once",
   exited: "read the container's log: its SSH server must run until the task is stopped",
   unhealthy: "correct the health check of ci-coordinator, or give it a longer startPeriod",
+  noHealth: "give ci-coordinator a healthCheck in the task definition, or set WaitForHealthy = false",
   ownStop: "this driver did: see GitLab Runner's log, and what runs fargate sweep",
   userStop: "look in CloudTrail for who called StopTask",
   noTask: "look for the task in the ECS console",
@@ -304,6 +305,7 @@ export const ConfigSchema = v.object({
       Tags: v.optional(tags, {}),
       PropagateTags: v.optional(exactly(["TASK_DEFINITION", "NONE"], "whose tags the task gets beside its own")),
       StartTimeout: v.optional(whole(1, 86_400, "seconds from the start of a task until it must be ready"), 600),
+      WaitForHealthy: v.optional(flag("whether prepare waits until ECS reports the container healthy"), false),
       DeadlineMargin: v.optional(whole(0, 604_800, "seconds of grace after StartTimeout and job timeout"), 3600),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
@@ -1162,6 +1164,7 @@ const AnswerSchema = v.object({
       name: givenText,
       exitCode: given(v.number()),
       reason: givenText,
+      healthStatus: givenText,
       networkInterfaces: listed({ privateIpv4Address: givenText, ipv6Address: givenText }),
     }),
     overrides: given(v.object({ containerOverrides: listed({ environment: pairs }) })),
@@ -2194,7 +2197,7 @@ const FRESH = 10_000;
  */
 async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
-  const { StartTimeout } = config.Fargate;
+  const { StartTimeout, WaitForHealthy } = config.Fargate;
   const { ConnectTimeout } = config.SSH;
   const deadline = begun + StartTimeout * 1000;
   const id = record.TaskARN.split("/").at(-1);
@@ -2204,7 +2207,9 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   const usePublic = config.Fargate.UsePublicIP ?? config.Fargate.EnablePublicIP;
   let host: string | undefined;
   let status: string | undefined;
-  let runningSince: number | undefined;
+  let health = "UNKNOWN"; // also without a health check
+  let healthy = !WaitForHealthy;
+  let runningSince: number | undefined; // and healthy, if that is awaited
   let refusedSince: number | undefined;
   let refusedFor = 0;
   let lastFailure: SshFailure | undefined;
@@ -2254,8 +2259,12 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
       if (task && isEnding(task)) throw stopped(explainStop(task), stopCause(task));
-      if (status === "RUNNING") runningSince ??= now();
-      if (task && !host) {
+      health = task?.containers?.find(({ name }) => name === CONTAINER)?.healthStatus ?? health;
+      healthy ||= health === "HEALTHY";
+      if (WaitForHealthy && health === "UNHEALTHY")
+        throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
+      if (status === "RUNNING" && healthy) runningSince ??= now();
+      if (task && !host && healthy) {
         const eni = interfaceDetail(task, "networkInterfaceId");
         const address = privateAddress(task);
         // Only IPv4 addresses have public counterparts.
@@ -2272,7 +2281,9 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         // Without an address, no login was tried. A task that is not RUNNING has no SSH server yet.
         const tooLate = runningSince === undefined ? undefined : (lastFailure?.cause.problem ?? "silent");
         const problem = host ? tooLate : usePublic ? "publicAddress" : undefined;
-        throw new Failure("system", `${late}${host ? tried : noAddress}`, { problem });
+        if (healthy) throw new Failure("system", `${late}${host ? tried : noAddress}`, { problem });
+        const noHealth = status === "RUNNING" ? ("noHealth" as const) : undefined;
+        throw new Failure("system", `${late}; the health of ${CONTAINER} is ${health}`, { problem: noHealth });
       }
       await sleep(pollPause(polls, host !== undefined, Math.random(), aws.throttled), signal);
     }
