@@ -2981,6 +2981,26 @@ describe("the compiled program", () => {
     }
   });
 
+  test("keys in the environment override AWS_PROFILE, as in the Go SDK", async () => {
+    const where = directory();
+    const [config, credentials] = [join(where, "config"), join(where, "credentials")];
+    fs.writeFileSync(config, "[profile other]\nregion = eu-west-1\n");
+    fs.writeFileSync(credentials, "[other]\naws_access_key_id = AKIAOTHER\naws_secret_access_key = other\n");
+    const env = { AWS_CONFIG_FILE: config, AWS_SHARED_CREDENTIALS_FILE: credentials };
+    const keyId = async (changes: Record<string, string | undefined>) => {
+      const given = { ...world.aws.environment, ...env, ...changes };
+      const finished = await fargate(["--config", world.configure(), "sweep"], { env: given });
+      expect(finished).toMatchObject({ code: 0, stderr: "" });
+      return /Credential=([^/]+)\//.exec(world.aws.authorizations.at(-1) ?? "")?.[1];
+    };
+    const own = world.aws.environment.AWS_ACCESS_KEY_ID;
+    expect(await keyId({ AWS_PROFILE: "other" })).toBe(own);
+    expect(await keyId({ AWS_PROFILE: "missing" })).toBe(own);
+    expect(await keyId({})).toBe(own);
+    const without = { AWS_SECRET_ACCESS_KEY: undefined, AWS_SESSION_TOKEN: undefined };
+    expect(await keyId({ AWS_PROFILE: "other", ...without })).toBe("AKIAOTHER");
+  });
+
   taskTest("a failing job ends with its exit code, and its after_script runs", async () => {
     const result = await makeRunner({
       job: { script: ["echo before", "(exit 42)", "echo never"], afterScript: ['echo "after: $CI_JOB_STATUS"'] },

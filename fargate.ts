@@ -931,6 +931,7 @@ export interface Operator {
   readonly log: Logger;
   readonly stop: AbortSignal; // aborted by SIGTERM or SIGINT; the reason is a Failure that says so
   readonly now: () => number; // milliseconds since the epoch
+  readonly env: Environment;
 }
 
 /** What every stage works with. */
@@ -938,7 +939,6 @@ export interface Context extends Operator {
   readonly job: Job;
   readonly byJob: readonly string[]; // the settings that a variable of the job decided
   readonly refusal?: string | undefined; // why these are not allowed, where they are not
-  readonly env: Environment;
 }
 
 /** Where the output of a script goes. */
@@ -1194,7 +1194,7 @@ export class Aws {
 
   constructor(
     private readonly region: string,
-    private readonly context: Pick<Operator, "log" | "now">,
+    private readonly context: Pick<Operator, "log" | "now" | "env">,
   ) {}
 
   /**
@@ -1203,10 +1203,16 @@ export class Aws {
    */
   async #settings() {
     const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
+    const { env } = this.context;
+    const [accessKeyId, secretAccessKey] = [env.AWS_ACCESS_KEY_ID, env.AWS_SECRET_ACCESS_KEY];
+    const keys = accessKeyId &&
+      secretAccessKey && { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN };
     return {
       region: this.region,
       maxAttempts: 1,
       requestHandler: new FetchHttpHandler({ requestInit: () => ({ redirect: "manual" }) }),
+      // As in the Go SDK, keys override a profile. This SDK would use the profile.
+      ...(env.AWS_PROFILE && keys && { credentials: keys }),
     };
   }
 
@@ -2893,7 +2899,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const file = readFile(resolve(request.config), "the configuration file");
     const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
-    const operator: Operator = { config, log, stop: stopping.signal, now: Date.now };
+    const operator: Operator = { config, log, stop: stopping.signal, now: Date.now, env };
     if (request.sweep) {
       const report = await sweep(operator, request.sweep);
       writeWhole(1, formatSweep(report, request.sweep.json));
@@ -2904,7 +2910,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     if (command === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
     const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
     if (!job) throw new Failure("system", none);
-    const context: Context = { ...operator, job, byJob, refusal, env };
+    const context: Context = { ...operator, job, byJob, refusal };
     if (command === "prepare") await prepare(context);
     else if (command === "cleanup") await cleanup(context);
     else {
