@@ -100,6 +100,7 @@ import {
   writeRecord,
 } from "./fargate.ts";
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
+import { makeAuthority } from "./fixtures/certificates.ts";
 import { atDebug, DebugFilter, DriverOutput, type LogFormat } from "./fixtures/debug.ts";
 import { addRow, compareWithReadme, type FaultRow, normalise, writeTable } from "./fixtures/faults.ts";
 import {
@@ -3745,6 +3746,93 @@ describe("the compiled program", () => {
       expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
     }
     nothingLeft();
+  });
+});
+
+describe("an AWS endpoint with a certificate of a private CA", () => {
+  const authority = makeAuthority();
+  const files: Record<string, string> = {};
+  let world: World;
+  beforeAll(async () => {
+    const where = directory();
+    const file = (name: string, text: string) => {
+      files[name] = join(where, name);
+      fs.writeFileSync(files[name], text);
+    };
+    file("ca.pem", authority.pem);
+    file("other.pem", makeAuthority().pem);
+    file("two.pem", `# comment\n${makeAuthority().pem}${authority.pem}`);
+    file("broken.pem", authority.pem.replace(/\n[^-]{20}/, "\n"));
+    file("empty.pem", "");
+    file("config", `[default]\nca_bundle = ${files["ca.pem"]}\n[profile ci]\nca_bundle=${files["other.pem"]}\n`);
+    file("profiles", `[default]\nca_bundle = ${files["other.pem"]}\n[profile ci]\nca_bundle=${files["ca.pem"]}\n`);
+    world = await makeWorld({ embedded: true, tls: authority.issue() });
+  });
+  afterAll(() => world?.close());
+  /** Calls ListTasks. Where the tests themselves have been told what to trust does not count. */
+  const list = (env: Record<string, string | undefined> = {}, wrapper: string[] = []) =>
+    start([...wrapper, driver, "--config", world.configure(), "sweep"], { env: { ...world.aws.environment, ...env } })
+      .finished;
+
+  test.each([
+    ["AWS_CA_BUNDLE", () => ({ AWS_CA_BUNDLE: files["ca.pem"] })],
+    ["AWS_CA_BUNDLE, as the second certificate of a file", () => ({ AWS_CA_BUNDLE: files["two.pem"] })],
+    ["ca_bundle of the shared config file", () => ({ AWS_CONFIG_FILE: files.config })],
+    ["ca_bundle of a profile", () => ({ AWS_CONFIG_FILE: files.profiles, AWS_PROFILE: "ci" })],
+    [
+      "AWS_CA_BUNDLE, which overrides ca_bundle",
+      () => ({ AWS_CA_BUNDLE: files["ca.pem"], AWS_CONFIG_FILE: files.config, AWS_PROFILE: "ci" }),
+    ],
+    ["NODE_EXTRA_CA_CERTS", () => ({ NODE_EXTRA_CA_CERTS: files["ca.pem"] })],
+    [
+      "NODE_EXTRA_CA_CERTS, beside an AWS_CA_BUNDLE",
+      () => ({ NODE_EXTRA_CA_CERTS: files["ca.pem"], AWS_CA_BUNDLE: files["other.pem"] }),
+    ],
+    ["SSL_CERT_FILE", () => ({ SSL_CERT_FILE: files["ca.pem"] })],
+    [
+      "SSL_CERT_FILE, beside an AWS_CA_BUNDLE",
+      () => ({ SSL_CERT_FILE: files["ca.pem"], AWS_CA_BUNDLE: files["other.pem"] }),
+    ],
+  ])("is trusted through %s", async (_, env) => {
+    const finished = await list(env());
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+  });
+
+  for (const beside of [false, true])
+    test(`is trusted through the system's store${beside ? ", beside an AWS_CA_BUNDLE" : ""}`, async ({ skip }) => {
+      const store = join(directory(), "certs");
+      fs.mkdirSync(store);
+      fs.writeFileSync(join(store, "ca-certificates.crt"), authority.pem);
+      const script = 'mount --bind "$1" /etc/ssl && shift && exec "$@"';
+      const inNamespace = ["unshare", "--mount", "sh", "-c", script, "sh", join(store, "..")];
+      if (spawnSync(inNamespace[0] as string, [...inNamespace.slice(1), "true"]).status !== 0)
+        skip("this process may not mount a directory over /etc/ssl");
+      const finished = await list(beside ? { AWS_CA_BUNDLE: files["other.pem"] } : {}, inNamespace);
+      expect(finished).toMatchObject({ code: 0, stderr: "" });
+    });
+
+  test.each([
+    ["is not there", "none.pem", /: ENOENT: /],
+    ["is empty", "empty.pem", /: there is no certificate in it\n/],
+    ["holds a broken certificate", "broken.pem", /: .*\n/],
+  ])("an AWS_CA_BUNDLE that %s is a failure that names it", async (_, name, reason) => {
+    const calls = world.aws.calls.length;
+    const path = files[name] ?? "/none.pem";
+    const finished = await list({ AWS_CA_BUNDLE: path });
+    ended(finished, 2);
+    expect(finished.stderr).toMatch(/error: the CA bundle \/\S+ cannot be used: /);
+    expect(finished.stderr).toContain(path);
+    expect(finished.stderr).toMatch(reason);
+    expect(world.aws.calls.length).toBe(calls);
+  });
+
+  test("a whole job", async () => {
+    const scene = makeScene(world, {}, forever);
+    const env = { AWS_CA_BUNDLE: files["ca.pem"] };
+    ended(await scene.stage("prepare", { env }), 0);
+    ended(await scene.begin("run", { script: "true", env }).finished, 0);
+    ended(await scene.stage("cleanup", { env }), 0);
+    expect(world.aws.running()).toEqual([]);
   });
 });
 

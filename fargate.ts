@@ -29,7 +29,7 @@
  * @module
  */
 
-import { createHash, generateKeyPairSync, randomBytes, randomUUID } from "node:crypto";
+import { createHash, generateKeyPairSync, randomBytes, randomUUID, X509Certificate } from "node:crypto";
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
 import { hostname, constants as osConstants } from "node:os";
@@ -1186,6 +1186,18 @@ const IS_WHOLE = {
 /** What the SDK takes to end a call. */
 type Abort = { abortSignal: AbortSignal };
 
+/** The CAs that are trusted anyway, and those of a PEM file. @throws {Failure} */
+async function trustedCas(path: string): Promise<string[]> {
+  const { getCACertificates } = await import("node:tls");
+  // PROBLEM: caBundle: AWS_CA_BUNDLE or ca_bundle must name a file of certificates in PEM form
+  return withContext(`the CA bundle ${path} cannot be used`, () => {
+    const found = fs.readFileSync(path, "utf8").match(/-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g);
+    if (!found) throw new Error("there is no certificate in it");
+    for (const pem of found) new X509Certificate(pem); // else each connection would fail without a reason
+    return [...getCACertificates("default"), ...found];
+  });
+}
+
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
 export class Aws {
   #ecsClient: Promise<ECS> | undefined;
@@ -1202,7 +1214,15 @@ export class Aws {
    * not. No retries by the SDK: `retry` is the one place that decides what is sent again.
    */
   async #settings() {
-    const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
+    const modules = [import("@smithy/fetch-http-handler"), import("@smithy/core/config")] as const;
+    const [{ FetchHttpHandler }, { loadConfig }] = await Promise.all(modules);
+    const bundle = await loadConfig({
+      environmentVariableSelector: (env) => env.AWS_CA_BUNDLE || undefined,
+      configFileSelector: (profile) => profile.ca_bundle || undefined,
+      default: "",
+    })();
+    const init: BunFetchRequestInit = { redirect: "manual", ...(bundle && { tls: { ca: await trustedCas(bundle) } }) };
+    const customFetch = ((request: Request) => fetch(request, init)) as typeof fetch;
     const { env } = this.context;
     const [accessKeyId, secretAccessKey] = [env.AWS_ACCESS_KEY_ID, env.AWS_SECRET_ACCESS_KEY];
     const keys = accessKeyId &&
@@ -1210,7 +1230,7 @@ export class Aws {
     return {
       region: this.region,
       maxAttempts: 1,
-      requestHandler: new FetchHttpHandler({ requestInit: () => ({ redirect: "manual" }) }),
+      requestHandler: new FetchHttpHandler({ customFetch }),
       // As in the Go SDK, keys override a profile. This SDK would use the profile.
       ...(env.AWS_PROFILE && keys && { credentials: keys }),
     };
