@@ -78,6 +78,7 @@ import {
   openDirectory,
   type Problem,
   parseCommandLine,
+  pauseAfter,
   pollPause,
   prepare as prepareStage,
   privateAddress,
@@ -1303,6 +1304,11 @@ describe("calls to AWS", () => {
     expect(cause).toMatchObject({ operation: "ecs:RunTask", isRetryable, mayHaveStarted });
   });
 
+  test("the pauses between starts begin at 2 s and grow when every placement has been tried", () => {
+    expect([1, 2, 3, 4, 5, 50].map((attempts) => pauseAfter(attempts, 1) / 1000)).toEqual([2, 4, 8, 16, 20, 20]);
+    expect([1, 3, 4, 6, 7].map((attempts) => pauseAfter(attempts, 3) / 1000)).toEqual([2, 2, 4, 4, 8]);
+  });
+
   test("polling is quick at first, slower later, and slow once the address is known", () => {
     expect(pollPause(0, false, 0.5)).toBe(500);
     expect(pollPause(20, false, 0.5)).toBe(2_000);
@@ -1434,8 +1440,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ],
   });
   /** RunTask starts an SSH server that takes the key of its override; DescribeTasks goes through these states. */
-  function taskGoesThrough(context: Context, ...states: (Task | undefined)[]): void {
-    ecs.on(RunTaskCommand).callsFake(async (input: RunTaskCommandInput) => {
+  function taskGoesThrough(context: Context, ...states: (Task | undefined)[]) {
+    const runTask = async (input: RunTaskCommandInput) => {
       const key = input.overrides?.containerOverrides?.[0]?.environment?.[0]?.value as string;
       server = await startSshServer({
         address: "127.0.0.1",
@@ -1446,12 +1452,14 @@ describe("prepare and cleanup, with ECS mocked", () => {
       });
       context.config.SSH.Port = server.port;
       return { tasks: [{ taskArn: arn, lastStatus: "PROVISIONING" }] };
-    });
+    };
+    ecs.on(RunTaskCommand).callsFake(runTask);
     let at = 0;
     ecs.on(DescribeTasksCommand).callsFake(() => {
       const state = states[Math.min(at++, states.length - 1)];
       return state ? { tasks: [state] } : { tasks: [], failures: [{ arn, reason: "MISSING" }] };
     });
+    return runTask;
   }
 
   test("a task unknown at first, then provisioning, is logged in to as soon as its address is known", async () => {
@@ -1469,7 +1477,6 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(record?.HostKey).toBe((pinned as { getPublicSSH(): Buffer }).getPublicSSH().toString("base64"));
     expect(logged.map((line) => line.replace(/\d+ s/, "N s"))).toEqual([
       "Starting a task of test-task:1 on cluster test-cluster in us-east-2",
-      `Task ${arn.split("/").at(-1)} is PROVISIONING (N s)`,
       `Task ${arn.split("/").at(-1)} is PENDING (N s)`,
       "Ready: logged in to 127.0.0.1 as worker (N s)",
     ]);
@@ -1496,6 +1503,39 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ecs.on(RunTaskCommand).resolves({ tasks: [], failures: [{ reason: "ATTRIBUTE", detail: "none fits" }] });
     await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask started no task: ATTRIBUTE none fits");
     expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
+  });
+
+  test("a shortage is reported when it begins, once a minute and when it ends", async () => {
+    const context = contextOf((config) => {
+      config.SSH.Port = 0;
+      config.Fargate.Subnet = undefined;
+      config.Fargate.Subnets = ["subnet-1", "subnet-2", "subnet-3", "subnet-4"];
+    });
+    const reason = "Capacity is unavailable at this time.";
+    const stopped = { stopCode: "TaskFailedToStart" as const, stoppedReason: reason };
+    const runTask = taskGoesThrough(
+      context,
+      taskIn("PROVISIONING"),
+      { ...taskIn("STOPPED"), ...stopped },
+      taskIn("PROVISIONING"),
+      taskIn("RUNNING", "127.0.0.1"),
+    );
+    let seconds = 0;
+    ecs.on(RunTaskCommand).callsFake((input: RunTaskCommandInput) => {
+      seconds += 25;
+      const attempt = seconds / 25;
+      if (attempt === 3) return { tasks: [{ taskArn: arn }] };
+      return attempt < 5 ? { failures: [{ reason }] } : runTask(input);
+    });
+    await prepare({ ...context, now: () => seconds * 1000 });
+    expect(logged).toEqual([
+      "Starting a task of test-task:1 on cluster test-cluster in us-east-2",
+      `warning: ecs:RunTask started no task: ${reason}; trying again in subnet-2`,
+      `warning: ecs:RunTask started no task: ${reason}; trying again in subnet-1 (attempt 5)`,
+      `Task ${arn.split("/").at(-1)} is RUNNING (125 s)`,
+      "Attempt 5 to start a task has succeeded",
+      "Ready: logged in to 127.0.0.1 as worker (125 s)",
+    ]);
   });
 
   test("RunTask is repeated with the same token while it is throttled", async () => {
@@ -5080,13 +5120,13 @@ describe.concurrent("RunTask is refused", () => {
   for (const [what, fault, advice] of passing) {
     faultTest(`RunTask is refused for a moment: ${what}`, async (scene) => {
       const { aws } = scene.world;
-      aws.inject({ operation: "RunTask", times: 3, do: fault });
+      aws.inject({ operation: "RunTask", times: 2, do: fault });
       const finished = await scene.stage("prepare");
       ended(finished, 0);
       expect(aws.tasks()).toHaveLength(1);
       // Each was answered: another token each time, all of them in the record.
       const tokens = aws.callsTo("RunTask").map(({ input }) => input.clientToken);
-      expect(new Set(tokens).size).toBe(4);
+      expect(new Set(tokens).size).toBe(3);
       expect(readRecord(scene.record)?.ClientTokens).toEqual(tokens);
       return { stage: "prepare", finished, says: /trying again in/ };
     });
@@ -5102,7 +5142,7 @@ describe.concurrent("RunTask is refused", () => {
         expect(aws.callsTo("ListTasks")).toEqual([]);
         return { stage: "prepare", finished };
       },
-      { changes: { Fargate: { StartTimeout: 2 } } },
+      { changes: { Fargate: { StartTimeout: 10 } } },
     );
   }
 
@@ -5146,7 +5186,7 @@ describe.concurrent("RunTask is refused", () => {
       ended(finished, 0);
       expect(aws.callsTo("RunTask").map(({ input }) => onSpot(input))).toEqual([true, true, true, false]);
       expect(aws.running()[0]).toMatchObject({ capacityProviderName: "FARGATE" });
-      return { stage: "prepare", finished, says: /trying again in .* with FARGATE$/ };
+      return { stage: "prepare", finished, says: /trying again in/ };
     },
     {
       changes: {

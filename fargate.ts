@@ -2121,6 +2121,12 @@ export function placements(f: Config["Fargate"]) {
   return how.flatMap((strategy) => where.map((Subnets) => ({ ...strategy, Subnets })));
 }
 
+const REPORT_EVERY = 60_000; // ms between log lines about attempts to start a task
+
+/** Pause after a number of failed attempts, in ms: 2 s until each placement has been tried, then doubled every round. */
+export const pauseAfter = (attempts: number, placements: number): number =>
+  Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
+
 /**
  * Starts a task and follows it until a login works. A start that fails for want of capacity is tried again, elsewhere
  * first, for as long as StartTimeout allows.
@@ -2130,12 +2136,17 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   const until = begun + config.Fargate.StartTimeout * 1000;
   const places = placements(config.Fargate);
   let tries = 0;
+  let reported = Number.NEGATIVE_INFINITY; // epoch ms
   const placed = () => ({ ...config.Fargate, ...places[tries % places.length] });
+  const { TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
+  log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   const once = async () => {
     const Fargate = placed();
     tries++;
     await startTask({ ...context, config: { ...config, Fargate } }, aws, record, key, until);
-    return untilReady(context, aws, record, key, begun);
+    const login = await untilReady(context, aws, record, key, begun);
+    if (tries > 1) log.info("Attempt {tries} to start a task has succeeded", { tries });
+    return login;
   };
   const again = (error: unknown) => {
     const { operation, problem } = causeOf(error);
@@ -2147,11 +2158,15 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
       const { Subnets, CapacityProviderStrategy } = placed();
       const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
       const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
-      log.warn("{reason}; trying again in {where}", { reason, where });
+      const due = now() >= reported + REPORT_EVERY;
+      if (due) reported = now();
+      const attempt = tries === 1 ? "" : ` (attempt ${tries + 1})`;
+      log[due ? "warn" : "debug"]("{reason}; trying again in {where}{attempt}", { reason, where, attempt });
     }
     return passes;
   };
-  return retry(once, { until, again, now, signal: stop, most: 20_000 }).catch((error) => {
+  const least = () => pauseAfter(tries, places.length);
+  return retry(once, { until, again, now, signal: stop, most: 0, least }).catch((error) => {
     throw blame(context, error);
   });
 }
@@ -2162,7 +2177,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
  */
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
   const { config, job, log, now, stop } = context;
-  const { StartTimeout, DeadlineMargin, TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
+  const { StartTimeout, DeadlineMargin } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
     const clientToken = randomUUID();
     record.TaskARN = "";
@@ -2184,7 +2199,6 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   };
 
   stop.throwIfAborted();
-  log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
   const shared = "with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY";
@@ -2282,7 +2296,9 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
       mustBeKept(context);
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
-        log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
+        // Every attempt goes through these two states, also while there is no capacity.
+        const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info";
+        log[level]("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
       if (task && isEnding(task)) throw stopped(explainStop(task), stopCause(task));
       health = task?.containers?.find(({ name }) => name === CONTAINER)?.healthStatus ?? health;
