@@ -131,7 +131,7 @@ import { type AttackName, attacks, hostileHosts, startHostileSshServer } from ".
 import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
-import { startProxy } from "./fixtures/proxy.ts";
+import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import { Runner } from "./fixtures/runner.ts";
 import { SecretSearch, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { type Misbehaviour, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
@@ -1298,6 +1298,10 @@ describe("calls to AWS", () => {
     ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false, false],
     ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false, true],
     ["no credentials", { name: "CredentialsProviderError" }, false, false],
+    ["an untrusted certificate", { code: "SELF_SIGNED_CERT_IN_CHAIN", $metadata: {} }, false, false],
+    ["a proxy's refusal", { code: "ERR_PROXY_TUNNEL", status: 403, $metadata: {} }, false, false],
+    ["a proxy's failure", { code: "ERR_PROXY_TUNNEL", status: 502, $metadata: {} }, true, false],
+    ["an answer that names a certificate", { code: "CERT_X", $metadata: { httpStatusCode: 500 } }, true, true],
     ["a name that is no text", { name: 7, message: {}, $metadata: { httpStatusCode: 400 } }, false, false],
   ])("%s: whether it is retried, and whether a task may have been started", (_, error, isRetryable, mayHaveStarted) => {
     const { cause } = awsFailure("ecs:RunTask", Object.assign(new Error("x"), error));
@@ -5691,6 +5695,79 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       ended(finished, 2);
       expect(finished.stderr).toContain("what to do: let the runner's host reach AWS");
       return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { StartTimeout: 2 } } },
+  );
+  const authority = makeAuthority();
+  for (const [what, trusted, certificate] of [
+    ["that is not trusted", false, {}],
+    ["that has expired", true, { notAfter: new Date(Date.now() - 1_000) }],
+    ["of another host", true, { host: "other.example" }],
+  ] as const)
+    faultTest(
+      `the AWS endpoint shows a certificate ${what}`,
+      async (scene) => {
+        const ca = join(directory(), "ca.pem");
+        fs.writeFileSync(ca, authority.pem);
+        const finished = await scene.stage("prepare", { env: trusted ? { AWS_CA_BUNDLE: ca } : {} });
+        ended(finished, 2);
+        // Final, and nothing was sent: there is nothing to repeat, to look for or to leave behind.
+        expect(finished.stderr.match(/was not sent|got no answer|still fails/g)).toEqual(["was not sent"]);
+        expect(finished.stderr).toContain("what to do: set AWS_CA_BUNDLE");
+        expect(filesLeft(scene.world)).toEqual([]);
+        expect(scene.world.aws.calls).toEqual([]);
+        return { stage: "prepare", finished, keepsRecord: true }; // there is none, but cleanup cannot call AWS either
+      },
+      { tls: authority.issue(certificate) },
+    );
+  for (const status of [403, 407])
+    faultTest(`the proxy refuses a tunnel to AWS, with ${status}`, async (scene) => {
+      const proxy = await startConnectProxy(Array(100).fill(status));
+      try {
+        const env = { HTTPS_PROXY: proxy.url, AWS_ENDPOINT_URL: undefined };
+        const finished = await scene.stage("prepare", { env });
+        ended(finished, 2);
+        expect(proxy.asked).toEqual(["ecs.us-east-2.amazonaws.com:443"]);
+        expect(finished.stderr).toContain("what to do: check HTTPS_PROXY");
+        expect(filesLeft(scene.world)).toEqual([]);
+        return { stage: "prepare", finished };
+      } finally {
+        await proxy.close();
+      }
+    });
+  faultTest(
+    "the proxy refuses a tunnel to AWS for a moment, with 502",
+    async (scene) => {
+      const proxy = await startConnectProxy([502, 502]);
+      try {
+        const ca = join(directory(), "ca.pem");
+        fs.writeFileSync(ca, authority.pem);
+        scene.env.AWS_CA_BUNDLE = ca;
+        const finished = await scene.stage("prepare", { env: { HTTPS_PROXY: proxy.url } });
+        ended(finished, 0);
+        expect(proxy.asked.length).toBeGreaterThan(2);
+        expect(scene.world.aws.callsTo("RunTask")).toHaveLength(1);
+        return { stage: "prepare", finished };
+      } finally {
+        await proxy.close();
+      }
+    },
+    { tls: authority.issue() },
+  );
+  faultTest(
+    "the proxy refuses a tunnel to AWS until StartTimeout, with 502",
+    async (scene) => {
+      const proxy = await startConnectProxy(Array(1_000).fill(502));
+      try {
+        const env = { HTTPS_PROXY: proxy.url, AWS_ENDPOINT_URL: undefined };
+        const finished = await scene.stage("prepare", { env });
+        ended(finished, 2);
+        expect(proxy.asked.length).toBeGreaterThan(2);
+        expect(filesLeft(scene.world)).toEqual([]); // never sent: no task is looked for
+        return { stage: "prepare", finished };
+      } finally {
+        await proxy.close();
+      }
     },
     { changes: { Fargate: { StartTimeout: 2 } } },
   );

@@ -1089,41 +1089,51 @@ export function recognize(name: string, ...texts: (string | undefined)[]): Pick<
 }
 
 /** What the SDK throws. Its fields come from the answer, where they may be of any type. */
-type AwsError = { name?: unknown; message?: unknown; code?: unknown; $metadata?: { httpStatusCode?: number } };
+type AwsError = Partial<Record<"name" | "message" | "code" | "status", unknown>> & {
+  $metadata?: { httpStatusCode?: number };
+};
 
-/** Codes of errors with which no request left this host. */
-const NOT_SENT = ["ECONNREFUSED", "ENOTFOUND", "EAI_AGAIN"];
+/** Codes of bun's, which are Node's and OpenSSL's, for connections with which no request left this host. */
+const NOT_SENT: readonly (readonly [Problem, RegExp])[] = [
+  ["unreachable", /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN)$/],
+  ["certificate", /CERT|^(CRL|HOSTNAME|PATH_LENGTH)_|^UNABLE_TO_(GET|VERIFY|DE)|^INVALID_(CA|PURPOSE)$/],
+  ["proxy", /^ERR_PROXY_TUNNEL$/], // its answer to CONNECT, whose status is the error's
+];
 
 /** What a call to AWS came to, as a Failure that names the call and the error. */
 export function awsFailure(operation: string, thrown: unknown): Failure {
-  const { name, message, code, $metadata } = thrown as AwsError;
+  const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
   const status = $metadata?.httpStatusCode ?? 0;
   const error = typeof name === "string" && name ? name : "UnknownError";
   const refused = status >= 300;
   const known = recognize(error, refused && typeof message === "string" ? message : undefined);
-  const wasSent = $metadata !== undefined && !NOT_SENT.includes(code as string);
+  const notSent = status > 0 ? undefined : firstFit(NOT_SENT, String(code)); // in an answer, each field is the endpoint's
+  const isFinal = notSent === "certificate" || (notSent === "proxy" && Number(proxyStatus) < 500);
   const cause = {
     operation,
     error,
     ...known,
     // Without a status, the request or its answer was lost; with one of success, the answer broke off.
     isRetryable:
-      firstFit(BY_NAME, error) === "throttled" || (refused ? status >= 500 || status === 429 : $metadata !== undefined),
+      firstFit(BY_NAME, error) === "throttled" ||
+      (refused ? status >= 500 || status === 429 : $metadata !== undefined && !isFinal),
     // A conflict means that the token, which is nobody else's, has started a task.
-    mayHaveStarted: refused ? status >= 500 || error === "ConflictException" : wasSent,
+    mayHaveStarted: refused ? status >= 500 || error === "ConflictException" : $metadata !== undefined && !notSent,
   };
   // The hints for programmers that the SDK and bun add are left out.
   let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(
     /(?: For more information, pass `verbose|\n)[\s\S]*/,
     "",
   );
+  if (notSent === "certificate") text = `the endpoint's certificate is not accepted: ${code}`;
   // The SDK stumbles over a body that it does not expect, such as a proxy's page.
   const isForeign = status > 0 && /^(Type|Syntax|Range)Error$/.test(error) && !/ECONN|socket/i.test(text);
   if (isForeign) text = `HTTP ${status} with a body that is none of AWS's`;
   if (refused)
     return new Failure("system", `${operation} was refused: ${isForeign ? text : `${error}: ${text}`}`, cause);
-  if (known.problem === "credentials") return new Failure("system", `${operation} was not sent: ${text}`, cause);
-  return new Failure("system", `${operation} got no answer: ${text}`, { ...cause, problem: "unreachable" });
+  const problem = known.problem === "credentials" ? known.problem : (notSent ?? "unreachable");
+  const what = problem === "unreachable" ? "got no answer" : "was not sent";
+  return new Failure("system", `${operation} ${what}: ${text}`, { ...cause, problem });
 }
 
 /** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
