@@ -15,7 +15,7 @@
  *
  * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks to sweep, and when a record is missing or names no task;
  *                EC2 DescribeNetworkInterfaces only to connect to public addresses. Nothing else.
- * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script and PrivateKeyPath;
+ * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath and AWS_CA_BUNDLE;
  *                writes <Directory>/<stem>.json (0600, one for each running job), <Directory>/.manager-id,
  *                <Directory>/<stem>.*.lock (empty, while a process works on the job), BUILD_EXIT_CODE_FILE and LogFile.
  * Secrets        the job's private key: in memory and in the record. AWS credentials: in memory of the AWS
@@ -1199,7 +1199,6 @@ type Abort = { abortSignal: AbortSignal };
 /** The CAs that are trusted anyway, and those of a PEM file. @throws {Failure} */
 async function trustedCas(path: string): Promise<string[]> {
   const { getCACertificates } = await import("node:tls");
-  // PROBLEM: caBundle: AWS_CA_BUNDLE or ca_bundle must name a file of certificates in PEM form
   return withContext(`the CA bundle ${path} cannot be used`, () => {
     const found = fs.readFileSync(path, "utf8").match(/-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g);
     if (!found) throw new Error("there is no certificate in it");
@@ -1224,8 +1223,8 @@ export class Aws {
    * not. No retries by the SDK: `retry` is the one place that decides what is sent again.
    */
   async #settings() {
-    const modules = [import("@smithy/fetch-http-handler"), import("@smithy/core/config")] as const;
-    const [{ FetchHttpHandler }, { loadConfig }] = await Promise.all(modules);
+    const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
+    const { loadConfig } = await import("@smithy/core/config");
     const bundle = await loadConfig({
       environmentVariableSelector: (env) => env.AWS_CA_BUNDLE || undefined,
       configFileSelector: (profile) => profile.ca_bundle || undefined,
@@ -1233,16 +1232,16 @@ export class Aws {
     })();
     const init: BunFetchRequestInit = { redirect: "manual", ...(bundle && { tls: { ca: await trustedCas(bundle) } }) };
     const customFetch = ((request: Request) => fetch(request, init)) as typeof fetch;
-    const { env } = this.context;
-    const [accessKeyId, secretAccessKey] = [env.AWS_ACCESS_KEY_ID, env.AWS_SECRET_ACCESS_KEY];
-    const keys = accessKeyId &&
-      secretAccessKey && { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN };
+    const { AWS_PROFILE, AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey } = this.context.env;
+    const { AWS_SESSION_TOKEN: sessionToken } = this.context.env;
     return {
       region: this.region,
       maxAttempts: 1,
       requestHandler: new FetchHttpHandler({ customFetch }),
       // As in the Go SDK, keys override a profile. This SDK would use the profile.
-      ...(env.AWS_PROFILE && keys && { credentials: keys }),
+      ...(AWS_PROFILE &&
+        accessKeyId &&
+        secretAccessKey && { credentials: { accessKeyId, secretAccessKey, sessionToken } }),
     };
   }
 
