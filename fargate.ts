@@ -1,4 +1,4 @@
-#!/usr/bin/env -S bun --no-env-file --config=/dev/null
+#!/usr/bin/env -S bun --no-env-file --config=/dev/null --use-system-ca
 /**
  * fargate: runs each GitLab CI job in an AWS ECS task of its own on Fargate.
  *
@@ -1089,11 +1089,9 @@ export function recognize(name: string, ...texts: (string | undefined)[]): Pick<
 }
 
 /** What the SDK throws. Its fields come from the answer, where they may be of any type. */
-type AwsError = Partial<Record<"name" | "message" | "code" | "status", unknown>> & {
-  $metadata?: { httpStatusCode?: number };
-};
+type AwsError = { [field: string]: unknown; $metadata?: { httpStatusCode?: number } };
 
-/** Codes of bun's, which are Node's and OpenSSL's, for connections with which no request left this host. */
+/** Codes of errors with which no request left this host: bun's, which has them from Node and OpenSSL. */
 const NOT_SENT: readonly (readonly [Problem, RegExp])[] = [
   ["unreachable", /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN)$/],
   ["certificate", /CERT|^(CRL|HOSTNAME|PATH_LENGTH)_|^UNABLE_TO_(GET|VERIFY|DE)|^INVALID_(CA|PURPOSE)$/],
@@ -1159,6 +1157,8 @@ const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(sch
 const givenText = given(v.string());
 const listed = <T extends v.ObjectEntries>(entries: T) => given(v.array(v.fallback(v.object(entries), {} as never)));
 const pairs = listed({ name: givenText, value: givenText });
+const end = { name: givenText, exitCode: given(v.number()), reason: givenText };
+const addresses = listed({ privateIpv4Address: givenText, ipv6Address: givenText });
 /** What this driver looks at in ECS's answers; the SDK passes on whatever has come. */
 const AnswerSchema = v.object({
   tasks: listed({
@@ -1170,13 +1170,7 @@ const AnswerSchema = v.object({
     stoppedReason: givenText,
     createdAt: given(v.date()),
     attachments: listed({ type: givenText, details: pairs }),
-    containers: listed({
-      name: givenText,
-      exitCode: given(v.number()),
-      reason: givenText,
-      healthStatus: givenText,
-      networkInterfaces: listed({ privateIpv4Address: givenText, ipv6Address: givenText }),
-    }),
+    containers: listed({ ...end, healthStatus: givenText, networkInterfaces: addresses }),
     overrides: given(v.object({ containerOverrides: listed({ environment: pairs }) })),
   }),
   failures: listed({ reason: givenText, detail: givenText }),
@@ -1196,7 +1190,7 @@ const IS_WHOLE = {
 /** What the SDK takes to end a call. */
 type Abort = { abortSignal: AbortSignal };
 
-/** The CAs that are trusted anyway, and those of a PEM file. @throws {Failure} */
+/** The certificates of the CAs that are trusted by default, and of those in a PEM file. @throws {Failure} */
 async function trustedCas(path: string): Promise<string[]> {
   const { getCACertificates } = await import("node:tls");
   return withContext(`the CA bundle ${path} cannot be used`, () => {
@@ -1232,16 +1226,15 @@ export class Aws {
     })();
     const init: BunFetchRequestInit = { redirect: "manual", ...(bundle && { tls: { ca: await trustedCas(bundle) } }) };
     const customFetch = ((request: Request) => fetch(request, init)) as typeof fetch;
-    const { AWS_PROFILE, AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey } = this.context.env;
-    const { AWS_SESSION_TOKEN: sessionToken } = this.context.env;
+    const { env } = this.context;
+    const { AWS_ACCESS_KEY_ID: accessKeyId = "", AWS_SECRET_ACCESS_KEY: secretAccessKey = "" } = env;
+    const keys = { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN };
     return {
       region: this.region,
       maxAttempts: 1,
       requestHandler: new FetchHttpHandler({ customFetch }),
       // As in the Go SDK, keys override a profile. This SDK would use the profile.
-      ...(AWS_PROFILE &&
-        accessKeyId &&
-        secretAccessKey && { credentials: { accessKeyId, secretAccessKey, sessionToken } }),
+      ...(env.AWS_PROFILE && accessKeyId && secretAccessKey && { credentials: keys }),
     };
   }
 
@@ -1333,9 +1326,10 @@ export class Aws {
 
   /** The same for one task that has been seen before. A single MISSING proves nothing: ECS is eventually consistent. */
   async describeTask(cluster: string, arn: string, limits: CallLimits): Promise<Task | undefined> {
-    for (let calls = 1; ; calls++, await sleep(1_500, limits.signal)) {
+    for (let calls = 1; ; calls++) {
       const [task] = await this.describeTasks(cluster, [arn], limits);
       if (task || calls === 4) return task;
+      await sleep(1_500, limits.signal);
     }
   }
 
@@ -1385,17 +1379,14 @@ export class Aws {
   }
 }
 
-/** A detail of the task's network interface, undefined until it is attached. */
-function interfaceDetail(task: Task, name: "privateIPv4Address" | "networkInterfaceId"): string | undefined {
+/** A task's network interface, undefined until it is attached; the address is IPv4 if it has one, else IPv6. */
+export function interfaceOf(task: Task): Record<"id" | "address", string | undefined> {
   const eni = task.attachments?.find((attachment) => attachment.type === "ElasticNetworkInterface");
-  return eni?.details?.find((detail) => detail.name === name)?.value;
-}
-
-/** The task's address in its subnet, undefined until the interface is attached: IPv4 if it has one, else IPv6. */
-export function privateAddress(task: Task): string | undefined {
-  // All containers of a task share its interface. The attachment's details name no IPv6 address.
+  const detail = (wanted: string) => eni?.details?.find(({ name }) => name === wanted)?.value;
+  // All containers share it. Nothing else names the IPv6 address.
   const shared = task.containers?.flatMap((container) => container.networkInterfaces ?? [])[0];
-  return interfaceDetail(task, "privateIPv4Address") || shared?.privateIpv4Address || shared?.ipv6Address;
+  const address = detail("privateIPv4Address") || shared?.privateIpv4Address || shared?.ipv6Address;
+  return { id: detail("networkInterfaceId"), address };
 }
 
 /** While a start is awaited, desiredStatus STOPPED is the end already, whatever lastStatus says. */
@@ -1526,8 +1517,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   const client = new Client();
   const socket = new Socket();
   socket.setNoDelay(true); // else each short packet may wait 40 ms for the last one's acknowledgement
-  const host = target.host.includes(":") ? `[${target.host}]` : target.host;
-  const where = `${target.Username}@${host}:${target.Port}`;
+  const where = `${target.Username}@${target.host.replace(/.*:.*/, "[$&]")}:${target.Port}`; // as IPv6 is written in URLs
   let hostKey: Buffer | undefined;
   let changed = false;
   const done = Promise.withResolvers<Connection>();
@@ -2130,8 +2120,6 @@ export function placements(f: Config["Fargate"]) {
   return how.flatMap((strategy) => where.map((Subnets) => ({ ...strategy, Subnets })));
 }
 
-const REPORT_EVERY = 60_000; // ms between log lines about attempts to start a task
-
 /** Pause after a number of failed attempts, in ms: 2 s until each placement has been tried, then doubled every round. */
 export const pauseAfter = (attempts: number, placements: number): number =>
   Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
@@ -2167,10 +2155,9 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
       const { Subnets, CapacityProviderStrategy } = placed();
       const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
       const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
-      const due = now() >= reported + REPORT_EVERY;
+      const due = now() >= reported + 60_000;
       if (due) reported = now();
-      const attempt = tries === 1 ? "" : ` (attempt ${tries + 1})`;
-      log[due ? "warn" : "debug"]("{reason}; trying again in {where}{attempt}", { reason, where, attempt });
+      log[due ? "warn" : "debug"]("{reason}; trying again in {where}", { reason, where });
     }
     return passes;
   };
@@ -2256,8 +2243,6 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   const usePublic = config.Fargate.UsePublicIP ?? config.Fargate.EnablePublicIP;
   let host: string | undefined;
   let status: string | undefined;
-  let health = "UNKNOWN"; // also without a health check
-  let healthy = !WaitForHealthy;
   let runningSince: number | undefined; // and healthy, if that is awaited
   let refusedSince: number | undefined;
   let refusedFor = 0;
@@ -2310,31 +2295,27 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         log[level]("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
       if (task && isEnding(task)) throw stopped(explainStop(task), stopCause(task));
-      health = task?.containers?.find(({ name }) => name === CONTAINER)?.healthStatus ?? health;
-      healthy ||= health === "HEALTHY";
-      if (WaitForHealthy && health === "UNHEALTHY")
+      const container = task?.containers?.find(({ name }) => name === CONTAINER);
+      const health = WaitForHealthy ? (container?.healthStatus ?? "UNKNOWN") : "HEALTHY";
+      if (health === "UNHEALTHY")
         throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
-      if (status === "RUNNING" && healthy) runningSince ??= now();
-      if (task && !host && healthy) {
-        const eni = interfaceDetail(task, "networkInterfaceId");
-        const address = privateAddress(task);
-        // Only IPv4 addresses have public counterparts.
-        host =
-          usePublic && !address?.includes(":")
-            ? eni && (await aws.publicAddress(eni, { until: deadline, signal }))
-            : address;
+      if (status === "RUNNING" && health === "HEALTHY") runningSince ??= now();
+      if (task && !host && health === "HEALTHY") {
+        const { id: eni, address } = interfaceOf(task);
+        const isPublic = usePublic && !address?.includes(":"); // IPv6 addresses have no public counterparts
+        host = isPublic ? eni && (await aws.publicAddress(eni, { until: deadline, signal })) : address;
         if (host) beginLogins(host);
       }
       const late = tooLong();
       if (late) {
         const tried = lastFailure ? `; the last attempt to log in: ${lastFailure.message}` : "";
         const noAddress = `; it has no ${usePublic ? "public address" : "address"}`;
+        const notTried = health === "HEALTHY" ? noAddress : `; the health of ${CONTAINER} is ${health}`;
         // Without an address, no login was tried. A task that is not RUNNING has no SSH server yet.
         const tooLate = runningSince === undefined ? undefined : (lastFailure?.cause.problem ?? "silent");
-        const problem = host ? tooLate : usePublic ? "publicAddress" : undefined;
-        if (healthy) throw new Failure("system", `${late}${host ? tried : noAddress}`, { problem });
-        const noHealth = status === "RUNNING" ? ("noHealth" as const) : undefined;
-        throw new Failure("system", `${late}; the health of ${CONTAINER} is ${health}`, { problem: noHealth });
+        const unready = health === "HEALTHY" ? usePublic && "publicAddress" : status === "RUNNING" && "noHealth";
+        const problem = host ? tooLate : unready || undefined;
+        throw new Failure("system", `${late}${host ? tried : notTried}`, { problem });
       }
       await sleep(pollPause(polls, host !== undefined, Math.random(), aws.throttled), signal);
     }
