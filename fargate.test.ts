@@ -5224,6 +5224,29 @@ describe.concurrent("RunTask is refused", () => {
     return { stage: "prepare", finished };
   });
 
+  const sharedConfig = `[profile broken]\ncredential_process = /nonexistent/program --password ${["hidden", "words"].join("-")}\n`;
+  for (const [what, profile, says] of [
+    ["a profile that does not exist", "missing", "profile missing (AWS_PROFILE) is not in the shared config"],
+    [
+      "a profile whose credential_process fails",
+      "broken",
+      "the credential_process of profile broken gave no credentials",
+    ],
+  ] as const)
+    faultTest(`AWS_PROFILE names ${what}`, async (scene) => {
+      const file = join(directory(), "aws-config");
+      fs.writeFileSync(file, sharedConfig);
+      const none = { AWS_ACCESS_KEY_ID: undefined, AWS_SECRET_ACCESS_KEY: undefined };
+      const env = { ...none, AWS_PROFILE: profile, AWS_CONFIG_FILE: file, AWS_EC2_METADATA_DISABLED: "true" };
+      const finished = await scene.stage("prepare", { env });
+      ended(finished, 2);
+      expect(finished.stderr).toContain(`ecs:RunTask was not sent: ${says}`);
+      expect(finished.stderr).toContain("what to do: check AWS_PROFILE and credential_process");
+      expect(finished.stderr).not.toContain("hidden-words");
+      expect(scene.world.aws.calls).toEqual([]);
+      return { stage: "prepare", finished };
+    });
+
   faultTest("IAM refuses a job's task definition whose name is one of AWS's errors", async (scene) => {
     const name = "InterfaceLimitExceeded:1";
     const message =

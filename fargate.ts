@@ -149,9 +149,8 @@ const ADVICE = {
   ...OF_PLATFORM,
   // The runner's host and its way to AWS.
   disk: "the runner's user must be able to write there, on a disk with room",
-  credentials: "give the runner's host a role, or AWS_* variables with a valid key",
+  credentials: "give the runner's host a role (a container on EC2: hop limit 2), or AWS_* variables with a valid key",
   profile: "check AWS_PROFILE and credential_process, and that the runner's user can read and run them",
-  metadata: "set the instance's metadata response hop limit to 2, or give the container AWS_* variables",
   clock: "set the clock of the runner's host right",
   unreachable: "let the runner's host reach AWS in Region: a NAT gateway, a VPC endpoint for ECS, or HTTPS_PROXY",
   certificate: "set AWS_CA_BUNDLE to the certificate authority of your proxy or endpoint",
@@ -1098,8 +1097,11 @@ const NOT_SENT: readonly (readonly [Problem, RegExp])[] = [
   ["proxy", /^ERR_PROXY_TUNNEL$/], // its answer to CONNECT, whose status is the error's
 ];
 
-/** What a call to AWS came to, as a Failure that names the call and the error. */
-export function awsFailure(operation: string, thrown: unknown): Failure {
+/**
+ * What a call to AWS came to, as a Failure that names the call and the error.
+ * @param profileProblem why there are no credentials, if a profile is to blame
+ */
+export function awsFailure(operation: string, thrown: unknown, profileProblem?: string): Failure {
   const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
   const status = $metadata?.httpStatusCode ?? 0;
   const error = typeof name === "string" && name ? name : "UnknownError";
@@ -1129,6 +1131,8 @@ export function awsFailure(operation: string, thrown: unknown): Failure {
   if (isForeign) text = `HTTP ${status} with a body that is none of AWS's`;
   if (refused)
     return new Failure("system", `${operation} was refused: ${isForeign ? text : `${error}: ${text}`}`, cause);
+  if (profileProblem)
+    return new Failure("system", `${operation} was not sent: ${profileProblem}`, { ...cause, problem: "profile" });
   const problem = known.problem === "credentials" ? known.problem : (notSent ?? "unreachable");
   const what = problem === "unreachable" ? "got no answer" : "was not sent";
   return new Failure("system", `${operation} ${what}: ${text}`, { ...cause, problem });
@@ -1141,7 +1145,8 @@ const isTransient = (error: unknown): boolean => causeOf(error).isRetryable === 
 const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
 
 /** The same if a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
-const mayPass = (error: unknown): boolean => isTransient(error) || causeOf(error).problem === "credentials";
+const mayPass = (error: unknown): boolean =>
+  isTransient(error) || /^(credentials|profile)$/.test(causeOf(error).problem ?? "");
 
 const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
 /** For how long a call may fail and be tried again before the log says so, in ms; throttled, longer than a rush lasts. */
@@ -1201,6 +1206,18 @@ async function trustedCas(path: string): Promise<string[]> {
   });
 }
 
+/** Why a profile gives no credentials. The SDK does not say, and what it logs may hold a credential_process's output. */
+async function explainProfile({ AWS_PROFILE: name = "default" }: Environment): Promise<string | undefined> {
+  const { loadSharedConfigFiles } = await import("@smithy/core/config");
+  const { configFile, credentialsFile } = await loadSharedConfigFiles();
+  const profile = { ...configFile[name], ...credentialsFile[name] };
+  if (profile.credential_process) return `the credential_process of profile ${name} gave no credentials`;
+  if (Object.keys(profile).length > 0) return `profile ${name} gave no credentials`;
+  return name === "default"
+    ? undefined
+    : `profile ${name} (AWS_PROFILE) is not in the shared config and credentials files`;
+}
+
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
 export class Aws {
   #ecsClient: Promise<ECS> | undefined;
@@ -1243,7 +1260,7 @@ export class Aws {
     { until, signal, again = isTransient, onSend = () => {}, grace = 0 }: CallLimits,
     call: (abort: Abort) => Promise<T>,
   ): Promise<T> {
-    const { log, now } = this.context;
+    const { log, now, env } = this.context;
     const first = now();
     let warned = false;
     const once = async () => {
@@ -1265,7 +1282,8 @@ export class Aws {
       try {
         return await Promise.race([call({ abortSignal: sdk.signal }), cut.promise]);
       } catch (error) {
-        const failure = awsFailure(action, error);
+        const isWithout = (error as AwsError).name === "CredentialsProviderError";
+        const failure = awsFailure(action, error, isWithout ? await explainProfile(env) : undefined);
         log.debug("{reason} (after {ms} ms)", { reason: failure.message, ms: now() - begun });
         const patience = isThrottling(failure) ? PATIENCE.throttled : PATIENCE.other;
         if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(failure)) {
