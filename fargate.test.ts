@@ -5082,6 +5082,32 @@ describe.concurrent("RunTask is refused", () => {
       /ask AWS support/,
     ],
     [
+      "the network mode is not awsvpc",
+      {
+        error: "InvalidParameterException",
+        message: "Network Configuration is not valid for the given networkMode of this task definition.",
+      },
+      /set networkMode to awsvpc/,
+    ],
+    [
+      "ECS Exec without a task role",
+      {
+        error: "InvalidParameterException",
+        message:
+          "The execute command failed because a valid task role is not being used. Specify a valid task role in your " +
+          "task definition and try again.",
+      },
+      /give the task definition a taskRoleArn, or set EnableExecuteCommand = false/,
+    ],
+    [
+      "a platform version with EC2",
+      {
+        error: "InvalidParameterException",
+        message: "The platform version must be null when specifying an EC2 launch type.",
+      },
+      /remove PlatformVersion/,
+    ],
+    [
       "the task is larger than the account's limit",
       { failures: [{ reason: "The requested CPU configuration is above your limit." }] },
       /make the task smaller, or ask AWS for a higher Fargate quota/,
@@ -5113,6 +5139,11 @@ describe.concurrent("RunTask is refused", () => {
       /higher Fargate quota/,
     ],
     ["no network interface", { failures: [{ reason: "RESOURCE:ENI" }] }, /more free addresses/],
+    [
+      "the provisioning limit",
+      { error: "LimitExceededException", message: "Tasks provisioning capacity limit exceeded." },
+      /too many tasks wait for capacity/,
+    ],
     [
       "EC2's own throttling",
       {
@@ -5310,6 +5341,30 @@ describe.concurrent("the task stops", () => {
       },
       /give the subnet a route to ECR, S3, Secrets Manager/,
     ],
+    ...(
+      [
+        ['stderr: Failed to resolve "fs-1.efs.us-east-2.amazonaws.com"', /a mount target in each zone/],
+        ["stderr: b'mount.nfs4: Connection timed out'", /allow port 2049/],
+        ["stderr: b'mount.nfs4: access denied by server while mounting fs-1'", /elasticfilesystem:ClientMount/],
+      ] as const
+    ).map(([cause, advice]): [string, StopCause, RegExp] => [
+      `EFS cannot be mounted, ${cause}`,
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason: `ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: ${cause}`,
+      },
+      advice,
+    ]),
+    [
+      "its image is for another architecture",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason:
+          "CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task: OCI " +
+          "runtime create failed: exec /bin/sh: exec format error",
+      },
+      /build the image for the task definition's cpuArchitecture/,
+    ],
     [
       "its container exits",
       {
@@ -5351,6 +5406,15 @@ describe.concurrent("the task stops", () => {
       {
         stopCode: "TaskFailedToStart",
         stoppedReason: "Timeout waiting for network interface provisioning to complete.",
+      },
+    ],
+    [
+      "its network interface cannot be configured",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason:
+          "ResourceInitializationError: failed to configure ENI: failed to setup regular eni: netplugin failed with no " +
+          "error message",
       },
     ],
     ["Spot takes it back", { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." }],
@@ -5577,6 +5641,11 @@ describe.concurrent("SSH fails", () => {
     (scene) =>
       prepareFails(scene, /refuses to let root in; .*the server refused the key/, /let Username in with the key/),
     { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY } },
+  );
+  faultTest(
+    "the container's sshd accepts no RSA key (KeyType = rsa)",
+    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /KeyType = "ed25519"/),
+    { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY }, changes: { SSH: { KeyType: "rsa" } } },
   );
   faultTest(
     "the container refuses the key at first",
