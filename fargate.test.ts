@@ -1122,7 +1122,16 @@ describe("prepare and cleanup, with ECS mocked", () => {
     change(config);
     const hash = "0123456789abcdef".repeat(4);
     const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
-    return { config, job, byJob: [], log: getLogger("fargate"), env: {}, stop: stop.signal, now: Date.now };
+    return {
+      config,
+      job,
+      byJob: [],
+      log: getLogger("fargate"),
+      env: {},
+      stop: stop.signal,
+      now: Date.now,
+      wallTime: Date.now,
+    };
   }
 
   const recordFile = () => join(records, `label-${"0123456789abcdef".repeat(4)}.json`);
@@ -5654,7 +5663,7 @@ describe("any input", () => {
     const hash = "0123456789abcdef".repeat(4);
     const job: Job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
     const log = getLogger(["fargate", name]);
-    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now };
+    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now, wallTime: Date.now };
     return { context, lines, record: join(records, `${job.stem}.json`) };
   }
   const ownStartedBy = /^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/;

@@ -886,7 +886,8 @@ export interface Operator {
   readonly config: Config;
   readonly log: Logger;
   readonly stop: AbortSignal; // aborted by SIGTERM or SIGINT; the reason is a Failure that says so
-  readonly now: () => number; // milliseconds since the epoch
+  readonly now: () => number; // milliseconds of a clock that nobody sets: for durations, within this process
+  readonly wallTime: () => number; // milliseconds since the epoch: only to compare with other processes and machines
 }
 
 /** What every stage works with. */
@@ -932,7 +933,7 @@ export function runTaskInput(
 
 /** How something is bounded that may be repeated. */
 export interface Limits {
-  readonly until: number; // epoch ms after which it is not tried again
+  readonly until: number; // ms, as of `now`, after which it is not tried again
   readonly signal?: AbortSignal | undefined; // ends it with the signal's reason
   readonly again?: (error: unknown) => boolean; // which failures may pass; `isTransient` unless given
 }
@@ -955,9 +956,12 @@ export async function retry<T>(call: () => Promise<T>, limits: Limits & Pauses):
   }
 }
 
+const LONGEST_TIMER = 2 ** 31 - 1; // ms, 24.8 days; a longer timer fires at once
+
 /** Waits, in ms; a signal ends the wait with its own reason. */
 async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
-  await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
+  await delay(Math.min(ms, LONGEST_TIMER), undefined, { signal }).catch(() => signal?.throwIfAborted());
+  if (ms > LONGEST_TIMER) await sleep(ms - LONGEST_TIMER, signal);
 }
 
 /** What the SDK throws; without a status no answer came. */
@@ -1169,7 +1173,7 @@ export class Aws {
 
   /**
    * Stops a task; one that is gone counts as stopped. `reason` holds ids only.
-   * @param young until when, in epoch ms, ECS may not know the task yet
+   * @param young until when, in ms as of `now`, ECS may not know the task yet
    */
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const again = (error: unknown) =>
@@ -1866,7 +1870,7 @@ const prepareOf = ({ config, job }: Context) =>
   );
 
 function newRecord(context: Context, privateKey: string): TaskRecord {
-  const { config, now } = context;
+  const { config, wallTime } = context;
   return {
     Version: RECORD_VERSION,
     TaskARN: "",
@@ -1881,7 +1885,7 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
     Interpreter: "sh",
     LoginShell: "",
     Deadline: 0,
-    UpdatedAt: Math.floor(now() / 1000),
+    UpdatedAt: Math.floor(wallTime() / 1000),
   };
 }
 
@@ -1949,7 +1953,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
  * record says so before each call and after its answer, so that a task whose answer is lost can be found.
  */
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
-  const { config, job, byJob, log, now, stop } = context;
+  const { config, job, byJob, log, wallTime, stop } = context;
   const { StartTimeout, DeadlineMargin, TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
     const clientToken = randomUUID();
@@ -1957,7 +1961,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
     record.ClientTokens.push(clientToken);
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
     const onSend = () => {
-      record.UpdatedAt = Math.floor(now() / 1000);
+      record.UpdatedAt = Math.floor(wallTime() / 1000);
       keepRecord(context, { ...record, Unanswered: true });
     };
     const again = (error: unknown) => {
@@ -1973,7 +1977,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
 
   stop.throwIfAborted();
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
-  record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
+  record.Deadline = Math.ceil(wallTime() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
   try {
     await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((failure: Error) => {
@@ -2022,7 +2026,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   let refusedFor = 0;
   let lastFailure = "";
   let lastTold = "";
-  let alive = 0;
+  let alive = Number.NEGATIVE_INFINITY;
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
@@ -2109,14 +2113,15 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
   // A run that nobody ends any more, because its runner has died, would hold its task for ever.
   const late = new AbortController();
-  const left = Math.max(record.Deadline * 1000 - context.now(), 60_000);
+  const over = new AbortController();
   const end = () => late.abort(new Failure("system", "the job is past its deadline"));
-  const timer = setTimeout(end, Math.min(left, 2 ** 31 - 1));
+  sleep(Math.max(record.Deadline * 1000 - context.wallTime(), 60_000), over.signal).then(end, () => {});
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
   const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the stage before ended
-  const code = await runInTask({ ...context, stop }, record, mtimeMs, script, stage).finally(() => {
-    clearTimeout(timer);
+  const seen = context.now() + mtimeMs - context.wallTime();
+  const code = await runInTask({ ...context, stop }, record, seen, script, stage).finally(() => {
+    over.abort();
     done();
   });
   try {
@@ -2130,7 +2135,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
 
 /**
  * Connects and runs the script; one of which no command can have run is sent again, any other never.
- * @param seen epoch ms of the task's last sign of life
+ * @param seen ms, as of `now`, of the task's last sign of life
  * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
  */
@@ -2148,7 +2153,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     toSend: script.length,
   };
   let tries = 0;
-  let asked = 0;
+  let asked = Number.NEGATIVE_INFINITY;
   const attempt = async (): Promise<number> => {
     if (++tries > 2 && now() > asked + 5_000) {
       // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
@@ -2259,7 +2264,7 @@ export async function cleanup(context: Context): Promise<void> {
     if (!busy) {
       const { Region, Cluster } = context.config.Fargate;
       if ((!known || beside) && fs.existsSync(join(Directory, ".manager-id")))
-        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
+        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: now() });
       break;
     }
     const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
@@ -2317,8 +2322,8 @@ async function isClaimed(context: Context, { TaskARN, Region, Cluster }: Partial
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
 async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
-  const { job, now } = context;
-  const young = record.UpdatedAt * 1000 + LIST_LAG;
+  const { job, now, wallTime } = context;
+  const young = now() + record.UpdatedAt * 1000 - wallTime() + LIST_LAG;
   if (record.TaskARN)
     await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal }, young);
   return !record.Unanswered || stopByName(context, aws, record.Cluster, record.StartedBy, { until: young, signal });
@@ -2418,11 +2423,11 @@ function deadlineOf(task: Task): number | undefined {
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
-  const { config, log, now, stop } = context;
+  const { config, log, now, wallTime, stop } = context;
   const { Cluster, Region, MaxTaskAge } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
-  const seconds = now() / 1000;
+  const seconds = wallTime() / 1000;
   const limits = () => ({ until: now() + STOP_FOR, signal: stop });
   const aws = new Aws(Region, context);
   const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
@@ -2452,7 +2457,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     const [, starter, job] = startedBy.split("-") as [string, string, string];
     const mine = own.includes(starter);
     const record = mine ? records.find((record) => record.job === job) : undefined;
-    const createdAt = (task.createdAt?.getTime() ?? now()) / 1000;
+    const createdAt = (task.createdAt?.getTime() ?? wallTime()) / 1000;
     const known = Math.min(deadlineOf(task) ?? Infinity, record?.Deadline || Infinity);
     const deadline = Number.isFinite(known) ? known : createdAt + MaxTaskAge;
     const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER;
@@ -2491,9 +2496,9 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   }
   for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
     if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
-    const { mtimeMs = now() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    const { mtimeMs = wallTime() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     // A write that was cut off.
-    if (now() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
+    if (wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
   // Of a host or container that is gone, in all likelihood.
   for (const { name, stem, lives } of dryRun ? [] : users)
@@ -2684,7 +2689,13 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const file = readFile(request.config, "the configuration file");
     const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
-    const operator: Operator = { config, log, stop: stopping.signal, now: Date.now };
+    const operator: Operator = {
+      config,
+      log,
+      stop: stopping.signal,
+      now: () => Math.floor(performance.now()),
+      wallTime: Date.now,
+    };
     if (request.sweep) {
       const report = await sweep(operator, request.sweep);
       writeWhole(1, formatSweep(report, request.sweep.json));
