@@ -829,9 +829,9 @@ describe("the task record", () => {
     );
     const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
     announce({ Directory: where }, stem, "run");
-    expect(usersOf({ Directory: where })).toMatchObject([{ stem, stage: "run", lives: true }]);
+    expect(usersOf({ Directory: where }, Date.now())).toMatchObject([{ stem, stage: "run", lives: true }]);
     fs.chownSync(join(where, fs.readdirSync(where)[0] as string), 12_345, 0);
-    expect(usersOf({ Directory: where })).toEqual([]);
+    expect(usersOf({ Directory: where }, Date.now())).toEqual([]);
   });
 
   test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {

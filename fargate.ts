@@ -32,7 +32,7 @@
 import { createHash, generateKeyPairSync, randomBytes, randomUUID } from "node:crypto";
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
-import { hostname, constants as osConstants } from "node:os";
+import { hostname, constants as osConstants, uptime } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
@@ -301,6 +301,7 @@ export const ConfigSchema = v.object({
         whole(0, 604_800, "seconds a task may outlive StartTimeout and the job's timeout"),
         3600,
       ),
+      AbandonedAfter: v.optional(whole(0, 604_800, "seconds without a live stage until sweep stops a task"), 900),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
     v.rawCheck(({ dataset, addIssue }) => {
@@ -773,58 +774,60 @@ export function remainsOf(
   return UpdatedAt;
 }
 
-/** What tells a live process from a later one of the same id: its start, from /proc; "" where there is no /proc. */
-function startOf(pid: number): string | undefined {
+/** Tells a process from all others: its start, a dot, and this boot and PID namespace; "." if it has ended, or no /proc. */
+function identityOf(pid: number | "self"): string {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
     const stat = fs.readFileSync(`/proc/${pid}/stat`, "latin1");
     const [state = "", ...fields] = stat.replace(/^.*\) /s, "").split(" ");
-    return /[ZX]/.test(state) ? undefined : fields[18];
-  } catch {}
-  try {
-    process.kill(pid, 0);
-    return "";
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === "EPERM" ? "" : undefined;
+    const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "latin1").slice(0, 8);
+    return /[ZX]/.test(state) ? "." : `${fields[18]}.${boot}${fs.statSync("/proc/self/ns/pid").ino}`;
+  } catch {
+    return ".";
   }
 }
 
-/** Where this process's id holds: the processes of another host or container cannot be looked at. */
-function pidNamespace(): string {
-  try {
-    const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "latin1").slice(0, 8);
-    return boot + fs.readlinkSync("/proc/self/ns/pid").replace(/\D/g, "");
-  } catch {
-    return "";
-  }
+const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
+const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
+
+/**
+ * Makes a lock, an empty file whose name identifies this process: `sweep` leaves the job alone, `cleanup` waits for it.
+ * Touches it regularly, for those who cannot look at this process.
+ * @returns removes the lock
+ */
+export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
+  const name = [stem, stage, process.pid, identityOf("self"), "lock"].join(".");
+  const path = join(Directory, name);
+  const beat = () => {
+    try {
+      if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
+      else fs.closeSync(fs.openSync(path, "wx", 0o600));
+    } catch {} // a record that can be read is enough for a run; a full disk may have room later
+  };
+  beat();
+  const timer = setInterval(beat, BEAT).unref();
+  return () => {
+    clearInterval(timer);
+    removeQuietly(path);
+  };
 }
 
 /**
- * Says, by the name of an empty file, that this process works on a job: `sweep` leaves it alone, `cleanup` waits for it.
- * @returns takes that back
+ * Who works on records in a directory. /proc shows whether a lock's process lives, also one that is stopped. For a process
+ * elsewhere (another host or container, or before a reboot), the last touch decides. The locks of dead processes are
+ * kept with the record, since they show when the job was last worked on, and removed without one.
  */
-export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
-  const name = [stem, stage, process.pid, startOf(process.pid), pidNamespace(), "lock"].join(".");
-  const path = join(Directory, name);
-  try {
-    fs.closeSync(fs.openSync(path, "wx", 0o600));
-  } catch {
-    return () => {}; // a record that can be read is enough for a run
-  }
-  return () => removeQuietly(path);
-}
-
-/** Who works on records in a directory. What dead processes left is removed: their file names are theirs alone. */
-export function usersOf({ Directory }: Config["TaskMetadata"]) {
+export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
-    const [, stem, stage, pid, start, namespace] =
-      /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
+    const [, stem, stage, pid, identity = "", place] =
+      /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
     if (!stem || !stage) return [];
-    if (fs.lstatSync(join(Directory, name), { throwIfNoEntry: false })?.uid !== process.geteuid?.()) return [];
-    // Undefined where that cannot be known: the process is of another host or container, or of one before a reboot.
-    const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
-    if (lives === false) removeQuietly(join(Directory, name));
-    return lives === false ? [] : [{ name, stem, stage, pid: Number(pid), lives }];
+    const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    if (uid !== process.geteuid?.()) return [];
+    const isHere = place && identityOf("self").endsWith(`.${place}`);
+    const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
+    if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
+    return [{ name, stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
 }
 
@@ -896,6 +899,7 @@ export interface Context extends Operator {
   readonly byJob: readonly string[]; // the settings that a variable of the job decided
   readonly refusal?: string | undefined; // why these are not allowed, where they are not
   readonly env: Environment;
+  readonly warned?: Set<string>; // what has been warned of, in a stage that repeats itself
 }
 
 /** Where the output of a script goes. */
@@ -956,12 +960,9 @@ export async function retry<T>(call: () => Promise<T>, limits: Limits & Pauses):
   }
 }
 
-const LONGEST_TIMER = 2 ** 31 - 1; // ms, 24.8 days; a longer timer fires at once
-
 /** Waits, in ms; a signal ends the wait with its own reason. */
 async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
-  await delay(Math.min(ms, LONGEST_TIMER), undefined, { signal }).catch(() => signal?.throwIfAborted());
-  if (ms > LONGEST_TIMER) await sleep(ms - LONGEST_TIMER, signal);
+  await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
 }
 
 /** What the SDK throws; without a status no answer came. */
@@ -1864,8 +1865,8 @@ export async function prepare(context: Context): Promise<void> {
 }
 
 /** Another process that prepares the same job, and lives. */
-const prepareOf = ({ config, job }: Context) =>
-  usersOf(config.TaskMetadata).find(
+const prepareOf = ({ config, job, wallTime }: Context) =>
+  usersOf(config.TaskMetadata, wallTime()).find(
     ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
   );
 
@@ -2102,7 +2103,7 @@ const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped 
 
 /** The `run` stage: runs a script of the job in its task, which says itself why it fails. @returns the exit code */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
-  const { env, log } = context;
+  const { env, log, now, wallTime } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
   const script = readFile(scriptPath, `the script of ${stage},`);
@@ -2113,15 +2114,15 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
   // A run that nobody ends any more, because its runner has died, would hold its task for ever.
   const late = new AbortController();
-  const over = new AbortController();
-  const end = () => late.abort(new Failure("system", "the job is past its deadline"));
-  sleep(Math.max(record.Deadline * 1000 - context.wallTime(), 60_000), over.signal).then(end, () => {});
+  const last = now() + Math.max(record.Deadline * 1000 - wallTime(), 60_000);
+  const end = () => now() > last && late.abort(new Failure("system", "the job is past its deadline"));
+  const timer = setInterval(end, 1_000); // one timer until then would fire early if that is more than 24.8 days away
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
   const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the stage before ended
-  const seen = context.now() + mtimeMs - context.wallTime();
+  const seen = now() + mtimeMs - wallTime();
   const code = await runInTask({ ...context, stop }, record, seen, script, stage).finally(() => {
-    over.abort();
+    clearInterval(timer);
     done();
   });
   try {
@@ -2247,7 +2248,8 @@ const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of
  * by its startedBy), when called twice, and beside a prepare that still runs, which ends when it finds its record gone.
  * In a directory that `checkDirectory` refuses, too: nobody else can write a record that is believed, and a task costs money.
  */
-export async function cleanup(context: Context): Promise<void> {
+export async function cleanup(given: Context): Promise<void> {
+  const context: Context = { ...given, warned: new Set() };
   const { job, log, now } = context;
   const { Directory } = context.config.TaskMetadata;
   if (!fs.existsSync(Directory)) {
@@ -2270,6 +2272,7 @@ export async function cleanup(context: Context): Promise<void> {
     const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
     if (now() > until) throw new Failure("system", still);
   }
+  usersOf(context.config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
   for (const name of fs.readdirSync(Directory))
     if (name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp"))
@@ -2334,14 +2337,16 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
  * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
  */
 async function stopByName(context: Context, aws: Aws, cluster: string, name: string, { until, signal }: Limits) {
-  const { job, log, now } = context;
+  const { job, log, now, warned } = context;
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
     const tasks = await aws.listTasks(cluster, name, limits).catch((error) => {
       const reason = reasonOf(error);
       if (!/AccessDenied/.test(reason)) throw error;
+      if (warned?.has(name)) return;
       log.warn("whether a task started by {name} is left could not be looked up: {reason}", { name, reason });
+      warned?.add(name);
     });
     if (!tasks) return false;
     // Lists may go on showing a task of an earlier try that has been stopped.
@@ -2356,6 +2361,7 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
 
 const SWEEP_TASKS_AFTER = 600; // seconds; a task's record may just be being written or removed
 const SWEEP_RECORDS_AFTER = 3_600; // seconds; a record may be of a task that ECS does not show yet
+const ABANDONED = "its job is abandoned";
 
 /** How `sweep` is called; see the help of the command line. */
 export interface SweepOptions {
@@ -2389,7 +2395,7 @@ interface Found extends Partial<TaskTrace> {
   readonly name: string;
   readonly stem: string;
   readonly job: string; // as in `startedBy`, where the record cannot say
-  readonly content: string;
+  readonly mtimeMs: number; // the end of the last stage
   readonly Deadline?: number;
 }
 
@@ -2400,9 +2406,10 @@ function readRecords(directory: string): Found[] {
     const [, stem, job] = /^([\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32})\.json$/.exec(name) ?? [];
     if (!stem || !job) return [];
     const path = join(directory, name);
-    const file = { name, stem, job, content: "" };
+    const { mtimeMs = Infinity } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {};
+    const file = { name, stem, job, mtimeMs };
     try {
-      return [{ ...file, content: readOwn(path), ...(readRecord(path) ?? {}) }];
+      return [{ ...file, ...(readRecord(path) ?? {}) }];
     } catch {
       return [{ ...file, ...remainsOf(path, 0) }]; // enough to ask whether the task runs
     }
@@ -2417,17 +2424,18 @@ function deadlineOf(task: Task): number | undefined {
 }
 
 /**
- * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone; of any manager, tasks past
- * their deadline. Then removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a
- * live prepare or run works on, are never touched.
+ * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks whose job shows
+ * no sign of a live process for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline.
+ * Then removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a live prepare or
+ * run works on, are never touched. A clock that was set forward makes every sign of life look old: so sweep looks twice,
+ * and a live process touches its lock, or the next stage begins, in between.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
   const { config, log, now, wallTime, stop } = context;
-  const { Cluster, Region, MaxTaskAge } = config.Fargate;
+  const { Cluster, Region, MaxTaskAge, AbandonedAfter } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
-  const seconds = wallTime() / 1000;
   const limits = () => ({ until: now() + STOP_FOR, signal: stop });
   const aws = new Aws(Region, context);
   const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
@@ -2443,36 +2451,53 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const listed = await aws.describeTasks(Cluster, await aws.listTasks(Cluster, undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const here = fs.existsSync(Directory);
-  const records = here ? readRecords(Directory) : [];
-  const users = here ? usersOf(config.TaskMetadata) : [];
   const own = [manager, here && fs.existsSync(join(Directory, ".manager-id")) ? managerId(Directory) : undefined];
-  const jobOf = (stem: string) => stem.slice(-64, -32);
-  /** Another container's process cannot be looked at; it counts until the deadline. */
-  const inUse = (job: string, deadline = 0) =>
-    users.some(({ stem, lives }) => jobOf(stem) === job && (lives ?? seconds < deadline));
-  const hasRecord = (job: string) => here && readRecords(Directory).some((record) => record.job === job);
+  const isOwn = (startedBy = "") => own.includes(startedBy.split("-")[1]);
+  const look = () => ({
+    seconds: wallTime() / 1000,
+    records: here ? readRecords(Directory) : [],
+    users: here ? usersOf(config.TaskMetadata, wallTime()) : [],
+  });
+  let { seconds, records, users } = look();
+  const usersOfJob = (job: string) => users.filter(({ stem }) => stem.slice(-64, -32) === job);
+  const inUse = (job: string) => usersOfJob(job).some(({ lives }) => lives);
+  const isAbandoned = ({ job, mtimeMs }: Found) => {
+    const last = Math.max(mtimeMs, ...usersOfJob(job).map((user) => user.mtimeMs)) / 1000;
+    const idle = last < seconds - uptime() || seconds > last + AbandonedAfter;
+    return idle && AbandonedAfter > 0 && !inUse(job);
+  };
 
-  for (const task of tasks.filter((task) => !isEnding(task))) {
-    const { taskArn, startedBy } = task as { taskArn: string; startedBy: string };
-    const [, starter, job] = startedBy.split("-") as [string, string, string];
-    const mine = own.includes(starter);
+  const judge = ({ taskArn = "", startedBy = "", ...task }: Task): SweptTask => {
+    const job = startedBy.slice(-32);
+    const mine = isOwn(startedBy);
     const record = mine ? records.find((record) => record.job === job) : undefined;
     const createdAt = (task.createdAt?.getTime() ?? wallTime()) / 1000;
     const known = Math.min(deadlineOf(task) ?? Infinity, record?.Deadline || Infinity);
     const deadline = Number.isFinite(known) ? known : createdAt + MaxTaskAge;
-    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER;
-    const why = lost ? "its record is gone" : seconds > deadline ? "it is past its deadline" : undefined;
-    const swept = { taskArn, startedBy, createdAt: Math.floor(createdAt), deadline: Math.floor(deadline) };
-    if (!why || (mine && inUse(job, deadline)) || (lost && hasRecord(job))) report.left.push(swept);
-    else
-      await attempt(async () => {
-        if (!dryRun) await aws.stopTask(Cluster, taskArn, `fargate sweep: ${why}`, limits());
-        report.stopped.push({ ...swept, why });
-      });
+    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER && "its record is gone";
+    const late = seconds > deadline && "it is past its deadline";
+    const why = !(mine && inUse(job)) && (lost || late || (record && isAbandoned(record) && ABANDONED));
+    const times = { createdAt: Math.floor(createdAt), deadline: Math.floor(deadline) };
+    return { taskArn, startedBy, ...times, ...(why && { why }) };
+  };
+  const end = async (aws: Aws, cluster: string, task: SweptTask) => {
+    if (!dryRun) await aws.stopTask(cluster, task.taskArn, `fargate sweep: ${task.why}`, limits());
+    report.stopped.push(task);
+  };
+
+  const judged = tasks.filter((task) => !isEnding(task)).map((task) => ({ task, first: judge(task) }));
+  const isDoubtful = ({ why, startedBy }: SweptTask) =>
+    why === ABANDONED || (why && usersOfJob(startedBy.slice(-32)).length > 0);
+  if (judged.some(({ first }) => isDoubtful(first))) await sleep(DEAD_AFTER, stop);
+  for (const { task, first } of judged) {
+    if (first.why) ({ seconds, records, users } = look());
+    const { why, ...swept } = judge(task);
+    if (why && why === first.why) await attempt(() => end(aws, Cluster, { ...swept, why }));
+    else report.left.push(swept);
   }
 
   for (const record of records) {
-    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job, record.Deadline)) continue;
+    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job)) continue;
     await attempt(async () => {
       const { TaskARN, StartedBy, Cluster: cluster = Cluster } = record;
       const there = new Aws(record.Region ?? Region, context);
@@ -2481,53 +2506,29 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
         (task) => !isEnding(task) && !report.stopped.some(({ taskArn }) => taskArn === task.taskArn),
       );
-      for (const { taskArn = "" } of running) {
-        // One of the configured cluster has been looked at above. Of one elsewhere, its record is all that tells.
-        if (!record.Deadline || seconds <= record.Deadline || tasks.some((task) => task.taskArn === taskArn)) continue;
-        const why = "it is past its deadline";
-        if (!dryRun) await there.stopTask(cluster, taskArn, `fargate sweep: ${why}`, limits());
-        const { StartedBy: startedBy = "", UpdatedAt: createdAt = 0, Deadline: deadline } = record;
-        report.stopped.push({ taskArn, startedBy, createdAt, deadline, why });
+      for (const task of running) {
+        // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
+        const swept = judge(task);
+        const isElsewhere = !tasks.some(({ taskArn }) => taskArn === task.taskArn);
+        if (isElsewhere && swept.why && swept.why !== ABANDONED) await end(there, cluster, swept);
       }
-      if (running.length > 0) return;
-      if (dryRun || removeUnchanged(join(Directory, record.name), record.content))
-        report.removedRecords.push(record.name);
+      // A prepare makes its lock before its record. Should it lose that here, it finds out, and stops its task.
+      ({ seconds, records, users } = look());
+      const { UpdatedAt } = records.find(({ name }) => name === record.name) ?? {};
+      if (running.length > 0 || inUse(record.job) || UpdatedAt !== record.UpdatedAt) return;
+      if (!dryRun) fs.rmSync(join(Directory, record.name), { force: true });
+      report.removedRecords.push(record.name);
     });
   }
   for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
-    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
+    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.tmp$/.test(name)) continue;
     const { mtimeMs = wallTime() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     // A write that was cut off.
     if (wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
-  // Of a host or container that is gone, in all likelihood.
-  for (const { name, stem, lives } of dryRun ? [] : users)
-    if (lives === undefined && !inUse(jobOf(stem), records.find((record) => record.stem === stem)?.Deadline))
-      removeQuietly(join(Directory, name));
+  look(); // removes the locks of dead processes
   log.debug("sweep left {left} tasks alone", { left: report.left.length });
   return report;
-}
-
-/**
- * Removes a record unless it has been written anew since it was read: it is taken away first, so that it cannot change
- * any more, and put back if it is not the same.
- * @returns whether it was removed
- */
-function removeUnchanged(path: string, content: string): boolean {
-  const taken = `${path}.${randomBytes(6).toString("hex")}.swept`;
-  fs.renameSync(path, taken);
-  let same = content === "";
-  try {
-    same ||= readOwn(taken) === content;
-  } catch {} // another has put something else there
-  try {
-    if (!same) fs.linkSync(taken, path);
-  } catch (error) {
-    // Where there is a newer one by now, that is as good.
-    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-  }
-  removeQuietly(taken);
-  return same;
 }
 
 /** What a sweep has done, for a person's or a program's eyes. */
@@ -2707,6 +2708,9 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
     if (!job) throw new Failure("system", none);
     const context: Context = { ...operator, job, byJob, refusal, env };
+    const parent = process.ppid; // once it has ended, nobody takes this stage's result, nor goes on with the job
+    const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
+    if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
     if (command === "prepare") await prepare(context);
     else if (command === "cleanup") await cleanup(context);
     else {
