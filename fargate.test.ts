@@ -7,6 +7,7 @@ import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
+import { uptime } from "node:os";
 import { basename, join } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
@@ -1630,6 +1631,36 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
+  test("cleanup beside a live prepare, where ListTasks is not permitted, logs one warning", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true });
+    const { job, config } = contextOf();
+    const other = spawn("sleep", ["600"]);
+    // The lock of a prepare that is this other process.
+    const identity = execFileSync("cut", ["-d", " ", "-f", "22", `/proc/${other.pid}/stat`])
+      .toString()
+      .trim();
+    const done = announce(config.TaskMetadata, job.stem, "prepare");
+    const [own = ""] = fs.readdirSync(records).filter((name) => name.endsWith(".lock"));
+    const [, , place] = own.split(".").slice(-4);
+    done();
+    fs.writeFileSync(join(records, `${job.stem}.prepare.${other.pid}.${identity}.${place}.lock`), "");
+    const looked = Promise.withResolvers<void>();
+    let looks = 0;
+    ecs.on(ListTasksCommand).callsFake(() => {
+      if (++looks === 3) looked.resolve();
+      throw awsError("AccessDeniedException", "no");
+    });
+    const cleaning = cleanup(contextOf());
+    await looked.promise;
+    other.kill("SIGKILL");
+    await cleaning;
+    expect(looks).toBeGreaterThan(2);
+    expect(logged.filter((line) => line.startsWith("warning: "))).toEqual([
+      expect.stringMatching(/^warning: whether a task started by \S+ is left could not be looked up: ecs:List/),
+    ]);
+  });
+
   test("a clock that was set back does not make cleanup look for longer than half a minute", async () => {
     openDirectory(records);
     const future = Date.now() / 1000 + 3_600;
@@ -3187,6 +3218,8 @@ interface Scene {
   /** Resolves when the first command that the task is to execute is held, where `holdFirstCommand` asks for that. */
   readonly commandHeld: Promise<void>;
   configure(changes?: ConfigChanges): void;
+  /** Path of the configuration file. */
+  readonly config: string;
   /** Runs a stage of the compiled program to its end. */
   stage(name: string, options?: { env?: Record<string, string | undefined> }): Promise<Finished>;
   /** Begins one; `run` gets a script. */
@@ -3251,6 +3284,9 @@ function makeScene(world: World, { changes = {}, jobTimeout = 3600 }: FaultOptio
     commandHeld,
     configure: (more = {}) => {
       config = world.configure(more);
+    },
+    get config() {
+      return config;
     },
     begin,
     stage: (name, options) => begin(name, options).finished,
@@ -4165,6 +4201,179 @@ describe.concurrent("sweep", () => {
       return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /./ };
     },
   );
+
+  /** Makes the last sign of a live process on any job so many seconds old, as a clock that is set forward does. */
+  const idle = (scene: Scene, seconds: number) => {
+    const then = Date.now() / 1000 - seconds;
+    for (const name of filesLeft(scene.world)) fs.utimesSync(join(scene.world.records, name), then, then);
+  };
+  const report = (finished: Finished) => ({ ...finished, stderr: finished.stdout.toString() });
+  const untouched = { code: 0, report: { stopped: [], removedRecords: [], problems: [] } };
+  /** Runs a script in a PID namespace of its own, as in another container that has the same directory of records. */
+  const runElsewhere = (scene: Scene, script: string) => {
+    const file = join(directory(), "script");
+    fs.writeFileSync(file, script);
+    const elsewhere = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"];
+    if (spawnSync(elsewhere[0] as string, [...elsewhere.slice(1), "true"]).status !== 0)
+      throw new SkipFault("unshare(1) is not permitted");
+    const run = [driver, "--config", scene.config, "custom", "run", file, "build_script"];
+    return start([...elsewhere, ...run], { env: scene.env });
+  };
+
+  faultTest(
+    "the process that plays the runner is killed (SIGKILL) during a script; sweep stops its task, and no other's",
+    async (scene) => {
+      const { aws } = scene.world;
+      const other = await prepared(scene);
+      const lasting = scene.begin("run", { script: "echo running; sleep 600" });
+      await lasting.shows("running");
+      const second = makeScene(scene.world, {}, forever);
+      ended(await second.stage("prepare"), 0);
+      const killed = aws.running().find(({ taskArn }) => taskArn !== other)?.taskArn;
+      const script = join(directory(), "script");
+      fs.writeFileSync(script, "echo begun; sleep 600");
+      const run = [driver, "--config", second.config, "custom", "run", script, "build_script"];
+      const runner = start(["sh", "-c", '"$@"; exit', "sh", ...run], { env: second.env });
+      await runner.shows("begun");
+      runner.process.kill("SIGKILL");
+      // Its output ends when the driver's process has ended, too.
+      expect((await runner.finished).stderr).toContain("the process that started this stage has ended");
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      idle(scene, 901);
+      const finished = await sweeping(scene, "--json");
+      expect(finished).toMatchObject({
+        code: 0,
+        report: { stopped: [{ taskArn: killed, why: "its job is abandoned" }] },
+      });
+      expect(aws.running().map(({ taskArn }) => taskArn)).toEqual([other]);
+      lasting.process.kill("SIGTERM");
+      await lasting.finished;
+      ended(await second.stage("cleanup"), 0);
+      return { stage: "sweep", finished: { ...finished, stderr: `${finished.report?.stopped[0]?.why}` } };
+    },
+  );
+
+  faultTest("a runner dies between two stages; sweep, AbandonedAfter later", async (scene) => {
+    const arn = await prepared(scene);
+    ended(await scene.run("true"), 0);
+    idle(scene, 890);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, 901);
+    scene.configure({ Fargate: { AbandonedAfter: 0 } });
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    scene.configure();
+    const finished = await sweeping(scene);
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    expect(scene.world.aws.running()).toEqual([]);
+    expect(scene.world.aws.callsTo("StopTask").at(-1)?.input).toMatchObject({
+      task: arn,
+      reason: "fargate sweep: its job is abandoned",
+    });
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
+
+  faultTest(
+    "a run is killed long after the stage before it; sweep waits for AbandonedAfter from its end",
+    async (scene) => {
+      await prepared(scene);
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      idle(scene, 1_800);
+      const [lock = ""] = filesLeft(scene.world).filter((name) => name.endsWith(".lock"));
+      run.process.kill("SIGKILL");
+      await run.finished;
+      const touched = (ago: number) => {
+        const then = Date.now() / 1000 - ago;
+        fs.utimesSync(join(scene.world.records, lock), then, then);
+      };
+      touched(890);
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      touched(901);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+    },
+  );
+
+  faultTest("the host is booted anew in the middle of a job; sweep need not wait", async (scene) => {
+    scene.configure({ Fargate: { AbandonedAfter: 604_800 } });
+    await prepared(scene);
+    const lock = `${basename(scene.record, ".json")}.run.4711.123.0123456789.lock`;
+    fs.writeFileSync(join(scene.world.records, lock), "", { mode: 0o600 });
+    idle(scene, uptime() - 5);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, uptime() + 5);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
+
+  faultTest(
+    "the manager's container is replaced in the middle of a script; its lock does not count for ever",
+    async (scene) => {
+      await prepared(scene);
+      const run = runElsewhere(scene, "echo running; sleep 600");
+      await run.shows("running");
+      // From here its process cannot be looked at, but it touches its lock.
+      idle(scene, 1_800);
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      run.process.kill("SIGKILL");
+      await run.finished;
+      idle(scene, 901);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+    },
+  );
+
+  faultTest("a script prints nothing for half an hour; sweep leaves its job", async (scene) => {
+    await prepared(scene);
+    const gate = join(directory(), "gate");
+    execFileSync("mkfifo", [gate]);
+    const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
+    await run.shows("running");
+    age(scene, 1_800);
+    ageRecord(scene.record, 1_800);
+    idle(scene, 1_800);
+    const finished = await sweeping(scene, "--json");
+    expect(finished).toMatchObject(untouched);
+    fs.writeFileSync(gate, "go on\n");
+    expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
+    return { stage: "sweep", finished };
+  });
+
+  faultTest(
+    "a driver process is stopped (SIGSTOP) for longer than AbandonedAfter; sweep leaves its job",
+    async (scene) => {
+      await prepared(scene);
+      const gate = join(directory(), "gate");
+      execFileSync("mkfifo", [gate]);
+      const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
+      await run.shows("running");
+      run.process.kill("SIGSTOP");
+      idle(scene, 1_800);
+      const finished = await sweeping(scene, "--json");
+      expect(finished).toMatchObject(untouched);
+      run.process.kill("SIGCONT");
+      fs.writeFileSync(gate, "go on\n");
+      expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
+      return { stage: "sweep", finished };
+    },
+  );
+
+  faultTest("the clock is set forward by an hour while a job is between two stages; sweep leaves it", async (scene) => {
+    await prepared(scene);
+    idle(scene, 3_600);
+    scene.configure({ top: { LogLevel: "debug" } });
+    const begun = scene.begin("sweep");
+    await begun.shows("looking again");
+    ended(await scene.run("true"), 0);
+    const finished = await begun.finished;
+    ended(finished, 0);
+    expect(scene.world.aws.running()).toHaveLength(1);
+    scene.configure();
+    return { stage: "sweep", finished, says: /looking again/ };
+  });
 
   faultTest("records older than an hour whose tasks are gone, and what killed writers left; sweep", async (scene) => {
     const arn = await prepared(scene);

@@ -2488,7 +2488,10 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const judged = tasks.filter((task) => !isEnding(task)).map((task) => ({ task, first: judge(task) }));
   const isDoubtful = ({ why, startedBy }: SweptTask) =>
     why === ABANDONED || (why && usersOfJob(startedBy.slice(-32)).length > 0);
-  if (judged.some(({ first }) => isDoubtful(first))) await sleep(DEAD_AFTER, stop);
+  if (judged.some(({ first }) => isDoubtful(first))) {
+    log.debug("looking again at what may be abandoned, {seconds} s later", { seconds: DEAD_AFTER / 1000 });
+    await sleep(DEAD_AFTER, stop);
+  }
   for (const { task, first } of judged) {
     if (first.why) ({ seconds, records, users } = look());
     const { why, ...swept } = judge(task);
