@@ -82,6 +82,7 @@ import {
   readRecord,
   remainsOf,
   retry,
+  run,
   runScript as runScriptOnce,
   run as runStage,
   runTaskInput,
@@ -1213,6 +1214,62 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
     // A refusal is an answer: there is nothing to look for.
     expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
+  });
+
+  test.each([
+    ["forward", 3_600_000],
+    ["back", -3_600_000],
+  ])("a wall clock that is set %s by an hour whenever it is read changes no duration", async (_, step) => {
+    let time = Date.now();
+    const context = { ...contextOf((config) => (config.SSH.Port = 0)), wallTime: () => (time += step) };
+    taskGoesThrough(context, undefined, taskIn("PROVISIONING"), taskIn("PENDING", "127.0.0.1"));
+    await prepare(context);
+    ecs.on(StopTaskCommand).rejectsOnce(awsError("ThrottlingException", "Rate exceeded")).resolves({});
+    await cleanup(context);
+    expect(inputs(StopTaskCommand)).toHaveLength(2);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("a deadline that is further away than the longest timer does not come early, and comes", async () => {
+    const day = 86_400_000;
+    let days = 0;
+    let reads = 0;
+    const context = contextOf((config) => (config.SSH.Port = 0));
+    const far: Context = {
+      ...context,
+      job: { ...context.job, timeout: (30 * day) / 1000 },
+      now: () => {
+        reads++;
+        return Date.now() + days * day;
+      },
+    };
+    taskGoesThrough(far, taskIn("RUNNING", "127.0.0.1"));
+    await prepare(far);
+    for (const [passed, outcome] of [
+      [25, undefined],
+      [31, "the job is past its deadline"],
+    ] as const) {
+      days = 0;
+      const gate = join(directory(), "gate");
+      execFileSync("mkfifo", [gate]);
+      const script = join(directory(), "script");
+      fs.writeFileSync(script, `echo begun; read -r _ < ${gate}`);
+      const stdout = new PassThrough();
+      const running = run({ ...far, stdout, stderr: new PassThrough() }, script, "build_script");
+      const settled = running.then(
+        (code) => code,
+        (failure: Failure) => failure.message,
+      );
+      await new Promise((resolve) => stdout.once("data", resolve));
+      days = passed;
+      if (outcome) expect(await settled).toBe(outcome);
+      else {
+        const before = reads;
+        await expect.poll(() => reads, { timeout: 20_000 }).toBeGreaterThan(before + 1);
+        fs.writeFileSync(gate, "go on\n");
+        expect(await settled).toBe(0);
+      }
+    }
   });
 
   test("an answer with failures and no task gives their reasons", async () => {
