@@ -796,8 +796,7 @@ const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /p
  * @returns removes the lock
  */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
-  const name = [stem, stage, process.pid, identityOf("self"), "lock"].join(".");
-  const path = join(Directory, name);
+  const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
   const beat = () => {
     try {
       if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
@@ -827,7 +826,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
     const isHere = place && identityOf("self").endsWith(`.${place}`);
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
     if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
-    return [{ name, stem, stage, pid: Number(pid), lives, mtimeMs }];
+    return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
 }
 
@@ -2393,7 +2392,6 @@ export interface SweepReport {
 /** A file of the directory of records, as far as it can be understood. */
 interface Found extends Partial<TaskTrace> {
   readonly name: string;
-  readonly stem: string;
   readonly job: string; // as in `startedBy`, where the record cannot say
   readonly mtimeMs: number; // the end of the last stage
   readonly Deadline?: number;
@@ -2403,11 +2401,11 @@ interface Found extends Partial<TaskTrace> {
 function readRecords(directory: string): Found[] {
   return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry): Found[] => {
     const name = entry.isFile() ? entry.name : "";
-    const [, stem, job] = /^([\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32})\.json$/.exec(name) ?? [];
-    if (!stem || !job) return [];
+    const [, job] = /^[\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32}\.json$/.exec(name) ?? [];
+    if (!job) return [];
     const path = join(directory, name);
     const { mtimeMs = Infinity } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {};
-    const file = { name, stem, job, mtimeMs };
+    const file = { name, job, mtimeMs };
     try {
       return [{ ...file, ...(readRecord(path) ?? {}) }];
     } catch {
@@ -2424,11 +2422,11 @@ function deadlineOf(task: Task): number | undefined {
 }
 
 /**
- * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks whose job shows
- * no sign of a live process for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline.
- * Then removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a live prepare or
- * run works on, are never touched. A clock that was set forward makes every sign of life look old: so sweep looks twice,
- * and a live process touches its lock, or the next stage begins, in between.
+ * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
+ * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
+ * removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a live prepare or run
+ * works on, are never touched. A clock that was set forward makes every sign of work look old. So sweep looks twice: in
+ * between, a live process touches its lock, or the next stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
@@ -2452,7 +2450,6 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const here = fs.existsSync(Directory);
   const own = [manager, here && fs.existsSync(join(Directory, ".manager-id")) ? managerId(Directory) : undefined];
-  const isOwn = (startedBy = "") => own.includes(startedBy.split("-")[1]);
   const look = () => ({
     seconds: wallTime() / 1000,
     records: here ? readRecords(Directory) : [],
@@ -2461,24 +2458,20 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   let { seconds, records, users } = look();
   const usersOfJob = (job: string) => users.filter(({ stem }) => stem.slice(-64, -32) === job);
   const inUse = (job: string) => usersOfJob(job).some(({ lives }) => lives);
-  const isAbandoned = ({ job, mtimeMs }: Found) => {
-    const last = Math.max(mtimeMs, ...usersOfJob(job).map((user) => user.mtimeMs)) / 1000;
-    const idle = last < seconds - uptime() || seconds > last + AbandonedAfter;
-    return idle && AbandonedAfter > 0 && !inUse(job);
-  };
 
   const judge = ({ taskArn = "", startedBy = "", ...task }: Task): SweptTask => {
     const job = startedBy.slice(-32);
-    const mine = isOwn(startedBy);
+    const mine = own.includes(startedBy.split("-")[1]);
     const record = mine ? records.find((record) => record.job === job) : undefined;
-    const createdAt = (task.createdAt?.getTime() ?? wallTime()) / 1000;
+    const createdAt = Math.floor((task.createdAt?.getTime() ?? wallTime()) / 1000);
     const known = Math.min(deadlineOf(task) ?? Infinity, record?.Deadline || Infinity);
-    const deadline = Number.isFinite(known) ? known : createdAt + MaxTaskAge;
+    const deadline = Math.floor(Number.isFinite(known) ? known : createdAt + MaxTaskAge);
     const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER && "its record is gone";
     const late = seconds > deadline && "it is past its deadline";
-    const why = !(mine && inUse(job)) && (lost || late || (record && isAbandoned(record) && ABANDONED));
-    const times = { createdAt: Math.floor(createdAt), deadline: Math.floor(deadline) };
-    return { taskArn, startedBy, ...times, ...(why && { why }) };
+    const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...usersOfJob(job).map(({ mtimeMs }) => mtimeMs)) / 1000;
+    const isIdle = lastSign < seconds - uptime() || lastSign < seconds - AbandonedAfter;
+    const why = !(mine && inUse(job)) && (lost || late || (isIdle && AbandonedAfter > 0 && ABANDONED));
+    return { taskArn, startedBy, createdAt, deadline, ...(why && { why }) };
   };
   const end = async (aws: Aws, cluster: string, task: SweptTask) => {
     if (!dryRun) await aws.stopTask(cluster, task.taskArn, `fargate sweep: ${task.why}`, limits());
@@ -2509,10 +2502,9 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
         (task) => !isEnding(task) && !report.stopped.some(({ taskArn }) => taskArn === task.taskArn),
       );
-      for (const task of running) {
+      for (const swept of running.map(judge)) {
         // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
-        const swept = judge(task);
-        const isElsewhere = !tasks.some(({ taskArn }) => taskArn === task.taskArn);
+        const isElsewhere = !tasks.some(({ taskArn }) => taskArn === swept.taskArn);
         if (isElsewhere && swept.why && swept.why !== ABANDONED) await end(there, cluster, swept);
       }
       // A prepare makes its lock before its record. Should it lose that here, it finds out, and stops its task.
@@ -2693,13 +2685,8 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const file = readFile(request.config, "the configuration file");
     const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
-    const operator: Operator = {
-      config,
-      log,
-      stop: stopping.signal,
-      now: () => Math.floor(performance.now()),
-      wallTime: Date.now,
-    };
+    const now = () => Math.floor(performance.now());
+    const operator: Operator = { config, log, stop: stopping.signal, now, wallTime: Date.now };
     if (request.sweep) {
       const report = await sweep(operator, request.sweep);
       writeWhole(1, formatSweep(report, request.sweep.json));
