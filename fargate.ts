@@ -2516,9 +2516,9 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     });
   }
   for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
-    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.tmp$/.test(name)) continue;
+    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
     const { mtimeMs = wallTime() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    // A write that was cut off.
+    // A write that was cut off, or a removal by an earlier version.
     if (wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
   look(); // removes the locks of dead processes
