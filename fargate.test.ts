@@ -7,7 +7,7 @@ import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
-import { hostname, networkInterfaces } from "node:os";
+import { hostname, networkInterfaces, uptime } from "node:os";
 import { basename, join, relative as relativePath } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
@@ -88,6 +88,7 @@ import {
   recognize,
   remainsOf,
   retry,
+  run,
   runScript as runScriptOnce,
   run as runStage,
   runTaskInput,
@@ -1098,9 +1099,9 @@ describe("the task record", () => {
     );
     const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
     announce({ Directory: where }, stem, "run");
-    expect(usersOf({ Directory: where })).toMatchObject([{ stem, stage: "run", lives: true }]);
+    expect(usersOf({ Directory: where }, Date.now())).toMatchObject([{ stem, stage: "run", lives: true }]);
     fs.chownSync(join(where, fs.readdirSync(where)[0] as string), 12_345, 0);
-    expect(usersOf({ Directory: where })).toEqual([]);
+    expect(usersOf({ Directory: where }, Date.now())).toEqual([]);
   });
 
   test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {
@@ -1420,7 +1421,16 @@ describe("prepare and cleanup, with ECS mocked", () => {
     change(config);
     const hash = "0123456789abcdef".repeat(4);
     const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
-    return { config, job, byJob: [], log: getLogger("fargate"), env: {}, stop: stop.signal, now: Date.now };
+    return {
+      config,
+      job,
+      byJob: [],
+      log: getLogger("fargate"),
+      env: {},
+      stop: stop.signal,
+      now: Date.now,
+      wallTime: Date.now,
+    };
   }
 
   const recordFile = () => join(records, `label-${"0123456789abcdef".repeat(4)}.json`);
@@ -1502,6 +1512,62 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
     // A refusal is an answer: there is nothing to look for.
     expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
+  });
+
+  test.each([
+    ["forward", 3_600_000],
+    ["back", -3_600_000],
+  ])("a wall clock that is set %s by an hour whenever it is read changes no duration", async (_, step) => {
+    let time = Date.now();
+    const context = { ...contextOf((config) => (config.SSH.Port = 0)), wallTime: () => (time += step) };
+    taskGoesThrough(context, undefined, taskIn("PROVISIONING"), taskIn("PENDING", "127.0.0.1"));
+    await prepare(context);
+    ecs.on(StopTaskCommand).rejectsOnce(awsError("ThrottlingException", "Rate exceeded")).resolves({});
+    await cleanup(context);
+    expect(inputs(StopTaskCommand)).toHaveLength(2);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("a deadline that is further away than the longest timer does not come early, and comes", async () => {
+    const day = 86_400_000;
+    let days = 0;
+    let reads = 0;
+    const context = contextOf((config) => (config.SSH.Port = 0));
+    const far: Context = {
+      ...context,
+      job: { ...context.job, timeout: (30 * day) / 1000 },
+      now: () => {
+        reads++;
+        return Date.now() + days * day;
+      },
+    };
+    taskGoesThrough(far, taskIn("RUNNING", "127.0.0.1"));
+    await prepare(far);
+    for (const [passed, outcome] of [
+      [25, undefined],
+      [31, "the job is past its deadline"],
+    ] as const) {
+      days = 0;
+      const gate = join(directory(), "gate");
+      execFileSync("mkfifo", [gate]);
+      const script = join(directory(), "script");
+      fs.writeFileSync(script, `echo begun; read -r _ < ${gate}`);
+      const stdout = new PassThrough();
+      const running = run({ ...far, stdout, stderr: new PassThrough() }, script, "build_script");
+      const settled = running.then(
+        (code) => code,
+        (failure: Failure) => failure.message,
+      );
+      await new Promise((resolve) => stdout.once("data", resolve));
+      days = passed;
+      if (outcome) expect(await settled).toBe(outcome);
+      else {
+        const before = reads;
+        await expect.poll(() => reads, { timeout: 20_000 }).toBeGreaterThan(before + 1);
+        fs.writeFileSync(gate, "go on\n");
+        expect(await settled).toBe(0);
+      }
+    }
   });
 
   test("an answer with failures and no task gives their reasons", async () => {
@@ -2052,6 +2118,36 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await cleanup(contextOf());
     expect((inputs(StopTaskCommand) as { task: string }[]).map(({ task }) => task)).toContain(arn);
     expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("cleanup beside a live prepare, where ListTasks is not permitted, logs one warning", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true });
+    const { job, config } = contextOf();
+    const other = spawn("sleep", ["600"]);
+    // The lock of a prepare that is this other process.
+    const identity = execFileSync("cut", ["-d", " ", "-f", "22", `/proc/${other.pid}/stat`])
+      .toString()
+      .trim();
+    const done = announce(config.TaskMetadata, job.stem, "prepare");
+    const [own = ""] = fs.readdirSync(records).filter((name) => name.endsWith(".lock"));
+    const [, , place] = own.split(".").slice(-4);
+    done();
+    fs.writeFileSync(join(records, `${job.stem}.prepare.${other.pid}.${identity}.${place}.lock`), "");
+    const looked = Promise.withResolvers<void>();
+    let looks = 0;
+    ecs.on(ListTasksCommand).callsFake(() => {
+      if (++looks === 3) looked.resolve();
+      throw awsError("AccessDeniedException", "no");
+    });
+    const cleaning = cleanup(contextOf());
+    await looked.promise;
+    other.kill("SIGKILL");
+    await cleaning;
+    expect(looks).toBeGreaterThan(2);
+    expect(logged.filter((line) => line.startsWith("warning: "))).toEqual([
+      expect.stringMatching(/^warning: whether a task started by \S+ is left could not be looked up: ecs:List/),
+    ]);
   });
 
   test("a clock that was set back does not make cleanup look for longer than half a minute", async () => {
@@ -3894,6 +3990,8 @@ interface Scene {
   /** Resolves when the first command that the task is to execute is held, where `holdFirstCommand` asks for that. */
   readonly commandHeld: Promise<void>;
   configure(changes?: ConfigChanges): void;
+  /** Path of the configuration file. */
+  readonly config: string;
   /** Runs a stage of the compiled program to its end. */
   stage(name: string, options?: { env?: Record<string, string | undefined> }): Promise<Finished>;
   /** Begins one; `run` gets a script. */
@@ -3958,6 +4056,9 @@ function makeScene(world: World, { changes = {}, jobTimeout = 3600 }: FaultOptio
     commandHeld,
     configure: (more = {}) => {
       config = world.configure(more);
+    },
+    get config() {
+      return config;
     },
     begin,
     stage: (name, options) => begin(name, options).finished,
@@ -4882,6 +4983,179 @@ describe.concurrent("sweep", () => {
       return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /./ };
     },
   );
+
+  /** Makes the last sign of a live process on any job so many seconds old, as a clock that is set forward does. */
+  const idle = (scene: Scene, seconds: number) => {
+    const then = Date.now() / 1000 - seconds;
+    for (const name of filesLeft(scene.world)) fs.utimesSync(join(scene.world.records, name), then, then);
+  };
+  const report = (finished: Finished) => ({ ...finished, stderr: finished.stdout.toString() });
+  const untouched = { code: 0, report: { stopped: [], removedRecords: [], problems: [] } };
+  /** Runs a script in a PID namespace of its own, as in another container that has the same directory of records. */
+  const runElsewhere = (scene: Scene, script: string) => {
+    const file = join(directory(), "script");
+    fs.writeFileSync(file, script);
+    const elsewhere = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"];
+    if (spawnSync(elsewhere[0] as string, [...elsewhere.slice(1), "true"]).status !== 0)
+      throw new SkipFault("unshare(1) is not permitted");
+    const run = [driver, "--config", scene.config, "custom", "run", file, "build_script"];
+    return start([...elsewhere, ...run], { env: scene.env });
+  };
+
+  faultTest(
+    "the process that plays the runner is killed (SIGKILL) during a script; sweep stops its task, and no other's",
+    async (scene) => {
+      const { aws } = scene.world;
+      const other = await prepared(scene);
+      const lasting = scene.begin("run", { script: "echo running; sleep 600" });
+      await lasting.shows("running");
+      const second = makeScene(scene.world, {}, forever);
+      ended(await second.stage("prepare"), 0);
+      const killed = aws.running().find(({ taskArn }) => taskArn !== other)?.taskArn;
+      const script = join(directory(), "script");
+      fs.writeFileSync(script, "echo begun; sleep 600");
+      const run = [driver, "--config", second.config, "custom", "run", script, "build_script"];
+      const runner = start(["sh", "-c", '"$@"; exit', "sh", ...run], { env: second.env });
+      await runner.shows("begun");
+      runner.process.kill("SIGKILL");
+      // Its output ends when the driver's process has ended, too.
+      expect((await runner.finished).stderr).toContain("the process that started this stage has ended");
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      idle(scene, 901);
+      const finished = await sweeping(scene, "--json");
+      expect(finished).toMatchObject({
+        code: 0,
+        report: { stopped: [{ taskArn: killed, why: "its job is abandoned" }] },
+      });
+      expect(aws.running().map(({ taskArn }) => taskArn)).toEqual([other]);
+      lasting.process.kill("SIGTERM");
+      await lasting.finished;
+      ended(await second.stage("cleanup"), 0);
+      return { stage: "sweep", finished: { ...finished, stderr: `${finished.report?.stopped[0]?.why}` } };
+    },
+  );
+
+  faultTest("a runner dies between two stages; sweep, AbandonedAfter later", async (scene) => {
+    const arn = await prepared(scene);
+    ended(await scene.run("true"), 0);
+    idle(scene, 890);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, 901);
+    scene.configure({ Fargate: { AbandonedAfter: 0 } });
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    scene.configure();
+    const finished = await sweeping(scene);
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    expect(scene.world.aws.running()).toEqual([]);
+    expect(scene.world.aws.callsTo("StopTask").at(-1)?.input).toMatchObject({
+      task: arn,
+      reason: "fargate sweep: its job is abandoned",
+    });
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
+
+  faultTest(
+    "a run is killed long after the stage before it; sweep waits for AbandonedAfter from its end",
+    async (scene) => {
+      await prepared(scene);
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      idle(scene, 1_800);
+      const [lock = ""] = filesLeft(scene.world).filter((name) => name.endsWith(".lock"));
+      run.process.kill("SIGKILL");
+      await run.finished;
+      const touched = (ago: number) => {
+        const then = Date.now() / 1000 - ago;
+        fs.utimesSync(join(scene.world.records, lock), then, then);
+      };
+      touched(890);
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      touched(901);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+    },
+  );
+
+  faultTest("the host is booted anew in the middle of a job; sweep need not wait", async (scene) => {
+    scene.configure({ Fargate: { AbandonedAfter: 604_800 } });
+    await prepared(scene);
+    const lock = `${basename(scene.record, ".json")}.run.4711.123.0123456789.lock`;
+    fs.writeFileSync(join(scene.world.records, lock), "", { mode: 0o600 });
+    idle(scene, uptime() - 5);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, uptime() + 5);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
+
+  faultTest(
+    "the manager's container is replaced in the middle of a script; its lock does not count for ever",
+    async (scene) => {
+      await prepared(scene);
+      const run = runElsewhere(scene, "echo running; sleep 600");
+      await run.shows("running");
+      // From here its process cannot be looked at, but it touches its lock.
+      idle(scene, 1_800);
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      run.process.kill("SIGKILL");
+      await run.finished;
+      idle(scene, 901);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+    },
+  );
+
+  faultTest("a script prints nothing for half an hour; sweep leaves its job", async (scene) => {
+    await prepared(scene);
+    const gate = join(directory(), "gate");
+    execFileSync("mkfifo", [gate]);
+    const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
+    await run.shows("running");
+    age(scene, 1_800);
+    ageRecord(scene.record, 1_800);
+    idle(scene, 1_800);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toHaveLength(1);
+    fs.writeFileSync(gate, "go on\n");
+    expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
+    return { stage: "sweep", finished: report(finished) };
+  });
+
+  faultTest(
+    "a driver process is stopped (SIGSTOP) for longer than AbandonedAfter; sweep leaves its job",
+    async (scene) => {
+      await prepared(scene);
+      const gate = join(directory(), "gate");
+      execFileSync("mkfifo", [gate]);
+      const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
+      await run.shows("running");
+      run.process.kill("SIGSTOP");
+      idle(scene, 1_800);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toHaveLength(1);
+      run.process.kill("SIGCONT");
+      fs.writeFileSync(gate, "go on\n");
+      expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
+      return { stage: "sweep", finished: report(finished) };
+    },
+  );
+
+  faultTest("the clock is set forward by an hour while a job is between two stages; sweep leaves it", async (scene) => {
+    await prepared(scene);
+    idle(scene, 3_600);
+    scene.configure({ top: { LogLevel: "debug" } });
+    const begun = scene.begin("sweep");
+    await begun.shows("looking again");
+    ended(await scene.run("true"), 0);
+    const finished = await begun.finished;
+    ended(finished, 0);
+    expect(scene.world.aws.running()).toHaveLength(1);
+    scene.configure();
+    return { stage: "sweep", finished: report(finished) };
+  });
 
   faultTest("records older than an hour whose tasks are gone, and what killed writers left; sweep", async (scene) => {
     const arn = await prepared(scene);
@@ -6708,7 +6982,7 @@ describe("any input", () => {
     const hash = "0123456789abcdef".repeat(4);
     const job: Job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
     const log = getLogger(["fargate", name]);
-    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now };
+    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now, wallTime: Date.now };
     return { context, lines, record: join(records, `${job.stem}.json`) };
   }
   const ownStartedBy = /^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/;

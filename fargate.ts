@@ -32,7 +32,7 @@
 import { createHash, generateKeyPairSync, randomBytes, randomUUID, X509Certificate } from "node:crypto";
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
-import { hostname, constants as osConstants } from "node:os";
+import { hostname, constants as osConstants, uptime } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
@@ -306,6 +306,7 @@ export const ConfigSchema = v.object({
       StartTimeout: v.optional(whole(1, 86_400, "seconds from the start of a task until it must be ready"), 600),
       WaitForHealthy: v.optional(flag("whether prepare waits until ECS reports the container healthy"), false),
       DeadlineMargin: v.optional(whole(0, 604_800, "seconds of grace after StartTimeout and job timeout"), 3600),
+      AbandonedAfter: v.optional(whole(0, 604_800, "seconds without a live stage until sweep stops a task"), 900),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
     v.rawCheck(({ dataset, addIssue }) => {
@@ -816,58 +817,59 @@ export function remainsOf(
   return UpdatedAt;
 }
 
-/** What tells a live process from a later one of the same id: its start, from /proc; "" where there is no /proc. */
-function startOf(pid: number): string | undefined {
+/** Tells a process from all others: its start, a dot, and this boot and PID namespace; "." if it has ended, or no /proc. */
+function identityOf(pid: number | "self"): string {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
     const stat = fs.readFileSync(`/proc/${pid}/stat`, "latin1");
     const [state = "", ...fields] = stat.replace(/^.*\) /s, "").split(" ");
-    return /[ZX]/.test(state) ? undefined : fields[18];
-  } catch {}
-  try {
-    process.kill(pid, 0);
-    return "";
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === "EPERM" ? "" : undefined;
+    const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "latin1").slice(0, 8);
+    return /[ZX]/.test(state) ? "." : `${fields[18]}.${boot}${fs.statSync("/proc/self/ns/pid").ino}`;
+  } catch {
+    return ".";
   }
 }
 
-/** Where this process's id holds: the processes of another host or container cannot be looked at. */
-function pidNamespace(): string {
-  try {
-    const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "latin1").slice(0, 8);
-    return boot + fs.readlinkSync("/proc/self/ns/pid").replace(/\D/g, "");
-  } catch {
-    return "";
-  }
+const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
+const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
+
+/**
+ * Makes a lock, an empty file whose name identifies this process: `sweep` leaves the job alone, `cleanup` waits for it.
+ * Touches it regularly, for those who cannot look at this process.
+ * @returns removes the lock
+ */
+export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
+  const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
+  const beat = () => {
+    try {
+      if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
+      else fs.closeSync(fs.openSync(path, "wx", 0o600));
+    } catch {} // a record that can be read is enough for a run; a full disk may have room later
+  };
+  beat();
+  const timer = setInterval(beat, BEAT).unref();
+  return () => {
+    clearInterval(timer);
+    removeQuietly(path);
+  };
 }
 
 /**
- * Says, by the name of an empty file, that this process works on a job: `sweep` leaves it alone, `cleanup` waits for it.
- * @returns takes that back
+ * Who works on records in a directory. /proc shows whether a lock's process lives, also one that is stopped. For a process
+ * elsewhere (another host or container, or before a reboot), the last touch decides. The locks of dead processes are
+ * kept with the record, since they show when the job was last worked on, and removed without one.
  */
-export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
-  const name = [stem, stage, process.pid, startOf(process.pid), pidNamespace(), "lock"].join(".");
-  const path = join(Directory, name);
-  try {
-    fs.closeSync(fs.openSync(path, "wx", 0o600));
-  } catch {
-    return () => {}; // a record that can be read is enough for a run
-  }
-  return () => removeQuietly(path);
-}
-
-/** Who works on records in a directory. What dead processes left is removed: their file names are theirs alone. */
-export function usersOf({ Directory }: Config["TaskMetadata"]) {
+export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
-    const [, stem, stage, pid, start, namespace] =
-      /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
+    const [, stem, stage, pid, identity = "", place] =
+      /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
     if (!stem || !stage) return [];
-    if (fs.lstatSync(join(Directory, name), { throwIfNoEntry: false })?.uid !== process.geteuid?.()) return [];
-    // Undefined where that cannot be known: the process is of another host or container, or of one before a reboot.
-    const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
-    if (lives === false) removeQuietly(join(Directory, name));
-    return lives === false ? [] : [{ name, stem, stage, pid: Number(pid), lives }];
+    const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    if (uid !== process.geteuid?.()) return [];
+    const isHere = place && identityOf("self").endsWith(`.${place}`);
+    const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
+    if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
+    return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
 }
 
@@ -929,7 +931,8 @@ export interface Operator {
   readonly config: Config;
   readonly log: Logger;
   readonly stop: AbortSignal; // aborted by SIGTERM or SIGINT; the reason is a Failure that says so
-  readonly now: () => number; // milliseconds since the epoch
+  readonly now: () => number; // milliseconds of a clock that nobody sets: for durations, within this process
+  readonly wallTime: () => number; // milliseconds since the epoch: only to compare with other processes and machines
   readonly env: Environment;
 }
 
@@ -938,6 +941,7 @@ export interface Context extends Operator {
   readonly job: Job;
   readonly byJob: readonly string[]; // the settings that a variable of the job decided
   readonly refusal?: string | undefined; // why these are not allowed, where they are not
+  readonly warned?: Set<string>; // what has been warned of, in a stage that repeats itself
 }
 
 /** Where the output of a script goes. */
@@ -975,7 +979,7 @@ export function runTaskInput(
 
 /** How something is bounded that may be repeated. */
 export interface Limits {
-  readonly until: number; // epoch ms after which it is not tried again
+  readonly until: number; // ms, as of `now`, after which it is not tried again
   readonly signal?: AbortSignal | undefined; // ends it with the signal's reason
   readonly again?: (error: unknown) => boolean; // which failures may pass; `isTransient` unless given
 }
@@ -1353,7 +1357,7 @@ export class Aws {
 
   /**
    * Stops a task; one that is gone counts as stopped. `reason` holds ids only.
-   * @param young until when, in epoch ms, ECS may not know the task yet
+   * @param young until when, in ms as of `now`, ECS may not know the task yet
    */
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const isGone = (error: unknown) => causeOf(error).problem === "noTask";
@@ -2086,13 +2090,13 @@ export async function prepare(context: Context): Promise<void> {
 }
 
 /** Another process that prepares the same job, and lives. */
-const prepareOf = ({ config, job }: Context) =>
-  usersOf(config.TaskMetadata).find(
+const prepareOf = ({ config, job, wallTime }: Context) =>
+  usersOf(config.TaskMetadata, wallTime()).find(
     ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
   );
 
 function newRecord(context: Context, privateKey: string): TaskRecord {
-  const { config, now } = context;
+  const { config, wallTime } = context;
   return {
     Version: RECORD_VERSION,
     TaskARN: "",
@@ -2107,7 +2111,7 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
     Interpreter: "sh",
     LoginShell: "",
     Deadline: 0,
-    UpdatedAt: Math.floor(now() / 1000),
+    UpdatedAt: Math.floor(wallTime() / 1000),
   };
 }
 
@@ -2151,7 +2155,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   const until = begun + config.Fargate.StartTimeout * 1000;
   const places = placements(config.Fargate);
   let tries = 0;
-  let reported = Number.NEGATIVE_INFINITY; // epoch ms
+  let reported = Number.NEGATIVE_INFINITY; // ms, as of `now`
   const placed = () => ({ ...config.Fargate, ...places[tries % places.length] });
   const { TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
@@ -2190,7 +2194,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
  * record says so before each call and after its answer, so that a task whose answer is lost can be found.
  */
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
-  const { config, job, log, now, stop } = context;
+  const { config, job, log, wallTime, stop } = context;
   const { StartTimeout, DeadlineMargin } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
     const clientToken = randomUUID();
@@ -2198,7 +2202,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
     record.ClientTokens.push(clientToken);
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
     const onSend = () => {
-      record.UpdatedAt = Math.floor(now() / 1000);
+      record.UpdatedAt = Math.floor(wallTime() / 1000);
       keepRecord(context, { ...record, Unanswered: true });
     };
     const again = (error: unknown) => {
@@ -2213,7 +2217,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   };
 
   stop.throwIfAborted();
-  record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
+  record.Deadline = Math.ceil(wallTime() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
   const shared = "with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY";
   const accepted = () => record.PrivateKey || log.warn(shared);
@@ -2266,7 +2270,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   let refusedFor = 0;
   let lastFailure: SshFailure | undefined;
   let lastTold = "";
-  let alive = 0;
+  let alive = Number.NEGATIVE_INFINITY;
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
@@ -2354,7 +2358,7 @@ const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped 
 
 /** The `run` stage: runs a script of the job in its task, which says itself why it fails. @returns the exit code */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
-  const { env, log } = context;
+  const { env, log, now, wallTime } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   const forget = () => exitCodeFile && fs.rmSync(exitCodeFile, { force: true });
   withContext("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", forget); // this stage would answer with its code
@@ -2366,14 +2370,15 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
   // A run that nobody ends any more, because its runner has died, would hold its task for ever.
   const late = new AbortController();
-  const left = Math.max(record.Deadline * 1000 - context.now(), 60_000);
-  const end = () => late.abort(new Failure("system", "the job is past its deadline"));
-  const timer = setTimeout(end, Math.min(left, 2 ** 31 - 1));
+  const last = now() + Math.max(record.Deadline * 1000 - wallTime(), 60_000);
+  const end = () => now() > last && late.abort(new Failure("system", "the job is past its deadline"));
+  const timer = setInterval(end, 1_000); // one timer until then would fire early if that is more than 24.8 days away
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
   const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the stage before ended
-  const code = await runInTask({ ...context, stop }, record, mtimeMs, script, stage).finally(() => {
-    clearTimeout(timer);
+  const seen = now() + mtimeMs - wallTime();
+  const code = await runInTask({ ...context, stop }, record, seen, script, stage).finally(() => {
+    clearInterval(timer);
     done();
   });
   try {
@@ -2392,7 +2397,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
 
 /**
  * Connects and runs the script; one of which no command can have run is sent again, any other never.
- * @param seen epoch ms of the task's last sign of life
+ * @param seen ms, as of `now`, of the task's last sign of life
  * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
  */
@@ -2410,7 +2415,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     toSend: script.length,
   };
   let tries = 0;
-  let asked = 0;
+  let asked = Number.NEGATIVE_INFINITY;
   const attempt = async (): Promise<number> => {
     if (++tries > 2 && now() > asked + 5_000) {
       // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
@@ -2509,7 +2514,8 @@ const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of
  * by its startedBy), when called twice, and beside a prepare that still runs, which ends when it finds its record gone.
  * In a directory that `checkDirectory` refuses, too: nobody else can write a record that is believed, and a task costs money.
  */
-export async function cleanup(context: Context): Promise<void> {
+export async function cleanup(given: Context): Promise<void> {
+  const context: Context = { ...given, warned: new Set() };
   const { job, log, now } = context;
   const { Directory } = context.config.TaskMetadata;
   if (!fs.existsSync(Directory)) {
@@ -2526,12 +2532,13 @@ export async function cleanup(context: Context): Promise<void> {
     if (!busy) {
       const { Region, Cluster } = context.config.Fargate;
       if ((!known || beside) && fs.existsSync(join(Directory, ".manager-id")))
-        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
+        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: now() });
       break;
     }
     const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
     if (now() > until) throw new Failure("system", still);
   }
+  usersOf(context.config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
   for (const name of fs.readdirSync(Directory))
     if (name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp"))
@@ -2584,8 +2591,8 @@ async function isClaimed(context: Context, { TaskARN, Region, Cluster }: Partial
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
 async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
-  const { job, now } = context;
-  const young = record.UpdatedAt * 1000 + LIST_LAG;
+  const { job, now, wallTime } = context;
+  const young = now() + record.UpdatedAt * 1000 - wallTime() + LIST_LAG;
   if (record.TaskARN)
     await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal }, young);
   return !record.Unanswered || stopByName(context, aws, record.Cluster, record.StartedBy, { until: young, signal });
@@ -2596,14 +2603,16 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
  * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
  */
 async function stopByName(context: Context, aws: Aws, cluster: string, name: string, { until, signal }: Limits) {
-  const { job, log, now } = context;
+  const { job, log, now, warned } = context;
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
     const tasks = await aws.listTasks(cluster, name, limits).catch((error) => {
       const reason = reasonOf(error);
       if (causeOf(error).problem !== "accessDenied") throw error;
+      if (warned?.has(name)) return;
       log.warn("whether a task started by {name} is left could not be looked up: {reason}", { name, reason });
+      warned?.add(name);
     });
     if (!tasks) return false;
     // Lists may go on showing a task of an earlier try that has been stopped.
@@ -2618,6 +2627,7 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
 
 const SWEEP_TASKS_AFTER = 600; // seconds; a task's record may just be being written or removed
 const SWEEP_RECORDS_AFTER = 3_600; // seconds; a record may be of a task that ECS does not show yet
+const ABANDONED = "its job is abandoned";
 
 /** How `sweep` is called; see the help of the command line. */
 export interface SweepOptions {
@@ -2649,9 +2659,8 @@ export interface SweepReport {
 /** A file of the directory of records, as far as it can be understood. */
 interface Found extends Partial<TaskTrace> {
   readonly name: string;
-  readonly stem: string;
   readonly job: string; // as in `startedBy`, where the record cannot say
-  readonly content: string;
+  readonly mtimeMs: number; // the end of the last stage
   readonly Deadline?: number;
 }
 
@@ -2659,12 +2668,13 @@ interface Found extends Partial<TaskTrace> {
 function readRecords(directory: string): Found[] {
   return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry): Found[] => {
     const name = entry.isFile() ? entry.name : "";
-    const [, stem, job] = /^([\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32})\.json$/.exec(name) ?? [];
-    if (!stem || !job) return [];
+    const [, job] = /^[\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32}\.json$/.exec(name) ?? [];
+    if (!job) return [];
     const path = join(directory, name);
-    const file = { name, stem, job, content: "" };
+    const { mtimeMs = Infinity } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {};
+    const file = { name, job, mtimeMs };
     try {
-      return [{ ...file, content: readOwn(path), ...(readRecord(path) ?? {}) }];
+      return [{ ...file, ...(readRecord(path) ?? {}) }];
     } catch {
       return [{ ...file, ...remainsOf(path, 0) }]; // enough to ask whether the task runs
     }
@@ -2679,17 +2689,18 @@ function deadlineOf(task: Task): number | undefined {
 }
 
 /**
- * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone; of any manager, tasks past
- * their deadline. Then removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a
- * live prepare or run works on, are never touched.
+ * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
+ * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
+ * removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a live prepare or run
+ * works on, are never touched. A clock that was set forward makes every sign of work look old. So sweep looks twice: in
+ * between, a live process touches its lock, or the next stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
-  const { config, log, now, stop } = context;
-  const { Cluster, Region, MaxTaskAge } = config.Fargate;
+  const { config, log, now, wallTime, stop } = context;
+  const { Cluster, Region, MaxTaskAge, AbandonedAfter } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
-  const seconds = now() / 1000;
   const limits = () => ({ until: now() + STOP_FOR, signal: stop });
   const aws = new Aws(Region, context);
   const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
@@ -2705,36 +2716,51 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const listed = await aws.describeTasks(Cluster, await aws.listTasks(Cluster, undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const here = fs.existsSync(Directory);
-  const records = here ? readRecords(Directory) : [];
-  const users = here ? usersOf(config.TaskMetadata) : [];
   const own = [manager, here && fs.existsSync(join(Directory, ".manager-id")) ? managerId(Directory) : undefined];
-  const jobOf = (stem: string) => stem.slice(-64, -32);
-  /** Another container's process cannot be looked at; it counts until the deadline. */
-  const inUse = (job: string, deadline = 0) =>
-    users.some(({ stem, lives }) => jobOf(stem) === job && (lives ?? seconds < deadline));
-  const hasRecord = (job: string) => here && readRecords(Directory).some((record) => record.job === job);
+  const look = () => ({
+    seconds: wallTime() / 1000,
+    records: here ? readRecords(Directory) : [],
+    users: here ? usersOf(config.TaskMetadata, wallTime()) : [],
+  });
+  let { seconds, records, users } = look();
+  const usersOfJob = (job: string) => users.filter(({ stem }) => stem.slice(-64, -32) === job);
+  const inUse = (job: string) => usersOfJob(job).some(({ lives }) => lives);
 
-  for (const task of tasks.filter((task) => !isEnding(task))) {
-    const { taskArn, startedBy } = task as { taskArn: string; startedBy: string };
-    const [, starter, job] = startedBy.split("-") as [string, string, string];
-    const mine = own.includes(starter);
+  const judge = ({ taskArn = "", startedBy = "", ...task }: Task): SweptTask => {
+    const job = startedBy.slice(-32);
+    const mine = own.includes(startedBy.split("-")[1]);
     const record = mine ? records.find((record) => record.job === job) : undefined;
-    const createdAt = (task.createdAt?.getTime() ?? now()) / 1000;
+    const createdAt = Math.floor((task.createdAt?.getTime() ?? wallTime()) / 1000);
     const known = Math.min(deadlineOf(task) ?? Infinity, record?.Deadline || Infinity);
-    const deadline = Number.isFinite(known) ? known : createdAt + MaxTaskAge;
-    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER;
-    const why = lost ? "its record is gone" : seconds > deadline ? "it is past its deadline" : undefined;
-    const swept = { taskArn, startedBy, createdAt: Math.floor(createdAt), deadline: Math.floor(deadline) };
-    if (!why || (mine && inUse(job, deadline)) || (lost && hasRecord(job))) report.left.push(swept);
-    else
-      await attempt(async () => {
-        if (!dryRun) await aws.stopTask(Cluster, taskArn, `fargate sweep: ${why}`, limits());
-        report.stopped.push({ ...swept, why });
-      });
+    const deadline = Math.floor(Number.isFinite(known) ? known : createdAt + MaxTaskAge);
+    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER && "its record is gone";
+    const late = seconds > deadline && "it is past its deadline";
+    const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...usersOfJob(job).map(({ mtimeMs }) => mtimeMs)) / 1000;
+    const isIdle = lastSign < seconds - uptime() || lastSign < seconds - AbandonedAfter;
+    const why = !(mine && inUse(job)) && (lost || late || (isIdle && AbandonedAfter > 0 && ABANDONED));
+    return { taskArn, startedBy, createdAt, deadline, ...(why && { why }) };
+  };
+  const end = async (aws: Aws, cluster: string, task: SweptTask) => {
+    if (!dryRun) await aws.stopTask(cluster, task.taskArn, `fargate sweep: ${task.why}`, limits());
+    report.stopped.push(task);
+  };
+
+  const judged = tasks.filter((task) => !isEnding(task)).map((task) => ({ task, first: judge(task) }));
+  const isDoubtful = ({ why, startedBy }: SweptTask) =>
+    why === ABANDONED || (why && usersOfJob(startedBy.slice(-32)).length > 0);
+  if (judged.some(({ first }) => isDoubtful(first))) {
+    log.debug("looking again at what may be abandoned, {seconds} s later", { seconds: DEAD_AFTER / 1000 });
+    await sleep(DEAD_AFTER, stop);
+  }
+  for (const { task, first } of judged) {
+    if (first.why) ({ seconds, records, users } = look());
+    const { why, ...swept } = judge(task);
+    if (why && why === first.why) await attempt(() => end(aws, Cluster, { ...swept, why }));
+    else report.left.push(swept);
   }
 
   for (const record of records) {
-    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job, record.Deadline)) continue;
+    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job)) continue;
     await attempt(async () => {
       const { TaskARN, StartedBy, Cluster: cluster = Cluster } = record;
       const there = new Aws(record.Region ?? Region, context);
@@ -2743,53 +2769,28 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
         (task) => !isEnding(task) && !report.stopped.some(({ taskArn }) => taskArn === task.taskArn),
       );
-      for (const { taskArn = "" } of running) {
-        // One of the configured cluster has been looked at above. Of one elsewhere, its record is all that tells.
-        if (!record.Deadline || seconds <= record.Deadline || tasks.some((task) => task.taskArn === taskArn)) continue;
-        const why = "it is past its deadline";
-        if (!dryRun) await there.stopTask(cluster, taskArn, `fargate sweep: ${why}`, limits());
-        const { StartedBy: startedBy = "", UpdatedAt: createdAt = 0, Deadline: deadline } = record;
-        report.stopped.push({ taskArn, startedBy, createdAt, deadline, why });
+      for (const swept of running.map(judge)) {
+        // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
+        const isElsewhere = !tasks.some(({ taskArn }) => taskArn === swept.taskArn);
+        if (isElsewhere && swept.why && swept.why !== ABANDONED) await end(there, cluster, swept);
       }
-      if (running.length > 0) return;
-      if (dryRun || removeUnchanged(join(Directory, record.name), record.content))
-        report.removedRecords.push(record.name);
+      // A prepare makes its lock before its record. Should it lose that here, it finds out, and stops its task.
+      ({ seconds, records, users } = look());
+      const { UpdatedAt } = records.find(({ name }) => name === record.name) ?? {};
+      if (running.length > 0 || inUse(record.job) || UpdatedAt !== record.UpdatedAt) return;
+      if (!dryRun) fs.rmSync(join(Directory, record.name), { force: true });
+      report.removedRecords.push(record.name);
     });
   }
   for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
     if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
-    const { mtimeMs = now() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    // A write that was cut off.
-    if (now() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
+    const { mtimeMs = wallTime() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    // A write that was cut off, or a removal by an earlier version.
+    if (wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
-  // Of a host or container that is gone, in all likelihood.
-  for (const { name, stem, lives } of dryRun ? [] : users)
-    if (lives === undefined && !inUse(jobOf(stem), records.find((record) => record.stem === stem)?.Deadline))
-      removeQuietly(join(Directory, name));
+  look(); // removes the locks of dead processes
   log.debug("sweep left {left} tasks alone", { left: report.left.length });
   return report;
-}
-
-/**
- * Removes a record unless it has been written anew since it was read: it is taken away first, so that it cannot change
- * any more, and put back if it is not the same.
- * @returns whether it was removed
- */
-function removeUnchanged(path: string, content: string): boolean {
-  const taken = `${path}.${randomBytes(6).toString("hex")}.swept`;
-  fs.renameSync(path, taken);
-  let same = content === "";
-  try {
-    same ||= readOwn(taken) === content;
-  } catch {} // another has put something else there
-  try {
-    if (!same) fs.linkSync(taken, path);
-  } catch (error) {
-    // Where there is a newer one by now, that is as good.
-    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-  }
-  removeQuietly(taken);
-  return same;
 }
 
 /** What a sweep has done, for a person's or a program's eyes. */
@@ -2943,7 +2944,8 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const file = readFile(resolve(request.config), "the configuration file");
     const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
-    const operator: Operator = { config, log, stop: stopping.signal, now: Date.now, env };
+    const now = () => Math.floor(performance.now());
+    const operator: Operator = { config, log, stop: stopping.signal, now, wallTime: Date.now, env };
     if (request.sweep) {
       const report = await sweep(operator, request.sweep);
       writeWhole(1, formatSweep(report, request.sweep.json));
@@ -2955,6 +2957,9 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
     if (!job) throw new Failure("system", none);
     const context: Context = { ...operator, job, byJob, refusal };
+    const parent = process.ppid; // once it has ended, nobody takes this stage's result, nor goes on with the job
+    const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
+    if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
     if (command === "prepare") await prepare(context);
     else if (command === "cleanup") await cleanup(context);
     else {
