@@ -965,11 +965,9 @@ export function runTaskInput(
     networkConfiguration: { awsvpcConfiguration: { subnets, securityGroups, assignPublicIp } },
     ...(variables && { overrides: { containerOverrides: [{ name: CONTAINER, environment: variables }] } }),
     launchType: f.LaunchType,
-    capacityProviderStrategy: f.CapacityProviderStrategy?.map(({ CapacityProvider, Weight, Base }) => ({
-      capacityProvider: CapacityProvider,
-      weight: Weight,
-      base: Base,
-    })),
+    capacityProviderStrategy: f.CapacityProviderStrategy?.map(
+      ({ CapacityProvider: capacityProvider, Weight: weight, Base: base }) => ({ capacityProvider, weight, base }),
+    ),
     ...(f.EnableExecuteCommand && { enableExecuteCommand: true }),
     ...(Object.keys(f.Tags).length > 0 && { tags: Object.entries(f.Tags).map(([key, value]) => ({ key, value })) }),
     propagateTags: f.PropagateTags,
@@ -977,14 +975,16 @@ export function runTaskInput(
   };
 }
 
-/** How something is bounded that may be repeated. */
+/** The limits of a call that may be repeated. `onSend` and `grace` are for calls to AWS. */
 export interface Limits {
-  readonly until: number; // ms, as of `now`, after which it is not tried again
+  readonly until: number; // ms, as of `now`, after which it is not repeated
   readonly signal?: AbortSignal | undefined; // ends it with the signal's reason
-  readonly again?: (error: unknown) => boolean; // which failures may pass; `isTransient` unless given
+  readonly again?: (error: unknown) => boolean; // whether to repeat it after this error; `isTransient` unless given
+  readonly onSend?: () => void; // called before each time it is sent
+  readonly grace?: number; // ms for which a call that was sent may outlast the signal; none unless given
 }
 
-/** How `retry` waits between two calls, in ms, before jitter of a half up or down. */
+/** Bounds of the pauses between two calls of `retry`, in ms, before jitter of a half up or down. */
 type Pauses = { now: () => number; most?: number; least?: (error: unknown) => number };
 
 /** Calls until it works, with jittered backoff. @throws the last error, or the reason of `signal` */
@@ -1007,8 +1007,10 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
   await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
 }
 
+type Patterns = readonly (readonly [Problem, RegExp])[];
+
 /** AWS's names for errors, and two stop codes. A name decides, whatever the text beside it. */
-const BY_NAME: readonly (readonly [Problem, RegExp])[] = [
+const BY_NAME: Patterns = [
   ["throttled", /^(Throttling(Exception)?|RequestLimitExceeded|TooManyRequestsException|RequestThrottled|SlowDown)$/],
   ["provisioning", /^LimitExceededException$/],
   ["accessDenied", /^(AccessDenied(Exception)?|UnauthorizedOperation|NotAuthorized)$/],
@@ -1024,11 +1026,10 @@ const BY_NAME: readonly (readonly [Problem, RegExp])[] = [
 ];
 
 /**
- * AWS's prose, for what AWS has no name for: how the message of an error, a failure's reason, a stoppedReason or a
- * container's reason begins. The first that fits counts. The texts are those of the ECS API reference, of the ECS
- * developer guide's pages on stopped tasks' errors and API failure reasons, and of public reports.
+ * How the texts begin in which AWS explains what it has no name for; the first that fits counts. They come from the ECS
+ * API reference, the ECS developer guide (stopped tasks' errors, API failure reasons), and public reports.
  */
-const BY_TEXT: readonly (readonly [Problem, RegExp])[] = [
+const BY_TEXT: Patterns = [
   // Messages of RunTask and StopTask.
   ["clock", /^Signature (expired|not yet current)/],
   ["credentials", /^The (request signature we calculated|security token included in the request)/],
@@ -1049,16 +1050,14 @@ const BY_TEXT: readonly (readonly [Problem, RegExp])[] = [
   ["provisioning", /^Tasks provisioning capacity limit exceeded/],
   ["capacity", /^Capacity is unavailable at this time/],
   ["quota", /^You've reached the limit on the number of/],
-  ["addresses", /^RESOURCE:ENI/],
+  ["addresses", /^(RESOURCE:ENI|Unexpected EC2 error.*\bInsufficientFreeAddressesInSubnet)/],
   ["instances", /^(RESOURCE:|AGENT\b|Unable to attach network interface to unused device index)/],
   ["placement", /^(LOCATION|ATTRIBUTE|MemberOf placement constraint)/],
   ["throttled", /^(Error retrieving|Unexpected EC2 error).*\b(RequestLimitExceeded|Throttling|Rate exceeded)/],
-  ["addresses", /^Unexpected EC2 error.*\bInsufficientFreeAddressesInSubnet/],
   ["interfaces", /^Unexpected EC2 error.*InterfaceLimitExceeded/],
   ["network", /^(Error retrieving|Unexpected EC2 error).*\b(Invalid(Subnet|Group|Security|Param)|Unauthorized)/],
   ["awsFault", /^(Error retrieving|Unexpected EC2 error|Timeout waiting for|Network interface provision)/],
-  ["awsFault", /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeoutError|CannotInspectContainerError)/],
-  ["awsFault", /^ResourceInitializationError: failed to configure ENI/],
+  ["awsFault", /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeout|CannotInspect|ResourceInit.*configure ENI)/],
   // Tasks that do not start. AWS's word at the beginning decides; the rest of the text only chooses the advice.
   ["executionRole", /^(ResourceInit|Fetching|CannotPull).*(AccessDenied|not authorized|KMS is not allowed)/],
   ["efsName", /^ResourceInit.*invoke EFS utils.*Failed to resolve/],
@@ -1073,15 +1072,13 @@ const BY_TEXT: readonly (readonly [Problem, RegExp])[] = [
   ["command", /^CannotStartContainerError/],
   ["volume", /^CannotCreate(Volume|Container)Error/],
   ["spot", /^Your Spot Task was interrupted/],
-  ["host", /^(Host EC2 |ECS is performing maintenance|Container instance deregistration)/],
+  ["host", /^(Host EC2 |ECS is performing maint|Container instance dereg|(TerminationNotice|InfrastructureHealth)$)/],
   ["unhealthy", /^Task failed container health checks/],
   ["memory", /^OutOfMemory/],
-  // Stop codes, if no text says more.
-  ["exited", /^EssentialContainerExited$/],
-  ["host", /^(TerminationNotice|InfrastructureHealth)$/],
+  ["exited", /^EssentialContainerExited$/], // a stop code, like what ends in $ above: decides if no text does
 ];
 
-const firstFit = (rows: typeof BY_TEXT, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
+const firstFit = (rows: Patterns, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
 
 /** Recognizes a problem by AWS's name for it, else by how one of AWS's texts begins. */
 export function recognize(name: string, ...texts: (string | undefined)[]): Pick<Cause, "problem" | "subject"> {
@@ -1095,16 +1092,16 @@ export function recognize(name: string, ...texts: (string | undefined)[]): Pick<
 type AwsError = { [field: string]: unknown; $metadata?: { httpStatusCode?: number } };
 
 /** Codes of errors with which no request left this host: bun's, which has them from Node and OpenSSL. */
-const NOT_SENT: readonly (readonly [Problem, RegExp])[] = [
+const NOT_SENT: Patterns = [
   ["unreachable", /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN)$/],
   ["certificate", /CERT|^(CRL|HOSTNAME|PATH_LENGTH)_|^UNABLE_TO_(GET|VERIFY|DE)|^INVALID_(CA|PURPOSE)$/],
   ["proxy", /^ERR_PROXY_TUNNEL$/], // its answer to CONNECT, whose status is the error's
 ];
 
-/**
- * What a call to AWS came to, as a Failure that names the call and the error.
- * @param profileProblem why there are no credentials, if a profile is to blame
- */
+/** Hints for programmers that the SDK and bun add to their messages. */
+const HINTS = /(?: For more information, pass `verbose|\n)[\s\S]*/;
+
+/** The Failure for what a call to AWS threw. `profileProblem` says why a profile gives no credentials, if that is it. */
 export function awsFailure(operation: string, thrown: unknown, profileProblem?: string): Failure {
   const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
   const status = $metadata?.httpStatusCode ?? 0;
@@ -1124,22 +1121,18 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
     // A conflict means that the token, which is nobody else's, has started a task.
     mayHaveStarted: refused ? status >= 500 || error === "ConflictException" : $metadata !== undefined && !notSent,
   };
-  // The hints for programmers that the SDK and bun add are left out.
-  let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(
-    /(?: For more information, pass `verbose|\n)[\s\S]*/,
-    "",
-  );
-  if (notSent === "certificate") text = `the endpoint's certificate is not accepted: ${code}`;
+  let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(HINTS, "");
   // The SDK stumbles over a body that it does not expect, such as a proxy's page.
   const isForeign = status > 0 && /^(Type|Syntax|Range)Error$/.test(error) && !/ECONN|socket/i.test(text);
   if (isForeign) text = `HTTP ${status} with a body that is none of AWS's`;
-  if (refused)
-    return new Failure("system", `${operation} was refused: ${isForeign ? text : `${error}: ${text}`}`, cause);
-  if (profileProblem)
-    return new Failure("system", `${operation} was not sent: ${profileProblem}`, { ...cause, problem: "profile" });
+  else if (refused) text = `${error}: ${text}`;
+  else if (notSent === "certificate") text = `the endpoint's certificate is not accepted: ${code}`;
+  const fail = (outcome: string, reason: string, problem?: Problem) =>
+    new Failure("system", `${operation} ${outcome}: ${reason}`, { ...cause, problem });
+  if (refused) return fail("was refused", text, known.problem);
+  if (profileProblem) return fail("was not sent", profileProblem, "profile");
   const problem = known.problem === "credentials" ? known.problem : (notSent ?? "unreachable");
-  const what = problem === "unreachable" ? "got no answer" : "was not sent";
-  return new Failure("system", `${operation} ${what}: ${text}`, { ...cause, problem });
+  return fail(problem === "unreachable" ? "got no answer" : "was not sent", text, problem);
 }
 
 /** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
@@ -1156,35 +1149,24 @@ const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting cre
 /** For how long a call may fail and be tried again before the log says so, in ms; throttled, longer than a rush lasts. */
 const PATIENCE = { throttled: 60_000, other: 10_000 } as const;
 
-interface CallLimits extends Limits {
-  readonly onSend?: () => void; // called before each time it is sent
-  readonly grace?: number; // ms for which a call that was sent may outlast the signal; none unless given
-}
-
 /** What is not of its type counts as not given. */
 const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(schema), undefined);
-const givenText = given(v.string());
+const texts = <K extends string>(...keys: K[]) => v.entriesFromList(keys, given(v.string()));
 const listed = <T extends v.ObjectEntries>(entries: T) => given(v.array(v.fallback(v.object(entries), {} as never)));
-const pairs = listed({ name: givenText, value: givenText });
-const end = { name: givenText, exitCode: given(v.number()), reason: givenText };
-const addresses = listed({ privateIpv4Address: givenText, ipv6Address: givenText });
+const pairs = listed(texts("name", "value"));
+const networkInterfaces = listed(texts("privateIpv4Address", "ipv6Address"));
 /** What this driver looks at in ECS's answers; the SDK passes on whatever has come. */
 const AnswerSchema = v.object({
   tasks: listed({
-    taskArn: givenText,
-    startedBy: givenText,
-    lastStatus: givenText,
-    desiredStatus: givenText,
-    stopCode: givenText,
-    stoppedReason: givenText,
+    ...texts("taskArn", "startedBy", "lastStatus", "desiredStatus", "stopCode", "stoppedReason"),
     createdAt: given(v.date()),
-    attachments: listed({ type: givenText, details: pairs }),
-    containers: listed({ ...end, healthStatus: givenText, networkInterfaces: addresses }),
+    attachments: listed({ ...texts("type"), details: pairs }),
+    containers: listed({ ...texts("name", "reason", "healthStatus"), exitCode: given(v.number()), networkInterfaces }),
     overrides: given(v.object({ containerOverrides: listed({ environment: pairs }) })),
   }),
-  failures: listed({ reason: givenText, detail: givenText }),
+  failures: listed(texts("reason", "detail")),
   taskArns: given(v.array(v.string())),
-  nextToken: givenText,
+  ...texts("nextToken"),
 });
 type Answer = v.InferOutput<typeof AnswerSchema>;
 
@@ -1195,6 +1177,9 @@ const IS_WHOLE = {
   ListTasks: ({ taskArns }: Answer) => Boolean(taskArns),
   StopTask: () => true,
 };
+
+/** An error as the SDK throws it for an answer that did not come, or not whole. */
+const lostAnswer = (message: string) => Object.assign(new Error(message), { $metadata: {} });
 
 /** What the SDK takes to end a call. */
 type Abort = { abortSignal: AbortSignal };
@@ -1215,11 +1200,9 @@ async function explainProfile({ AWS_PROFILE: name = "default" }: Environment): P
   const { loadSharedConfigFiles } = await import("@smithy/core/config");
   const { configFile, credentialsFile } = await loadSharedConfigFiles();
   const profile = { ...configFile[name], ...credentialsFile[name] };
-  if (profile.credential_process) return `the credential_process of profile ${name} gave no credentials`;
-  if (Object.keys(profile).length > 0) return `profile ${name} gave no credentials`;
-  return name === "default"
-    ? undefined
-    : `profile ${name} (AWS_PROFILE) is not in the shared config and credentials files`;
+  const source = profile.credential_process ? "the credential_process of profile" : "profile";
+  if (Object.keys(profile).length > 0) return `${source} ${name} gave no credentials`;
+  if (name !== "default") return `profile ${name} (AWS_PROFILE) is not in the shared config and credentials files`;
 }
 
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
@@ -1261,7 +1244,7 @@ export class Aws {
 
   async #send<T>(
     action: string,
-    { until, signal, again = isTransient, onSend = () => {}, grace = 0 }: CallLimits,
+    { until, signal, again = isTransient, onSend = () => {}, grace = 0 }: Limits,
     call: (abort: Abort) => Promise<T>,
   ): Promise<T> {
     const { log, now, env } = this.context;
@@ -1277,8 +1260,7 @@ export class Aws {
       const cut = Promise.withResolvers<never>();
       const end = () => {
         sdk.abort();
-        // The shape of any other answer that did not come.
-        cut.reject(Object.assign(new Error(`no whole answer after ${now() - begun} ms`), { $metadata: {} }));
+        cut.reject(lostAnswer(`no whole answer after ${now() - begun} ms`));
       };
       const timers = [setTimeout(end, most)];
       const onSignal = () => void timers.push(setTimeout(end, grace));
@@ -1303,30 +1285,24 @@ export class Aws {
     // A call that was throttled must not come again sooner than the one that it stands for.
     const least = (error: unknown) => (isThrottling(error) ? Math.min(500 * 2 ** ++this.throttled, 5_000) : 0);
     const isOfCall = (error: unknown) => causeOf(error).operation === action; // else nothing was sent
-    try {
-      return await retry(once, { until, again: (error) => isOfCall(error) && again(error), now, signal, least });
-    } catch (error) {
+    const mayRepeat = (error: unknown) => isOfCall(error) && again(error);
+    return retry(once, { until, again: mayRepeat, now, signal, least }).catch((error) => {
       throw signal?.aborted && isOfCall(error) ? signal.reason : error;
-    }
+    });
   }
 
-  async #ecs<T>(
-    action: keyof typeof IS_WHOLE,
-    limits: CallLimits,
-    call: (ecs: ECS, abort: Abort) => Promise<T>,
-  ): Promise<T> {
+  async #ecs<T>(action: keyof typeof IS_WHOLE, limits: Limits, call: (ecs: ECS, abort: Abort) => Promise<T>) {
     this.#ecsClient ??= this.#settings().then(async (made) => new (await import("@aws-sdk/client-ecs")).ECS(made));
     const ecs = await this.#ecsClient;
     return this.#send(`ecs:${action}`, limits, async (abort) => {
-      const parsed = v.safeParse(AnswerSchema, await call(ecs, abort));
-      const answer = parsed.success ? parsed.output : {};
+      const answer: Answer = v.parse(v.fallback(AnswerSchema, {}), await call(ecs, abort));
       if (IS_WHOLE[action](answer)) return answer as T;
-      throw Object.assign(new Error("the answer is empty"), { $metadata: {} });
+      throw lostAnswer("the answer is empty");
     });
   }
 
   /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why there is none */
-  async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<string | Failure> {
+  async runTask(input: RunTaskCommandInput, limits: Limits): Promise<string | Failure> {
     const { tasks, failures = [] } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
     const arn = tasks?.[0]?.taskArn;
     if (arn) return arn;
@@ -1336,7 +1312,7 @@ export class Aws {
   }
 
   /** @returns what ECS knows of these tasks, in calls of 100; those that it does not know (yet, or no more) are missing */
-  async describeTasks(cluster: string, arns: readonly string[], limits: CallLimits): Promise<Task[]> {
+  async describeTasks(cluster: string, arns: readonly string[], limits: Limits): Promise<Task[]> {
     const found: Task[] = [];
     for (let from = 0; from < arns.length; from += 100) {
       const asked = { cluster, tasks: arns.slice(from, from + 100) };
@@ -1347,7 +1323,7 @@ export class Aws {
   }
 
   /** The same for one task that has been seen before. A single MISSING proves nothing: ECS is eventually consistent. */
-  async describeTask(cluster: string, arn: string, limits: CallLimits): Promise<Task | undefined> {
+  async describeTask(cluster: string, arn: string, limits: Limits): Promise<Task | undefined> {
     for (let calls = 1; ; calls++) {
       const [task] = await this.describeTasks(cluster, [arn], limits);
       if (task || calls === 4) return task;
@@ -1386,18 +1362,16 @@ export class Aws {
   }
 
   /** The public address of a network interface; undefined while it has none, or is unknown. */
-  async publicAddress(networkInterfaceId: string, limits: CallLimits): Promise<string | undefined> {
+  async publicAddress(networkInterfaceId: string, limits: Limits): Promise<string | undefined> {
     this.#ec2Client ??= this.#settings().then(async (made) => new (await import("@aws-sdk/client-ec2")).EC2(made));
     const ec2 = await this.#ec2Client;
     const asked = { NetworkInterfaceIds: [networkInterfaceId] };
-    const { NetworkInterfaces } = await this.#send("ec2:DescribeNetworkInterfaces", limits, (abort) =>
-      ec2.describeNetworkInterfaces(asked, abort),
-    ).catch((failure: Failure) => {
+    const describe = (abort: Abort) => ec2.describeNetworkInterfaces(asked, abort);
+    const answer = await this.#send("ec2:DescribeNetworkInterfaces", limits, describe).catch((failure: Failure) => {
       // EC2 may learn of the interface a moment after ECS.
-      if (failure.cause.error === "InvalidNetworkInterfaceID.NotFound") return { NetworkInterfaces: [] };
-      throw failure;
+      if (failure.cause.error !== "InvalidNetworkInterfaceID.NotFound") throw failure;
     });
-    return NetworkInterfaces?.[0]?.Association?.PublicIp;
+    return answer?.NetworkInterfaces?.[0]?.Association?.PublicIp;
   }
 }
 
@@ -1418,14 +1392,13 @@ export const isEnding = (task: Task): boolean =>
 
 /** Why a task stopped, in AWS's words: code, reason, and what each container says. */
 export function explainStop(task: Task): string {
-  const containers = (task.containers ?? [])
-    .filter((container) => container.exitCode !== undefined || container.reason)
-    .map((container) => {
-      const code = container.exitCode === undefined ? "no exit code" : `exit code ${container.exitCode}`;
-      return `; container ${container.name}: ${code}${container.reason ? `, ${container.reason}` : ""}`;
-    });
   const stopped = [task.stopCode, task.stoppedReason].filter(Boolean).join(": ") || "ECS gave no reason";
-  return `${stopped}${containers.join("")}`;
+  const containers = task.containers?.map(({ name, exitCode, reason }) => {
+    if (exitCode === undefined && !reason) return "";
+    const code = exitCode === undefined ? "no exit code" : `exit code ${exitCode}`;
+    return `; container ${name}: ${[code, reason].filter(Boolean).join(", ")}`;
+  });
+  return [stopped, ...(containers ?? [])].join("");
 }
 
 const STOPPED = "task"; // the operation of a Cause: the task itself has ended
@@ -1440,10 +1413,9 @@ export function stopCause({ stopCode, stoppedReason = "", containers = [] }: Tas
 }
 
 /**
- * Pause before the next DescribeTasks, in ms, with jitter. Twenty jobs that poll once a second use up what an
- * account may ask for (20 calls a second), so: quickly at first, when the address is about to come, to 2 s; and 5 s
- * once there is nothing to learn from it but the task's death, or when the address is long in coming. Each throttled call
- * makes the pauses longer, to at most 10 and 30 s.
+ * Pause before the next DescribeTasks, in ms, with jitter. An account has 20 such calls a second, for all its jobs. So:
+ * 0.5 to 2 s while the address is about to come; 5 s if it is long in coming, or is known, and only the task's death can
+ * be learned. Each throttled call makes the pauses longer, to at most 10 and 30 s.
  */
 export function pollPause(polls: number, addressKnown: boolean, random: number, throttled = 0): number {
   const pause = addressKnown || polls > 30 ? 5_000 : Math.min(500 * 1.3 ** polls, 2_000);
