@@ -2067,24 +2067,14 @@ const prepareOf = ({ config, job, wallTime }: Context) =>
     ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
   );
 
+/** The record before RunTask is called. */
 function newRecord(context: Context, privateKey: string): TaskRecord {
-  const { config, wallTime } = context;
-  return {
-    Version: RECORD_VERSION,
-    TaskARN: "",
-    ContainerIP: "",
-    PrivateKey: Buffer.from(privateKey).toString("base64"),
-    Cluster: config.Fargate.Cluster,
-    Region: config.Fargate.Region,
-    StartedBy: startedBy(context),
-    ClientTokens: [],
-    Unanswered: false,
-    HostKey: "",
-    Interpreter: "sh",
-    LoginShell: "",
-    Deadline: 0,
-    UpdatedAt: Math.floor(wallTime() / 1000),
-  };
+  const { Cluster, Region } = context.config.Fargate;
+  const PrivateKey = Buffer.from(privateKey).toString("base64");
+  const task = { Cluster, Region, StartedBy: startedBy(context), ClientTokens: [], Unanswered: false };
+  const login = { HostKey: "", Interpreter: "sh", LoginShell: "" } as const;
+  const times = { Deadline: 0, UpdatedAt: Math.floor(context.wallTime() / 1000) };
+  return { Version: RECORD_VERSION, TaskARN: "", ContainerIP: "", PrivateKey, ...task, ...login, ...times };
 }
 
 /** @throws {Failure} when the record is gone: nobody would stop what is started from here on */
@@ -2092,7 +2082,6 @@ function mustBeKept(context: Context): void {
   if (!fs.existsSync(recordPath(context))) throw new Failure("system", "the job was cleaned up while prepare ran");
 }
 
-/** Writes the record anew. @throws {Failure} when it is gone */
 function keepRecord(context: Context, record: TaskRecord): void {
   mustBeKept(context);
   writeRecord(recordPath(context), record);
@@ -2118,10 +2107,7 @@ export function placements(f: Config["Fargate"]) {
 export const pauseAfter = (attempts: number, placements: number): number =>
   Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
 
-/**
- * Starts a task and follows it until a login works. A start that fails for want of capacity is tried again, elsewhere
- * first, for as long as StartTimeout allows.
- */
+/** Starts a task and waits for a login. Within StartTimeout, a start that lacks capacity is repeated, elsewhere first. */
 async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
   const until = begun + config.Fargate.StartTimeout * 1000;
@@ -2143,17 +2129,14 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     const { operation, problem } = causeOf(error);
     // After an unanswered start, or any other failure, there may be a task already.
     const noTask = !record.Unanswered && (operation === "ecs:RunTask" || operation === STOPPED);
-    const passes = !stop.aborted && noTask && problem !== undefined && problem in PASSING;
-    if (passes && now() < until) {
-      const reason = reasonOf(error);
-      const { Subnets, CapacityProviderStrategy } = placed();
-      const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
-      const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
-      const due = now() >= reported + 60_000;
-      if (due) reported = now();
-      log[due ? "warn" : "debug"]("{reason}; trying again in {where}", { reason, where });
-    }
-    return passes;
+    if (stop.aborted || !noTask || !problem || !(problem in PASSING) || now() >= until) return false;
+    const { Subnets, CapacityProviderStrategy } = placed();
+    const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
+    const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
+    const due = now() >= reported + 60_000;
+    if (due) reported = now();
+    log[due ? "warn" : "debug"]("{reason}; trying again in {where}", { reason: reasonOf(error), where });
+    return true;
   };
   const least = () => pauseAfter(tries, places.length);
   return retry(once, { until, again, now, signal: stop, most: 0, least }).catch((error) => {
@@ -2162,8 +2145,8 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
 }
 
 /**
- * Starts the task, with the public key and the deadline where its definition takes them, and notes it in the record. The
- * record says so before each call and after its answer, so that a task whose answer is lost can be found.
+ * Starts the task, with the public key and the deadline if its definition accepts them. The record is written before each
+ * call and after its answer, so that a task whose answer is lost can be found.
  */
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
   const { config, job, log, wallTime, stop } = context;
@@ -2215,68 +2198,77 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
 // OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
 const REFUSAL_PATIENCE = 25_000;
 
-// ms; so long after a sign of life from a task, its address cannot be another's: that one would take longer to start.
-// Later, whoever answers there may show the host key of the same image, and let any key in. Where one key logs in to all
-// tasks (PrivateKeyPath), ECS is asked at once.
+// ms; within this time of hearing from a task, its address cannot be another's: that one would take longer to start.
+// Later, another task of the same image may answer there, with the same host key, and let any key in. If one key logs in
+// to all tasks (PrivateKeyPath), ECS is always asked.
 const FRESH = 10_000;
 
 /**
- * Follows a new task until a login to it works. Logins begin when its address is known, beside the polling, which
- * from then on only watches for the task's death.
+ * Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches for
+ * the task's death.
  * @throws {Failure} when the task ends, or is not ready in time
  */
 async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
-  const { StartTimeout, WaitForHealthy } = config.Fargate;
-  const { ConnectTimeout } = config.SSH;
+  const { StartTimeout, WaitForHealthy, EnablePublicIP, UsePublicIP: usePublic = EnablePublicIP } = config.Fargate;
+  const { ConnectTimeout, Username } = config.SSH;
   const deadline = begun + StartTimeout * 1000;
   const id = record.TaskARN.split("/").at(-1);
   const over = new AbortController();
   const signal = AbortSignal.any([stop, over.signal]);
   const ready = Promise.withResolvers<{ host: string; connection: Connection }>();
-  const usePublic = config.Fargate.UsePublicIP ?? config.Fargate.EnablePublicIP;
   let host: string | undefined;
   let status: string | undefined;
-  let runningSince: number | undefined; // and healthy, if that is awaited
+  let runningSince = Infinity; // and healthy, if that is awaited
   let refusedSince: number | undefined;
   let refusedFor = 0;
   let lastFailure: SshFailure | undefined;
   let lastTold = "";
-  let alive = Number.NEGATIVE_INFINITY;
+  let alive = -Infinity;
 
+  const onFailure = (failure: SshFailure) => {
+    const { why, message } = failure;
+    if (message !== lastTold) log.debug("no login yet: {message}", { message });
+    lastTold = message;
+    if (why === "login") {
+      refusedSince ??= now();
+      refusedFor = now() - refusedSince;
+    }
+    // A refused key says more than the connections that sshd then refuses for a while.
+    if (why === "login" || refusedSince === undefined) lastFailure = failure;
+  };
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
-    logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, (failure) => {
-      const { why, message } = failure;
-      if (message !== lastTold) log.debug("no login yet: {message}", { message });
-      lastTold = message;
-      if (why === "login") {
-        refusedSince ??= now();
-        refusedFor = now() - refusedSince;
-      }
-      // A refused key says more than the connections that sshd then refuses for a while.
-      if (why === "login" || refusedSince === undefined) lastFailure = failure;
-    }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
+    const login = logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, onFailure);
+    ready.resolve(login.then((connection) => ({ host: address, connection })));
   };
   const describe = async () => {
     const asked = now();
-    const until = host ? asked + 10_000 : deadline;
-    const call = aws.describeTasks(record.Cluster, [record.TaskARN], { until, signal });
-    // With an address, a login may work any moment: from then on a failure of this call is none of the task.
-    const passOver = (failure: unknown) => [log.debug("{reason}", { reason: reasonOf(failure) })];
-    const [task] = await (host ? call.catch(passOver) : call);
+    const limits = { until: host ? asked + 10_000 : deadline, signal };
+    const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], limits).catch((failure): Task[] => {
+      if (!host) throw failure;
+      log.debug("{reason}", { reason: reasonOf(failure) }); // a login may work any moment: the task has not failed
+      return [];
+    });
     if (task) alive = asked;
     return task;
   };
-  const stopped = (why: string, cause: Cause) =>
-    new Failure("system", `the task stopped before it was ready: ${why}`, cause);
+  const stopped = (task: Task) =>
+    new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`, stopCause(task));
   const tooLong = () => {
-    if (runningSince !== undefined && refusedFor > REFUSAL_PATIENCE)
-      return `the task runs, but its SSH server refuses to let ${config.SSH.Username} in`;
-    if (runningSince !== undefined && now() > runningSince + ConnectTimeout * 1000)
+    if (runningSince < Infinity && refusedFor > REFUSAL_PATIENCE)
+      return `the task runs, but its SSH server refuses to let ${Username} in`;
+    if (now() > runningSince + ConnectTimeout * 1000)
       return `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)`;
     if (now() > deadline)
       return `the task was not ready within StartTimeout (${StartTimeout} s): it is ${status ?? "unknown to ECS"}`;
+  };
+  /** What an overdue task lacks. One that is not RUNNING has no SSH server yet; without an address, none was tried. */
+  const lackOf = (health: string): [text: string, problem: Problem | false] => {
+    const tried = lastFailure ? `; the last attempt to log in: ${lastFailure.message}` : "";
+    if (host) return [tried, runningSince < Infinity && (lastFailure?.cause.problem ?? "silent")];
+    if (health !== "HEALTHY") return [`; the health of ${CONTAINER} is ${health}`, status === "RUNNING" && "noHealth"];
+    return [`; it has no ${usePublic ? "public " : ""}address`, usePublic && "publicAddress"];
   };
   const watch = async (): Promise<never> => {
     for (let polls = 0; ; polls++) {
@@ -2288,12 +2280,12 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info";
         log[level]("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
-      if (task && isEnding(task)) throw stopped(explainStop(task), stopCause(task));
+      if (task && isEnding(task)) throw stopped(task);
       const container = task?.containers?.find(({ name }) => name === CONTAINER);
       const health = WaitForHealthy ? (container?.healthStatus ?? "UNKNOWN") : "HEALTHY";
       if (health === "UNHEALTHY")
         throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
-      if (status === "RUNNING" && health === "HEALTHY") runningSince ??= now();
+      if (status === "RUNNING" && health === "HEALTHY") runningSince = Math.min(runningSince, now());
       if (task && !host && health === "HEALTHY") {
         const { id: eni, address } = interfaceOf(task);
         const isPublic = usePublic && !address?.includes(":"); // IPv6 addresses have no public counterparts
@@ -2301,26 +2293,20 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         if (host) beginLogins(host);
       }
       const late = tooLong();
-      if (late) {
-        const tried = lastFailure ? `; the last attempt to log in: ${lastFailure.message}` : "";
-        const noAddress = `; it has no ${usePublic ? "public address" : "address"}`;
-        const notTried = health === "HEALTHY" ? noAddress : `; the health of ${CONTAINER} is ${health}`;
-        // Without an address, no login was tried. A task that is not RUNNING has no SSH server yet.
-        const tooLate = runningSince === undefined ? undefined : (lastFailure?.cause.problem ?? "silent");
-        const unready = health === "HEALTHY" ? usePublic && "publicAddress" : status === "RUNNING" && "noHealth";
-        const problem = host ? tooLate : unready || undefined;
-        throw new Failure("system", `${late}${host ? tried : notTried}`, { problem });
-      }
+      const [lack, problem] = lackOf(health);
+      if (late) throw new Failure("system", `${late}${lack}`, { problem: problem || undefined });
       await sleep(pollPause(polls, host !== undefined, Math.random(), aws.throttled), signal);
     }
   };
   try {
     const login = await Promise.race([ready.promise, watch()]);
     if (record.PrivateKey && now() < alive + FRESH) return login;
-    const task = await aws.describeTask(record.Cluster, record.TaskARN, { until: deadline, signal: stop });
-    if (task && !isEnding(task)) return login;
+    const limits = { until: deadline, signal: stop };
+    const gone = { lastStatus: "DELETED", stoppedReason: "ECS no longer knows it" };
+    const task = (await aws.describeTask(record.Cluster, record.TaskARN, limits)) ?? gone;
+    if (!isEnding(task)) return login;
     login.connection.client.destroy();
-    throw task ? stopped(explainStop(task), stopCause(task)) : stopped("ECS no longer knows it", {});
+    throw stopped(task);
   } finally {
     over.abort(new Failure("system", "the task is no longer awaited"));
   }
@@ -2387,21 +2373,24 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     toSend: script.length,
   };
   let tries = 0;
-  let asked = Number.NEGATIVE_INFINITY;
+  let asked = -Infinity;
+  /** @returns why the task's state is unknown. @throws {Failure} if it has ended */
+  const verify = async () => {
+    const { ended, says, cause } = await fateOf(context, record, 0);
+    if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
+    return ended === undefined ? new SshFailure("unverified", says, cause) : undefined;
+  };
   const attempt = async (): Promise<number> => {
     if (++tries > 2 && now() > asked + 5_000) {
       // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
       asked = now();
-      const { ended, says, cause } = await fateOf(context, record, 0);
-      if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
+      await verify();
     }
     const connection = await connect(target, CONNECT_CUT, stop);
     try {
-      if (!record.PrivateKey || Math.abs(now() - seen) > FRESH) {
-        const { ended, says, cause } = await fateOf(context, record, 0);
-        if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
-        if (ended === undefined) throw new SshFailure("unverified", says, cause);
-      }
+      const isTrusted = record.PrivateKey && Math.abs(now() - seen) <= FRESH;
+      const unverified = isTrusted ? undefined : await verify();
+      if (unverified) throw unverified;
       const outcome = await runScript(connection, script, shells, context);
       if (outcome.ended === "lost") {
         if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
@@ -2436,23 +2425,18 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
 async function explainKill(context: Context, record: TaskRecord, connection: Connection, stage: string): Promise<void> {
   // The counters of both versions of control groups; the container may well live on.
   const counters = "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null";
-  const [counted, fate] = await Promise.all([
-    ask(connection, `exec sh -c '${counters}'`, context.stop).catch(() => ""),
-    fateOf(context, record, 0),
-  ]);
-  const says =
-    fate.cause.problem === "memory"
-      ? fate.says
-      : /oom_kill [1-9]/.test(counted) && "the kernel has killed processes of this container for want of memory";
-  if (!says) return;
+  const counted = ask(connection, `exec sh -c '${counters}'`, context.stop).catch(() => "");
+  const fate = await fateOf(context, record, 0);
+  const isOfTask = fate.cause.problem === "memory";
+  if (!/oom_kill [1-9]/.test(await counted) && !isOfTask) return;
+  const says = isOfTask ? fate.says : "the kernel has killed processes of this container for want of memory";
   context.log.error("{stage} ended with exit code 137: {says}", { stage, says });
   context.log.error("what to do: {advice}", { advice: ADVICE.memory });
 }
 
 /**
- * What ECS says about a record's task. Of one that has ended, it may learn the exit codes up to 10 s later.
- * @param patience ms for which it is asked again about one that has not
- * @returns `ended`: undefined if that is not known
+ * What ECS says about a record's task; `ended` is undefined if that is not known. ECS may learn the exit codes up to 10 s
+ * after the end; one that has not ended is asked about for `patience` ms.
  */
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
@@ -2460,8 +2444,7 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const begun = now();
   try {
     for (;;) {
-      const limits = { until: now() + 5_000, signal: stop };
-      const task = await aws.describeTask(record.Cluster, record.TaskARN, limits);
+      const task = await aws.describeTask(record.Cluster, record.TaskARN, { until: now() + 5_000, signal: stop });
       if (!task) return { ended: true, says: "ECS no longer knows the task", cause: {} };
       const ended = isEnding(task);
       const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
@@ -2482,35 +2465,34 @@ const LIST_LAG = 30_000; // ms for which an unanswered RunTask's task is looked 
 const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
 
 /**
- * The `cleanup` stage: stops the job's task and removes its record. Also with no record (the task is then looked up
- * by its startedBy), when called twice, and beside a prepare that still runs, which ends when it finds its record gone.
- * In a directory that `checkDirectory` refuses, too: nobody else can write a record that is believed, and a task costs money.
+ * The `cleanup` stage: stops the job's task and removes its record. It works without a record (by the task's startedBy),
+ * when repeated, beside a live prepare, which ends when its record is gone, and in a directory that `checkDirectory`
+ * refuses: only this user can write a record that is believed, and a task costs money.
  */
 export async function cleanup(given: Context): Promise<void> {
   const context: Context = { ...given, warned: new Set() };
-  const { job, log, now } = context;
-  const { Directory } = context.config.TaskMetadata;
-  if (!fs.existsSync(Directory)) {
-    log.warn("{Directory} is not there: nothing was ever started, or its records are lost", { Directory });
-    return;
-  }
+  const { config, job, log, now } = context;
+  const { Directory } = config.TaskMetadata;
+  if (!fs.existsSync(Directory))
+    return log.warn("{Directory} is not there: nothing was ever started, or its records are lost", { Directory });
   const until = now() + PREPARE_LASTS;
-  for (let known = false, beside = false; ; await sleep(250)) {
+  let isKnown = false;
+  let wasBusy = false; // prepare may have written a record, and sent RunTask, meanwhile
+  for (;;) {
     // Looked for before its record is: a prepare that has ended by now has left there what it started.
     const busy = prepareOf(context);
     if (busy) log.debug("prepare still runs, as process {pid}", { pid: busy.pid });
-    known = (await release(context)) || known;
-    beside ||= busy !== undefined; // it may have written a record, and RunTask, in between
-    if (!busy) {
-      const { Region, Cluster } = context.config.Fargate;
-      if ((!known || beside) && fs.existsSync(join(Directory, ".manager-id")))
-        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: now() });
-      break;
-    }
+    isKnown = (await release(context)) || isKnown;
+    if (!busy) break;
+    wasBusy = true;
     const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
     if (now() > until) throw new Failure("system", still);
+    await sleep(250);
   }
-  usersOf(context.config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
+  const { Region, Cluster } = config.Fargate;
+  if ((wasBusy || !isKnown) && fs.existsSync(join(Directory, ".manager-id")))
+    await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: now() });
+  usersOf(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
   for (const name of fs.readdirSync(Directory))
     if (name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp"))
@@ -2521,9 +2503,9 @@ export async function cleanup(given: Context): Promise<void> {
 type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy" | "Unanswered" | "UpdatedAt">;
 
 /**
- * Stops what this job's record stands for, then removes the record.
- * @param signal ends it; prepare, which also begins with this, must obey SIGTERM
- * @returns false where there is no record
+ * Stops the task of this job's record, then removes the record. `signal` ends it: prepare, which begins with this, must
+ * obey SIGTERM.
+ * @returns false if there is no record
  * @throws {Failure} when the task could not be stopped; the record stays
  */
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
@@ -2541,11 +2523,12 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     } catch {} // a full disk is no reason to let a task run
   } catch (error) {
     context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
-    const named = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
+    const own = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
+    const named = { ...own, ...remainsOf(path, 0) };
     // What the record still names is stopped first: the manager's identity may be unusable as well.
-    if (named.TaskARN || (await isClaimed(context, remainsOf(path, 0), signal)))
-      await stop({ ...named, ...remainsOf(path, 0), Unanswered: false });
-    trace = { ...named, TaskARN: "", StartedBy: startedBy(context) };
+    if (own.TaskARN || (named.TaskARN && (await isClaimed(context, named, signal))))
+      await stop({ ...named, Unanswered: false });
+    trace = { ...own, TaskARN: "", StartedBy: startedBy(context) };
   }
   const left = `its task is stopped, but the record ${path} cannot be removed`;
   if (await stop(trace)) withContext(left, () => fs.rmSync(path, { force: true }));
@@ -2553,12 +2536,10 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
 }
 
 /** Whether ECS, too, says that a task is this job's: others can have written the record that names it. */
-async function isClaimed(context: Context, { TaskARN, Region, Cluster }: Partial<TaskTrace>, signal?: AbortSignal) {
-  const { job, now } = context;
-  if (!TaskARN || !Region || !Cluster) return false;
-  const limits = { until: now() + 5_000, signal };
+async function isClaimed(context: Context, { TaskARN, Region, Cluster }: TaskTrace, signal?: AbortSignal) {
+  const limits = { until: context.now() + 5_000, signal };
   const task = await new Aws(Region, context).describeTask(Cluster, TaskARN, limits);
-  return task?.startedBy?.endsWith(`-${job.hash.slice(0, 32)}`) ?? false;
+  return task?.startedBy?.endsWith(`-${context.job.hash.slice(0, 32)}`) ?? false;
 }
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
@@ -2572,7 +2553,7 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
 
 /**
  * Stops every task started under a name; looks again until `until` while there is none.
- * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
+ * @returns false, with a warning, if the host may not look: the official driver's permissions lack ecs:ListTasks
  */
 async function stopByName(context: Context, aws: Aws, cluster: string, name: string, { until, signal }: Limits) {
   const { job, log, now, warned } = context;
