@@ -944,8 +944,7 @@ export interface Context extends Operator {
   readonly warned?: Set<string>; // what has been warned of, in a stage that repeats itself
 }
 
-/** Where the output of a script goes. */
-export type Sinks = Readonly<Record<"stdout" | "stderr", Writable>>;
+export type Sinks = Readonly<Record<"stdout" | "stderr", Writable>>; // where the output of a script goes
 
 /** The input of RunTask: what the official driver sends, and what the configuration adds to it. Pure. */
 export function runTaskInput(
@@ -1137,16 +1136,14 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
 
 /** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
 const isTransient = (error: unknown): boolean => causeOf(error).isRetryable === true;
-
-/** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
-const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
-
 /** The same if a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
 const mayPass = (error: unknown): boolean =>
   isTransient(error) || /^(credentials|profile)$/.test(causeOf(error).problem ?? "");
+/** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
+const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
 
 const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
-/** For how long a call may fail and be tried again before the log says so, in ms; throttled, longer than a rush lasts. */
+/** In ms: how long a call may fail and be repeated before the log says so. Throttling may last as long as a rush of jobs. */
 const PATIENCE = { throttled: 60_000, other: 10_000 } as const;
 
 /** What is not of its type counts as not given. */
@@ -1170,7 +1167,7 @@ const AnswerSchema = v.object({
 });
 type Answer = v.InferOutput<typeof AnswerSchema>;
 
-/** Whether an answer has what its call is made for; one that does not is a proxy's, and none of ECS. */
+/** Whether an answer has what its call is made for; if not, it is a proxy's and not that of ECS. */
 const IS_WHOLE = {
   RunTask: ({ tasks, failures }: Answer) => Boolean(tasks?.length ? tasks[0]?.taskArn : failures?.length),
   DescribeTasks: ({ tasks }: Answer) => Boolean(tasks),
@@ -1181,8 +1178,7 @@ const IS_WHOLE = {
 /** An error as the SDK throws it for an answer that did not come, or not whole. */
 const lostAnswer = (message: string) => Object.assign(new Error(message), { $metadata: {} });
 
-/** What the SDK takes to end a call. */
-type Abort = { abortSignal: AbortSignal };
+type Abort = { abortSignal: AbortSignal }; // how the SDK takes a signal
 
 /** The certificates of the CAs that are trusted by default, and of those in a PEM file. @throws {Failure} */
 async function trustedCas(path: string): Promise<string[]> {
@@ -1216,10 +1212,6 @@ export class Aws {
     private readonly context: Pick<Operator, "log" | "now" | "env">,
   ) {}
 
-  /**
-   * fetch, because bun's honours HTTPS_PROXY, HTTP_PROXY and NO_PROXY as the Go SDK does; the SDK's own handler does
-   * not. No retries by the SDK: `retry` is the one place that decides what is sent again.
-   */
   async #settings() {
     const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
     const { loadConfig } = await import("@smithy/core/config");
@@ -1229,17 +1221,14 @@ export class Aws {
       default: "",
     })();
     const init: BunFetchRequestInit = { redirect: "manual", ...(bundle && { tls: { ca: await trustedCas(bundle) } }) };
+    // bun's fetch honours HTTPS_PROXY, HTTP_PROXY and NO_PROXY as the Go SDK does; the SDK's own handler does not.
     const customFetch = ((request: Request) => fetch(request, init)) as typeof fetch;
-    const { env } = this.context;
-    const { AWS_ACCESS_KEY_ID: accessKeyId = "", AWS_SECRET_ACCESS_KEY: secretAccessKey = "" } = env;
-    const keys = { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN };
-    return {
-      region: this.region,
-      maxAttempts: 1,
-      requestHandler: new FetchHttpHandler({ customFetch }),
-      // As in the Go SDK, keys override a profile. This SDK would use the profile.
-      ...(env.AWS_PROFILE && accessKeyId && secretAccessKey && { credentials: keys }),
-    };
+    const requestHandler = new FetchHttpHandler({ customFetch });
+    const { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey, ...env } = this.context.env;
+    // As in the Go SDK, keys override a profile. This SDK would use the profile.
+    const override = env.AWS_PROFILE && accessKeyId && secretAccessKey;
+    const keys = override && { credentials: { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN } };
+    return { region: this.region, maxAttempts: 1, requestHandler, ...keys }; // `retry` alone decides what is sent again
   }
 
   async #send<T>(
@@ -1311,7 +1300,7 @@ export class Aws {
     return new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`, cause);
   }
 
-  /** @returns what ECS knows of these tasks, in calls of 100; those that it does not know (yet, or no more) are missing */
+  /** The tasks that ECS knows of these, in calls of 100. */
   async describeTasks(cluster: string, arns: readonly string[], limits: Limits): Promise<Task[]> {
     const found: Task[] = [];
     for (let from = 0; from < arns.length; from += 100) {
@@ -1331,10 +1320,7 @@ export class Aws {
     }
   }
 
-  /**
-   * Stops a task; one that is gone counts as stopped. `reason` holds ids only.
-   * @param young until when, in ms as of `now`, ECS may not know the task yet
-   */
+  /** Stops a task, unless it is gone; until `young`, in ms as of `now`, ECS may not know it yet. `reason` holds ids only. */
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const isGone = (error: unknown) => causeOf(error).problem === "noTask";
     const again = (error: unknown) => mayPass(error) || (isGone(error) && this.context.now() < young);
@@ -1346,7 +1332,7 @@ export class Aws {
     });
   }
 
-  /** ARNs of the cluster's tasks that are not stopped yet: those started under a name, or all, page by page. */
+  /** ARNs of the cluster's tasks that are not stopped yet: those started under a name, or all. */
   async listTasks(cluster: string, startedBy: string | undefined, limits: Limits): Promise<string[]> {
     const arns: string[] = [];
     let nextToken: string | undefined;
@@ -1390,7 +1376,7 @@ export const isEnding = (task: Task): boolean =>
   task.desiredStatus === "STOPPED" ||
   /^(DEACTIVATING|STOPPING|DEPROVISIONING|STOPPED|DELETED)$/.test(task.lastStatus ?? "");
 
-/** Why a task stopped, in AWS's words: code, reason, and what each container says. */
+/** Why a task stopped, in AWS's words: stop code, reason, and how each container ended. */
 export function explainStop(task: Task): string {
   const stopped = [task.stopCode, task.stoppedReason].filter(Boolean).join(": ") || "ECS gave no reason";
   const containers = task.containers?.map(({ name, exitCode, reason }) => {
@@ -2582,71 +2568,49 @@ const SWEEP_TASKS_AFTER = 600; // seconds; a task's record may just be being wri
 const SWEEP_RECORDS_AFTER = 3_600; // seconds; a record may be of a task that ECS does not show yet
 const ABANDONED = "its job is abandoned";
 
-/** How `sweep` is called; see the help of the command line. */
-export interface SweepOptions {
-  readonly dryRun: boolean;
-  readonly json: boolean;
-  /** Another manager's id, whose tasks count as this one's: its host is gone, and its records with it. */
-  readonly manager?: string | undefined;
-}
+/** `manager`: another manager's id, whose tasks count as this one's: its host is gone, and its records with it. */
+export type SweepOptions = Readonly<{ dryRun: boolean; json: boolean; manager?: string | undefined }>;
 
 /** A task of this driver, whichever manager started it. */
 interface SweptTask {
   readonly taskArn: string;
   readonly startedBy: string;
   readonly createdAt: number; // epoch seconds
-  /** Epoch seconds; what the driver told the container, else what the record says, else createdAt + MaxTaskAge. */
-  readonly deadline: number;
+  readonly deadline: number; // epoch seconds: the one in its variables or its record, else createdAt + MaxTaskAge
   readonly why?: string; // why it is to be stopped; undefined for one that is left alone
 }
 
 /** What one sweep has found, done and left undone. */
-export interface SweepReport {
+export interface SweepReport extends Readonly<Record<"stopped" | "left", SweptTask[]>> {
   readonly dryRun: boolean;
-  readonly stopped: SweptTask[];
-  readonly left: SweptTask[];
   readonly removedRecords: string[]; // file names
   readonly problems: string[];
 }
 
-/** A file of the directory of records, as far as it can be understood. */
-interface Found extends Partial<TaskTrace> {
-  readonly name: string;
-  readonly job: string; // as in `startedBy`, where the record cannot say
-  readonly mtimeMs: number; // the end of the last stage
-  readonly Deadline?: number;
-}
-
-/** The records of a directory, also those that cannot be read, by the job in their names. */
-function readRecords(directory: string): Found[] {
-  return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry): Found[] => {
+/** The records of a directory, as far as they can be read. `job`: as in `startedBy`; `mtimeMs`: the end of the last stage. */
+function readRecords(directory: string) {
+  const read = (path: string): Partial<TaskRecord> => {
+    try {
+      return readRecord(path) ?? {};
+    } catch {
+      return remainsOf(path, 0); // enough to ask whether the task runs
+    }
+  };
+  return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry) => {
     const name = entry.isFile() ? entry.name : "";
     const [, job] = /^[\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32}\.json$/.exec(name) ?? [];
-    if (!job) return [];
     const path = join(directory, name);
     const { mtimeMs = Infinity } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {};
-    const file = { name, job, mtimeMs };
-    try {
-      return [{ ...file, ...(readRecord(path) ?? {}) }];
-    } catch {
-      return [{ ...file, ...remainsOf(path, 0) }]; // enough to ask whether the task runs
-    }
+    return job ? [{ name, job, mtimeMs, ...read(path) }] : [];
   });
-}
-
-/** The deadline in a task's overrides, as the driver that started it has set it. */
-function deadlineOf(task: Task): number | undefined {
-  const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
-  const deadline = Number(variables?.find(({ name }) => name === "FARGATE_DEADLINE")?.value);
-  return deadline > 0 ? deadline : undefined;
 }
 
 /**
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
  * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
- * removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a live prepare or run
- * works on, are never touched. A clock that was set forward makes every sign of work look old. So sweep looks twice: in
- * between, a live process touches its lock, or the next stage begins.
+ * removes old records whose tasks are gone. It never touches tasks that this driver did not start, nor jobs that a live
+ * prepare or run works on. As a clock that was set forward makes every sign of work look old, it looks twice: in between,
+ * a live process touches its lock, or the next stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
@@ -2660,7 +2624,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const attempt = async (what: () => Promise<void>) => {
     stop.throwIfAborted();
     await what().catch((error) => {
-      if (stop.aborted) throw stop.reason;
+      stop.throwIfAborted();
       report.problems.push(reasonOf(error));
     });
   };
@@ -2684,13 +2648,15 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     const mine = own.includes(startedBy.split("-")[1]);
     const record = mine ? records.find((record) => record.job === job) : undefined;
     const createdAt = Math.floor((task.createdAt?.getTime() ?? wallTime()) / 1000);
-    const known = Math.min(deadlineOf(task) ?? Infinity, record?.Deadline || Infinity);
+    const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
+    const set = Number(variables?.find(({ name }) => name === "FARGATE_DEADLINE")?.value); // as the task was started
+    const known = Math.min(set > 0 ? set : Infinity, record?.Deadline || Infinity);
     const deadline = Math.floor(Number.isFinite(known) ? known : createdAt + MaxTaskAge);
     const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER && "its record is gone";
     const late = seconds > deadline && "it is past its deadline";
     const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...usersOfJob(job).map(({ mtimeMs }) => mtimeMs)) / 1000;
-    const isIdle = lastSign < seconds - uptime() || lastSign < seconds - AbandonedAfter;
-    const why = !(mine && inUse(job)) && (lost || late || (isIdle && AbandonedAfter > 0 && ABANDONED));
+    const isIdle = AbandonedAfter > 0 && lastSign < seconds - Math.min(uptime(), AbandonedAfter);
+    const why = !(mine && inUse(job)) && (lost || late || (isIdle && ABANDONED));
     return { taskArn, startedBy, createdAt, deadline, ...(why && { why }) };
   };
   const end = async (aws: Aws, cluster: string, task: SweptTask) => {
