@@ -1977,14 +1977,13 @@ export function configAnswer(job: Job | undefined, host = hostname()): string {
   return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: name });
 }
 
-/** The operator's own key, where it can be read. */
-async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
-  const path = config.SSH.PrivateKeyPath;
+/** The operator's own key, if it can be read. */
+async function ownKey({ config: { SSH }, log }: Context): Promise<KeyPair | undefined> {
   try {
-    return path ? await keyPairOf(fs.readFileSync(path, "utf8")) : undefined;
+    return SSH.PrivateKeyPath ? await keyPairOf(fs.readFileSync(SSH.PrivateKeyPath, "utf8")) : undefined;
   } catch (error) {
-    const reason = reasonOf(error);
-    log.warn("PrivateKeyPath {path} cannot be used: {reason}; a key is made for this job instead", { path, reason });
+    const told = { path: SSH.PrivateKeyPath, reason: reasonOf(error) };
+    log.warn("PrivateKeyPath {path} cannot be used: {reason}; a key is made for this job instead", told);
   }
 }
 
@@ -2032,8 +2031,8 @@ export async function prepare(context: Context): Promise<void> {
       log.info("Ready: logged in to {host} as {user} ({seconds} s)", told);
     } catch (error) {
       try {
-        // The record in memory knows more than the one on disk when the disk is full. A stopped prepare has no time to
-        // look for a task; cleanup, which follows, has. One that is known is stopped anyhow.
+        // If the disk is full, the record in memory knows more than the one on disk. A known task is always stopped; to
+        // look for one, a prepare that got a signal has no time, but cleanup, which follows, has.
         const signal = record.TaskARN ? leave.signal : stop;
         if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
       } catch (failure) {
@@ -2047,11 +2046,11 @@ export async function prepare(context: Context): Promise<void> {
   }
 }
 
-/** Another process that prepares the same job, and lives. */
+/** Another live prepare of this job. */
 const prepareOf = ({ config, job, wallTime }: Context) =>
-  usersOf(config.TaskMetadata, wallTime()).find(
-    ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
-  );
+  usersOf(config.TaskMetadata, wallTime())
+    .filter(({ stem, stage, lives }) => stem === job.stem && stage === "prepare" && lives)
+    .find(({ pid }) => pid !== process.pid);
 
 /** The record before RunTask is called. */
 function newRecord(context: Context, privateKey: string): TaskRecord {
@@ -2340,8 +2339,8 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
 }
 
 /**
- * Connects and runs the script; one of which no command can have run is sent again, any other never.
- * @param seen ms, as of `now`, of the task's last sign of life
+ * Connects and runs the script. It is sent again only if no command of it can have run. `seen` is the time of the task's
+ * last sign of life, in ms as of `now`.
  * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
  */
@@ -2407,7 +2406,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
   }
 }
 
-/** Exit code 137 is death by SIGKILL; where that was for want of memory, the log says so. */
+/** Exit code 137 is death by SIGKILL; the log says if that was for lack of memory. */
 async function explainKill(context: Context, record: TaskRecord, connection: Connection, stage: string): Promise<void> {
   // The counters of both versions of control groups; the container may well live on.
   const counters = "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null";
