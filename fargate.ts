@@ -37,7 +37,7 @@ import { basename, dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
-import type { ECS, ListTasksCommandOutput, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
+import type { ECS, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
 import { configureSync, getLogger, type Logger, type LogLevel, type LogRecord } from "@logtape/logtape";
 import { Command, CommanderError, InvalidArgumentError } from "commander";
 import { distance } from "fastest-levenshtein";
@@ -1208,7 +1208,7 @@ export class Aws {
   throttled = 0; // how often AWS has throttled a call of this process
 
   constructor(
-    private readonly region: string,
+    private readonly place: Pick<TaskRecord, "Region" | "Cluster">,
     private readonly context: Pick<Operator, "log" | "now" | "env">,
   ) {}
 
@@ -1228,7 +1228,7 @@ export class Aws {
     // As in the Go SDK, keys override a profile. This SDK would use the profile.
     const override = env.AWS_PROFILE && accessKeyId && secretAccessKey;
     const keys = override && { credentials: { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN } };
-    return { region: this.region, maxAttempts: 1, requestHandler, ...keys }; // `retry` alone decides what is sent again
+    return { region: this.place.Region, maxAttempts: 1, requestHandler, ...keys }; // `retry` alone decides on repetitions
   }
 
   async #send<T>(
@@ -1301,10 +1301,10 @@ export class Aws {
   }
 
   /** The tasks that ECS knows of these, in calls of 100. */
-  async describeTasks(cluster: string, arns: readonly string[], limits: Limits): Promise<Task[]> {
+  async describeTasks(arns: readonly string[], limits: Limits): Promise<Task[]> {
     const found: Task[] = [];
     for (let from = 0; from < arns.length; from += 100) {
-      const asked = { cluster, tasks: arns.slice(from, from + 100) };
+      const asked = { cluster: this.place.Cluster, tasks: arns.slice(from, from + 100) };
       const answer = await this.#ecs("DescribeTasks", limits, (ecs, abort) => ecs.describeTasks(asked, abort));
       found.push(...(answer.tasks ?? []));
     }
@@ -1312,20 +1312,20 @@ export class Aws {
   }
 
   /** The same for one task that has been seen before. A single MISSING proves nothing: ECS is eventually consistent. */
-  async describeTask(cluster: string, arn: string, limits: Limits): Promise<Task | undefined> {
+  async describeTask(arn: string, limits: Limits): Promise<Task | undefined> {
     for (let calls = 1; ; calls++) {
-      const [task] = await this.describeTasks(cluster, [arn], limits);
+      const [task] = await this.describeTasks([arn], limits);
       if (task || calls === 4) return task;
       await sleep(1_500, limits.signal);
     }
   }
 
   /** Stops a task, unless it is gone; until `young`, in ms as of `now`, ECS may not know it yet. `reason` holds ids only. */
-  async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
+  async stopTask(task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const isGone = (error: unknown) => causeOf(error).problem === "noTask";
     const again = (error: unknown) => mayPass(error) || (isGone(error) && this.context.now() < young);
-    const stop = (ecs: ECS, abort: Abort) => ecs.stopTask({ cluster, task, reason }, abort);
-    await this.#ecs("StopTask", { ...limits, again }, stop).catch((error) => {
+    const asked = { cluster: this.place.Cluster, task, reason };
+    await this.#ecs("StopTask", { ...limits, again }, (ecs, abort) => ecs.stopTask(asked, abort)).catch((error) => {
       if (isGone(error)) return;
       if (error === limits.signal?.reason) throw error;
       throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`, causeOf(error));
@@ -1333,18 +1333,14 @@ export class Aws {
   }
 
   /** ARNs of the cluster's tasks that are not stopped yet: those started under a name, or all. */
-  async listTasks(cluster: string, startedBy: string | undefined, limits: Limits): Promise<string[]> {
-    const arns: string[] = [];
-    let nextToken: string | undefined;
-    do {
-      const list = (ecs: ECS, abort: Abort) => ecs.listTasks({ cluster, startedBy, nextToken }, abort);
-      const page: ListTasksCommandOutput = await this.#ecs("ListTasks", { ...limits, again: mayPass }, list);
-      arns.push(...(page.taskArns ?? []));
-      nextToken = page.nextToken;
-      if (nextToken && this.context.now() > limits.until)
-        throw new Failure("system", "ecs:ListTasks has more pages than there is time for");
-    } while (nextToken);
-    return arns;
+  async listTasks(startedBy: string | undefined, limits: Limits, nextToken?: string): Promise<string[]> {
+    const asked = { cluster: this.place.Cluster, startedBy, nextToken };
+    const list = (ecs: ECS, abort: Abort) => ecs.listTasks(asked, abort);
+    const page = await this.#ecs("ListTasks", { ...limits, again: mayPass }, list);
+    if (!page.nextToken) return page.taskArns ?? [];
+    if (this.context.now() > limits.until)
+      throw new Failure("system", "ecs:ListTasks has more pages than there is time for");
+    return [...(page.taskArns ?? []), ...(await this.listTasks(startedBy, limits, page.nextToken))];
   }
 
   /** The public address of a network interface; undefined while it has none, or is unknown. */
@@ -2014,7 +2010,7 @@ export async function prepare(context: Context): Promise<void> {
     await release(context, stop); // a try before this one may have died without its cleanup
     const own = await ownKey(context); // stays where it is, and out of the record
     const key = own ?? (await makeKeyPair(config.SSH.KeyType));
-    const aws = new Aws(config.Fargate.Region, context);
+    const aws = new Aws(config.Fargate, context);
     const record = newRecord(context, own ? "" : key.privateKey);
     writeRecord(recordPath(context), record);
     const begun = now();
@@ -2039,7 +2035,7 @@ export async function prepare(context: Context): Promise<void> {
         const left = `${record.TaskARN || "a task"} is left for cleanup to stop`;
         log.error("{reason}", { reason: failure === stop.reason ? left : reasonOf(failure) });
       }
-      throw error;
+      throw blame(context, error);
     }
   } finally {
     done();
@@ -2124,9 +2120,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     return true;
   };
   const least = () => pauseAfter(tries, places.length);
-  return retry(once, { until, again, now, signal: stop, most: 0, least }).catch((error) => {
-    throw blame(context, error);
-  });
+  return retry(once, { until, again, now, signal: stop, most: 0, least });
 }
 
 /**
@@ -2230,7 +2224,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   const describe = async () => {
     const asked = now();
     const limits = { until: host ? asked + 10_000 : deadline, signal };
-    const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], limits).catch((failure): Task[] => {
+    const [task] = await aws.describeTasks([record.TaskARN], limits).catch((failure): Task[] => {
       if (!host) throw failure;
       log.debug("{reason}", { reason: reasonOf(failure) }); // a login may work any moment: the task has not failed
       return [];
@@ -2288,7 +2282,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     if (record.PrivateKey && now() < alive + FRESH) return login;
     const limits = { until: deadline, signal: stop };
     const gone = { lastStatus: "DELETED", stoppedReason: "ECS no longer knows it" };
-    const task = (await aws.describeTask(record.Cluster, record.TaskARN, limits)) ?? gone;
+    const task = (await aws.describeTask(record.TaskARN, limits)) ?? gone;
     if (!isEnding(task)) return login;
     login.connection.client.destroy();
     throw stopped(task);
@@ -2425,11 +2419,11 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
  */
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
-  const aws = new Aws(record.Region, context);
+  const aws = new Aws(record, context);
   const begun = now();
   try {
     for (;;) {
-      const task = await aws.describeTask(record.Cluster, record.TaskARN, { until: now() + 5_000, signal: stop });
+      const task = await aws.describeTask(record.TaskARN, { until: now() + 5_000, signal: stop });
       if (!task) return { ended: true, says: "ECS no longer knows the task", cause: {} };
       const ended = isEnding(task);
       const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
@@ -2474,9 +2468,8 @@ export async function cleanup(given: Context): Promise<void> {
     if (now() > until) throw new Failure("system", still);
     await sleep(250);
   }
-  const { Region, Cluster } = config.Fargate;
   if ((wasBusy || !isKnown) && fs.existsSync(join(Directory, ".manager-id")))
-    await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: now() });
+    await stopByName(context, new Aws(config.Fargate, context), startedBy(context), { until: now() });
   usersOf(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
   for (const name of fs.readdirSync(Directory))
@@ -2496,7 +2489,7 @@ type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy"
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
   const { Region, Cluster } = context.config.Fargate;
   const path = recordPath(context);
-  const stop = (known: TaskTrace) => stopRecorded(context, new Aws(known.Region, context), known, signal);
+  const stop = (known: TaskTrace) => stopRecorded(context, new Aws(known, context), known, signal);
   let trace: TaskTrace;
   try {
     const record = readRecord(path);
@@ -2521,9 +2514,9 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
 }
 
 /** Whether ECS, too, says that a task is this job's: others can have written the record that names it. */
-async function isClaimed(context: Context, { TaskARN, Region, Cluster }: TaskTrace, signal?: AbortSignal) {
+async function isClaimed(context: Context, named: TaskTrace, signal?: AbortSignal) {
   const limits = { until: context.now() + 5_000, signal };
-  const task = await new Aws(Region, context).describeTask(Cluster, TaskARN, limits);
+  const task = await new Aws(named, context).describeTask(named.TaskARN, limits);
   return task?.startedBy?.endsWith(`-${context.job.hash.slice(0, 32)}`) ?? false;
 }
 
@@ -2531,21 +2524,20 @@ async function isClaimed(context: Context, { TaskARN, Region, Cluster }: TaskTra
 async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
   const { job, now, wallTime } = context;
   const young = now() + record.UpdatedAt * 1000 - wallTime() + LIST_LAG;
-  if (record.TaskARN)
-    await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal }, young);
-  return !record.Unanswered || stopByName(context, aws, record.Cluster, record.StartedBy, { until: young, signal });
+  if (record.TaskARN) await aws.stopTask(record.TaskARN, job.title, { until: now() + STOP_FOR, signal }, young);
+  return !record.Unanswered || stopByName(context, aws, record.StartedBy, { until: young, signal });
 }
 
 /**
  * Stops every task started under a name; looks again until `until` while there is none.
  * @returns false, with a warning, if the host may not look: the official driver's permissions lack ecs:ListTasks
  */
-async function stopByName(context: Context, aws: Aws, cluster: string, name: string, { until, signal }: Limits) {
+async function stopByName(context: Context, aws: Aws, name: string, { until, signal }: Limits) {
   const { job, log, now, warned } = context;
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
-    const tasks = await aws.listTasks(cluster, name, limits).catch((error) => {
+    const tasks = await aws.listTasks(name, limits).catch((error) => {
       const reason = reasonOf(error);
       if (causeOf(error).problem !== "accessDenied") throw error;
       if (warned?.has(name)) return;
@@ -2554,8 +2546,8 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
     });
     if (!tasks) return false;
     // Lists may go on showing a task of an earlier try that has been stopped.
-    const known = await aws.describeTasks(cluster, tasks, limits).catch((): Task[] => []);
-    for (const task of tasks) await aws.stopTask(cluster, task, job.title, limits);
+    const known = await aws.describeTasks(tasks, limits).catch((): Task[] => []);
+    for (const task of tasks) await aws.stopTask(task, job.title, limits);
     if (tasks.length > known.filter(isEnding).length || now() + 2_000 > latest) return true;
     await sleep(2_000, signal);
   }
@@ -2614,11 +2606,11 @@ function readRecords(directory: string) {
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
   const { config, log, now, wallTime, stop } = context;
-  const { Cluster, Region, MaxTaskAge, AbandonedAfter } = config.Fargate;
+  const { MaxTaskAge, AbandonedAfter } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
   const limits = () => ({ until: now() + STOP_FOR, signal: stop });
-  const aws = new Aws(Region, context);
+  const aws = new Aws(config.Fargate, context);
   const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
   const attempt = async (what: () => Promise<void>) => {
     stop.throwIfAborted();
@@ -2629,7 +2621,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   };
 
   // The records after the tasks: a task that is listed without one has lost it.
-  const listed = await aws.describeTasks(Cluster, await aws.listTasks(Cluster, undefined, limits()), limits());
+  const listed = await aws.describeTasks(await aws.listTasks(undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const here = fs.existsSync(Directory);
   const own = [manager, here && fs.existsSync(join(Directory, ".manager-id")) ? managerId(Directory) : undefined];
@@ -2658,8 +2650,8 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     const why = !(mine && inUse(job)) && (lost || late || (isIdle && ABANDONED));
     return { taskArn, startedBy, createdAt, deadline, ...(why && { why }) };
   };
-  const end = async (aws: Aws, cluster: string, task: SweptTask) => {
-    if (!dryRun) await aws.stopTask(cluster, task.taskArn, `fargate sweep: ${task.why}`, limits());
+  const end = async (aws: Aws, task: SweptTask) => {
+    if (!dryRun) await aws.stopTask(task.taskArn, `fargate sweep: ${task.why}`, limits());
     report.stopped.push(task);
   };
 
@@ -2673,24 +2665,24 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   for (const { task, first } of judged) {
     if (first.why) ({ seconds, records, users } = look());
     const { why, ...swept } = judge(task);
-    if (why && why === first.why) await attempt(() => end(aws, Cluster, { ...swept, why }));
+    if (why && why === first.why) await attempt(() => end(aws, { ...swept, why }));
     else report.left.push(swept);
   }
 
   for (const record of records) {
     if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job)) continue;
     await attempt(async () => {
-      const { TaskARN, StartedBy, Cluster: cluster = Cluster } = record;
-      const there = new Aws(record.Region ?? Region, context);
-      const arns = TaskARN ? [TaskARN] : StartedBy ? await there.listTasks(cluster, StartedBy, limits()) : undefined;
-      const named = arns ? await there.describeTasks(cluster, arns, limits()) : [];
+      const { TaskARN, StartedBy } = record;
+      const there = new Aws({ ...config.Fargate, ...record }, context);
+      const listed = !TaskARN && StartedBy ? await there.listTasks(StartedBy, limits()) : [];
+      const named = await there.describeTasks(TaskARN ? [TaskARN] : listed, limits());
       const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
         (task) => !isEnding(task) && !report.stopped.some(({ taskArn }) => taskArn === task.taskArn),
       );
       for (const swept of running.map(judge)) {
         // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
         const isElsewhere = !tasks.some(({ taskArn }) => taskArn === swept.taskArn);
-        if (isElsewhere && swept.why && swept.why !== ABANDONED) await end(there, cluster, swept);
+        if (isElsewhere && swept.why && swept.why !== ABANDONED) await end(there, swept);
       }
       // A prepare makes its lock before its record. Should it lose that here, it finds out, and stops its task.
       ({ seconds, records, users } = look());
@@ -2716,14 +2708,13 @@ export function formatSweep(report: SweepReport, json: boolean): string {
   if (json) return `${JSON.stringify(report)}\n`;
   const time = (seconds: number) => new Date(seconds * 1000).toISOString().replace(".000", "");
   const would = report.dryRun ? "would be " : "";
-  return [
+  const lines = [
     ...report.stopped.map((task) => `${task.taskArn} ${would}stopped: ${task.why}; created ${time(task.createdAt)}`),
     ...report.removedRecords.map((name) => `${name} ${would}removed: its task is gone`),
     `tasks: ${report.stopped.length} ${would}stopped, ${report.left.length} left alone; ` +
       `records: ${report.removedRecords.length} ${would}removed; problems: ${report.problems.length}`,
-  ]
-    .map((line) => `${printable(line)}\n`)
-    .join("");
+  ];
+  return lines.map((line) => `${printable(line)}\n`).join("");
 }
 
 // 13. Command line ----------------------------------------------------------------------------------------
