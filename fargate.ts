@@ -1024,10 +1024,8 @@ const BY_NAME: Patterns = [
   ["userStop", /^UserInitiated$/],
 ];
 
-/**
- * How the texts begin in which AWS explains what it has no name for; the first that fits counts. They come from the ECS
- * API reference, the ECS developer guide (stopped tasks' errors, API failure reasons), and public reports.
- */
+// How AWS's explanations begin, for what it has no name for; the first that fits counts. They come from the ECS API
+// reference, the ECS developer guide (stopped tasks' errors, API failure reasons), and public reports.
 const BY_TEXT: Patterns = [
   // Messages of RunTask and StopTask.
   ["clock", /^Signature (expired|not yet current)/],
@@ -1394,11 +1392,9 @@ export function stopCause({ stopCode, stoppedReason = "", containers = [] }: Tas
   return { operation: STOPPED, problem: isOwn ? "ownStop" : problem, subject };
 }
 
-/**
- * Pause before the next DescribeTasks, in ms, with jitter. An account has 20 such calls a second, for all its jobs. So:
- * 0.5 to 2 s while the address is about to come; 5 s if it is long in coming, or is known, and only the task's death can
- * be learned. Each throttled call makes the pauses longer, to at most 10 and 30 s.
- */
+// Pause before the next DescribeTasks, in ms, with jitter. An account has 20 such calls a second, for all its jobs. So:
+// 0.5 to 2 s while the address is about to come; 5 s if it is long in coming, or known, when only the task's death can
+// be learned. Each throttled call makes the pauses longer, to at most 10 and 30 s.
 export function pollPause(polls: number, addressKnown: boolean, random: number, throttled = 0): number {
   const pause = addressKnown || polls > 30 ? 5_000 : Math.min(500 * 1.3 ** polls, 2_000);
   return Math.min(pause * (1 + throttled), addressKnown ? 30_000 : 10_000) * (0.75 + random / 2);
@@ -1964,12 +1960,9 @@ const recordPath = ({ config, job }: Context): string => join(config.TaskMetadat
 const startedBy = ({ config, job }: Context): string =>
   `fargate-${managerId(config.TaskMetadata.Directory)}-${job.hash.slice(0, 32)}`;
 
-/**
- * The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. The runner puts the host
- * name into a script, between double quotes: only characters that mean nothing to a shell are kept.
- */
+/** The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. */
 export function configAnswer(job: Job | undefined, host = hostname()): string {
-  const name = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : "";
+  const name = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : ""; // the runner puts it into a script, in double quotes
   return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: name });
 }
 
@@ -2068,19 +2061,14 @@ function keepRecord(context: Context, record: TaskRecord): void {
   writeRecord(recordPath(context), record);
 }
 
-/**
- * Where a task may be placed, in the order in which it is tried: all subnets at once, each by itself from the second
- * on, then the same with the fallback strategy. Pure.
- */
-export function placements(f: Config["Fargate"]) {
+/** Where to try a task: in all subnets, in each from the second on, then the same with the fallback strategy. Pure. */
+function placements(f: Config["Fargate"]) {
   const subnets = f.Subnets ?? [f.Subnet as string];
   const each = [...subnets.slice(1), ...subnets.slice(0, 1)].map((subnet) => [subnet]);
   const where = subnets.length > 1 ? [subnets, ...each] : [subnets];
   const { LaunchType, CapacityProviderStrategy, FallbackCapacityProviderStrategy: fallback } = f;
-  const how = [
-    { LaunchType, CapacityProviderStrategy },
-    ...(fallback ? [{ LaunchType: undefined, CapacityProviderStrategy: fallback }] : []),
-  ];
+  const how = [{ LaunchType, CapacityProviderStrategy }];
+  if (fallback) how.push({ LaunchType: undefined, CapacityProviderStrategy: fallback });
   return how.flatMap((strategy) => where.map((Subnets) => ({ ...strategy, Subnets })));
 }
 
@@ -2094,14 +2082,14 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   const until = begun + config.Fargate.StartTimeout * 1000;
   const places = placements(config.Fargate);
   let tries = 0;
-  let reported = Number.NEGATIVE_INFINITY; // ms, as of `now`
+  let reported = -Infinity; // ms, as of `now`
   const placed = () => ({ ...config.Fargate, ...places[tries % places.length] });
   const { TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   const once = async () => {
-    const Fargate = placed();
+    const there = { ...context, config: { ...config, Fargate: placed() } };
     tries++;
-    await startTask({ ...context, config: { ...config, Fargate } }, aws, record, key, until);
+    await startTask(there, aws, record, key, until);
     const login = await untilReady(context, aws, record, key, begun);
     if (tries > 1) log.info("Attempt {tries} to start a task has succeeded", { tries });
     return login;
@@ -2123,10 +2111,8 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   return retry(once, { until, again, now, signal: stop, most: 0, least });
 }
 
-/**
- * Starts the task, with the public key and the deadline if its definition accepts them. The record is written before each
- * call and after its answer, so that a task whose answer is lost can be found.
- */
+// Starts the task, with the public key and the deadline if its definition accepts them. The record is written before each
+// call and after its answer, so that a task whose answer is lost can be found.
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
   const { config, job, log, wallTime, stop } = context;
   const { StartTimeout, DeadlineMargin } = config.Fargate;
@@ -2182,11 +2168,8 @@ const REFUSAL_PATIENCE = 25_000;
 // to all tasks (PrivateKeyPath), ECS is always asked.
 const FRESH = 10_000;
 
-/**
- * Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches for
- * the task's death.
- * @throws {Failure} when the task ends, or is not ready in time
- */
+// Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches for
+// the task's death. Throws a Failure when the task ends, or is not ready in time.
 async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
   const { StartTimeout, WaitForHealthy, EnablePublicIP, UsePublicIP: usePublic = EnablePublicIP } = config.Fargate;
@@ -2332,12 +2315,8 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   return exitCode("build", env);
 }
 
-/**
- * Connects and runs the script. It is sent again only if no command of it can have run. `seen` is the time of the task's
- * last sign of life, in ms as of `now`.
- * @returns the script's exit code
- * @throws {Failure} for anything but an exit of the script
- */
+// Connects, runs the script and returns its exit code; throws a Failure for anything else. The script is sent again only
+// if no command of it can have run. `seen`: when the task was last known to be alive, in ms as of `now`.
 async function runInTask(context: Context & Sinks, record: TaskRecord, seen: number, script: Buffer, stage: string) {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
@@ -2389,15 +2368,14 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     if (passes) log.debug("{stage}: {reason}; trying again", { stage, reason: reasonOf(error) });
     return passes;
   };
-  try {
-    return await retry(attempt, { until: now() + config.SSH.ConnectTimeout * 1000, again, now, signal: stop });
-  } catch (error) {
+  const until = now() + config.SSH.ConnectTimeout * 1000;
+  return retry(attempt, { until, again, now, signal: stop }).catch(async (error) => {
     if (stop.aborted || !(error instanceof SshFailure)) throw error;
     const did = `${stage} did not begin: ${reasonOf(error)}`;
     if (error.why !== "unreachable") throw new Failure("system", did, error.cause);
     const { says, cause } = await fateOf(context, record, 10_000);
     throw new Failure("system", `${did}; ${says}`, { problem: cause.problem ?? error.cause.problem });
-  }
+  });
 }
 
 /** Exit code 137 is death by SIGKILL; the log says if that was for lack of memory. */
@@ -2413,10 +2391,8 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
   context.log.error("what to do: {advice}", { advice: ADVICE.memory });
 }
 
-/**
- * What ECS says about a record's task; `ended` is undefined if that is not known. ECS may learn the exit codes up to 10 s
- * after the end; one that has not ended is asked about for `patience` ms.
- */
+// What ECS says about a record's task; `ended` is undefined if that is not known. ECS may learn the exit codes up to 10 s
+// after the end; one that has not ended is asked about for `patience` ms.
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
   const aws = new Aws(record, context);
@@ -2443,11 +2419,9 @@ const STOP_FOR = 60_000; // ms; for how long stopping a task is tried again
 const LIST_LAG = 30_000; // ms for which an unanswered RunTask's task is looked for: lists are eventually consistent
 const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
 
-/**
- * The `cleanup` stage: stops the job's task and removes its record. It works without a record (by the task's startedBy),
- * when repeated, beside a live prepare, which ends when its record is gone, and in a directory that `checkDirectory`
- * refuses: only this user can write a record that is believed, and a task costs money.
- */
+// The `cleanup` stage: stops the job's task and removes its record. It works without a record (by the task's startedBy),
+// when repeated, beside a live prepare, which ends when its record is gone, and in a directory that `checkDirectory`
+// refuses: only this user can write a record that is believed, and a task costs money.
 export async function cleanup(given: Context): Promise<void> {
   const context: Context = { ...given, warned: new Set() };
   const { config, job, log, now } = context;
@@ -2477,15 +2451,11 @@ export async function cleanup(given: Context): Promise<void> {
       fs.rmSync(join(Directory, name), { force: true });
 }
 
-/** What stopping a task takes; the rest of the record is for the other stages. */
+/** The fields needed to stop a task. */
 type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy" | "Unanswered" | "UpdatedAt">;
 
-/**
- * Stops the task of this job's record, then removes the record. `signal` ends it: prepare, which begins with this, must
- * obey SIGTERM.
- * @returns false if there is no record
- * @throws {Failure} when the task could not be stopped; the record stays
- */
+// Stops the task of this job's record, then removes the record; it stays if that fails. Returns false if there is none.
+// `signal` ends it: prepare, which begins with this, must obey SIGTERM.
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
   const { Region, Cluster } = context.config.Fargate;
   const path = recordPath(context);
@@ -2528,10 +2498,8 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
   return !record.Unanswered || stopByName(context, aws, record.StartedBy, { until: young, signal });
 }
 
-/**
- * Stops every task started under a name; looks again until `until` while there is none.
- * @returns false, with a warning, if the host may not look: the official driver's permissions lack ecs:ListTasks
- */
+// Stops every task started under a name; looks again until `until` while there is none. Returns false, with a warning, if
+// the host may not look: the official driver's permissions lack ecs:ListTasks.
 async function stopByName(context: Context, aws: Aws, name: string, { until, signal }: Limits) {
   const { job, log, now, warned } = context;
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
@@ -2599,9 +2567,8 @@ function readRecords(directory: string) {
 /**
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
  * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
- * removes old records whose tasks are gone. It never touches tasks that this driver did not start, nor jobs that a live
- * prepare or run works on. As a clock that was set forward makes every sign of work look old, it looks twice: in between,
- * a live process touches its lock, or the next stage begins.
+ * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs that a live stage works on. A
+ * clock set forward makes every lock look old: so it looks twice; in between, a live process touches its lock.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
