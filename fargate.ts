@@ -923,8 +923,7 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
 
 // 8. ECS --------------------------------------------------------------------------------------------------
 
-/** The container that gets the public key; the name is the official driver's. */
-export const CONTAINER = "ci-coordinator";
+export const CONTAINER = "ci-coordinator"; // the container that gets the public key; the name is the official driver's
 
 /** What every command works with. */
 export interface Operator {
@@ -1107,17 +1106,13 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
   const known = recognize(error, refused && typeof message === "string" ? message : undefined);
   const notSent = status > 0 ? undefined : firstFit(NOT_SENT, String(code)); // in an answer, each field is the endpoint's
   const isFinal = notSent === "certificate" || (notSent === "proxy" && Number(proxyStatus) < 500);
-  const cause = {
-    operation,
-    error,
-    ...known,
-    // Without a status, the request or its answer was lost; with one of success, the answer broke off.
-    isRetryable:
-      firstFit(BY_NAME, error) === "throttled" ||
-      (refused ? status >= 500 || status === 429 : $metadata !== undefined && !isFinal),
-    // A conflict means that the token, which is nobody else's, has started a task.
-    mayHaveStarted: refused ? status >= 500 || error === "ConflictException" : $metadata !== undefined && !notSent,
-  };
+  // Without a status, the request or its answer was lost; with one of success, the answer broke off.
+  const isLost = !refused && $metadata !== undefined;
+  const isThrottled = firstFit(BY_NAME, error) === "throttled" || status === 429;
+  const isRetryable = isThrottled || status >= 500 || (isLost && !isFinal);
+  // A conflict means that the token, which is nobody else's, has started a task.
+  const mayHaveStarted = status >= 500 || (refused && error === "ConflictException") || (isLost && !notSent);
+  const cause = { operation, error, ...known, isRetryable, mayHaveStarted };
   let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(HINTS, "");
   // The SDK stumbles over a body that it does not expect, such as a proxy's page.
   const isForeign = status > 0 && /^(Type|Syntax|Range)Error$/.test(error) && !/ECONN|socket/i.test(text);
@@ -1141,8 +1136,6 @@ const mayPass = (error: unknown): boolean =>
 const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
 
 const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
-/** In ms: how long a call may fail and be repeated before the log says so. Throttling may last as long as a rush of jobs. */
-const PATIENCE = { throttled: 60_000, other: 10_000 } as const;
 
 /** What is not of its type counts as not given. */
 const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(schema), undefined);
@@ -1222,7 +1215,8 @@ export class Aws {
     // bun's fetch honours HTTPS_PROXY, HTTP_PROXY and NO_PROXY as the Go SDK does; the SDK's own handler does not.
     const customFetch = ((request: Request) => fetch(request, init)) as typeof fetch;
     const requestHandler = new FetchHttpHandler({ customFetch });
-    const { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey, ...env } = this.context.env;
+    const { env } = this.context;
+    const { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey } = env;
     // As in the Go SDK, keys override a profile. This SDK would use the profile.
     const override = env.AWS_PROFILE && accessKeyId && secretAccessKey;
     const keys = override && { credentials: { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN } };
@@ -1258,7 +1252,7 @@ export class Aws {
         const isWithout = (error as AwsError).name === "CredentialsProviderError";
         const failure = awsFailure(action, error, isWithout ? await explainProfile(env) : undefined);
         log.debug("{reason} (after {ms} ms)", { reason: failure.message, ms: now() - begun });
-        const patience = isThrottling(failure) ? PATIENCE.throttled : PATIENCE.other;
+        const patience = isThrottling(failure) ? 60_000 : 10_000; // ms; throttling may last as long as a rush of jobs
         if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(failure)) {
           warned = true;
           log.warn("{reason}; it is tried again", { reason: failure.message });
@@ -1956,7 +1950,6 @@ export async function runScript(
 // 10. Stages ----------------------------------------------------------------------------------------------
 
 const recordPath = ({ config, job }: Context): string => join(config.TaskMetadata.Directory, `${job.stem}.json`);
-
 const startedBy = ({ config, job }: Context): string =>
   `fargate-${managerId(config.TaskMetadata.Directory)}-${job.hash.slice(0, 32)}`;
 
@@ -1991,8 +1984,7 @@ export async function prepare(context: Context): Promise<void> {
     else log.debug("nothing reads the job's variable {name}", { name });
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
-  const { Directory } = config.TaskMetadata;
-  const writable = openDirectory(Directory);
+  const writable = openDirectory(config.TaskMetadata.Directory);
   if (writable) log.warn("{writable}", { writable });
   const done = announce(config.TaskMetadata, job.stem, "prepare");
   const other = prepareOf(context);
@@ -2041,7 +2033,6 @@ const prepareOf = ({ config, job, wallTime }: Context) =>
     .filter(({ stem, stage, lives }) => stem === job.stem && stage === "prepare" && lives)
     .find(({ pid }) => pid !== process.pid);
 
-/** The record before RunTask is called. */
 function newRecord(context: Context, privateKey: string): TaskRecord {
   const { Cluster, Region } = context.config.Fargate;
   const PrivateKey = Buffer.from(privateKey).toString("base64");
@@ -2182,8 +2173,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   let host: string | undefined;
   let status: string | undefined;
   let runningSince = Infinity; // and healthy, if that is awaited
-  let refusedSince: number | undefined;
-  let refusedFor = 0;
+  const refusals: number[] = []; // of the key, in ms as of `now`
   let lastFailure: SshFailure | undefined;
   let lastTold = "";
   let alive = -Infinity;
@@ -2192,33 +2182,20 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     const { why, message } = failure;
     if (message !== lastTold) log.debug("no login yet: {message}", { message });
     lastTold = message;
-    if (why === "login") {
-      refusedSince ??= now();
-      refusedFor = now() - refusedSince;
-    }
+    if (why === "login") refusals.push(now());
     // A refused key says more than the connections that sshd then refuses for a while.
-    if (why === "login" || refusedSince === undefined) lastFailure = failure;
+    if (why === "login" || refusals.length === 0) lastFailure = failure;
   };
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
     const login = logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, onFailure);
     ready.resolve(login.then((connection) => ({ host: address, connection })));
   };
-  const describe = async () => {
-    const asked = now();
-    const limits = { until: host ? asked + 10_000 : deadline, signal };
-    const [task] = await aws.describeTasks([record.TaskARN], limits).catch((failure): Task[] => {
-      if (!host) throw failure;
-      log.debug("{reason}", { reason: reasonOf(failure) }); // a login may work any moment: the task has not failed
-      return [];
-    });
-    if (task) alive = asked;
-    return task;
-  };
   const stopped = (task: Task) =>
     new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`, stopCause(task));
   const tooLong = () => {
-    if (runningSince < Infinity && refusedFor > REFUSAL_PATIENCE)
+    const [firstRefusal = 0] = refusals;
+    if (runningSince < Infinity && (refusals.at(-1) ?? 0) - firstRefusal > REFUSAL_PATIENCE)
       return `the task runs, but its SSH server refuses to let ${Username} in`;
     if (now() > runningSince + ConnectTimeout * 1000)
       return `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)`;
@@ -2234,7 +2211,14 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   };
   const watch = async (): Promise<never> => {
     for (let polls = 0; ; polls++) {
-      const task = await describe();
+      const asked = now();
+      const limits = { until: host ? asked + 10_000 : deadline, signal };
+      const [task] = await aws.describeTasks([record.TaskARN], limits).catch((failure): Task[] => {
+        if (!host) throw failure;
+        log.debug("{reason}", { reason: reasonOf(failure) }); // a login may work any moment: the task has not failed
+        return [];
+      });
+      if (task) alive = asked;
       mustBeKept(context);
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
@@ -2320,16 +2304,12 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
 async function runInTask(context: Context & Sinks, record: TaskRecord, seen: number, script: Buffer, stage: string) {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
-  const target: SshTarget = {
-    ...config.SSH,
-    host: record.ContainerIP,
-    // What prepare logged in with: the job's own key, else the operator's.
-    privateKey: record.PrivateKey
-      ? Buffer.from(record.PrivateKey, "base64").toString()
-      : readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath").toString(),
-    hostKey: Buffer.from(record.HostKey, "base64"),
-    toSend: script.length,
-  };
+  const { ContainerIP: host, HostKey, PrivateKey } = record;
+  // What prepare logged in with: the job's own key, else the operator's.
+  const operators = () => readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath");
+  const privateKey = (PrivateKey ? Buffer.from(PrivateKey, "base64") : operators()).toString();
+  const hostKey = Buffer.from(HostKey, "base64");
+  const target: SshTarget = { ...config.SSH, host, privateKey, hostKey, toSend: script.length };
   let tries = 0;
   let asked = -Infinity;
   /** @returns why the task's state is unknown. @throws {Failure} if it has ended */
@@ -2446,9 +2426,8 @@ export async function cleanup(given: Context): Promise<void> {
     await stopByName(context, new Aws(config.Fargate, context), startedBy(context), { until: now() });
   usersOf(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
-  for (const name of fs.readdirSync(Directory))
-    if (name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp"))
-      fs.rmSync(join(Directory, name), { force: true });
+  const isTemporary = (name: string) => name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp");
+  for (const name of fs.readdirSync(Directory).filter(isTemporary)) fs.rmSync(join(Directory, name), { force: true });
 }
 
 /** The fields needed to stop a task. */
@@ -2539,7 +2518,6 @@ interface SweptTask {
   readonly why?: string; // why it is to be stopped; undefined for one that is left alone
 }
 
-/** What one sweep has found, done and left undone. */
 export interface SweepReport extends Readonly<Record<"stopped" | "left", SweptTask[]>> {
   readonly dryRun: boolean;
   readonly removedRecords: string[]; // file names
@@ -2670,7 +2648,6 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   return report;
 }
 
-/** What a sweep has done, for a person's or a program's eyes. */
 export function formatSweep(report: SweepReport, json: boolean): string {
   if (json) return `${JSON.stringify(report)}\n`;
   const time = (seconds: number) => new Date(seconds * 1000).toISOString().replace(".000", "");
