@@ -1223,16 +1223,13 @@ export class Aws {
     return { region: this.place.Region, maxAttempts: 1, requestHandler, ...keys }; // `retry` alone decides on repetitions
   }
 
-  async #send<T>(
-    action: string,
-    { until, signal, again = isTransient, onSend = () => {}, grace = 0 }: Limits,
-    call: (abort: Abort) => Promise<T>,
-  ): Promise<T> {
+  async #send<T>(action: string, limits: Limits, call: (abort: Abort) => Promise<T>): Promise<T> {
+    const { until, signal, again = isTransient, onSend, grace = 0 } = limits;
     const { log, now, env } = this.context;
     const first = now();
     let warned = false;
     const once = async () => {
-      onSend();
+      onSend?.();
       const begun = now();
       // RunTask, which alone has a grace, is not cut short by `until`: its answer is worth more than the time.
       const most = grace ? CALL_TIMEOUT : Math.min(CALL_TIMEOUT, Math.max(until - begun, 1_000));
@@ -1327,8 +1324,8 @@ export class Aws {
   /** ARNs of the cluster's tasks that are not stopped yet: those started under a name, or all. */
   async listTasks(startedBy: string | undefined, limits: Limits, nextToken?: string): Promise<string[]> {
     const asked = { cluster: this.place.Cluster, startedBy, nextToken };
-    const list = (ecs: ECS, abort: Abort) => ecs.listTasks(asked, abort);
-    const page = await this.#ecs("ListTasks", { ...limits, again: mayPass }, list);
+    const again = mayPass;
+    const page = await this.#ecs("ListTasks", { ...limits, again }, (ecs, abort) => ecs.listTasks(asked, abort));
     if (!page.nextToken) return page.taskArns ?? [];
     if (this.context.now() > limits.until)
       throw new Failure("system", "ecs:ListTasks has more pages than there is time for");
@@ -1342,8 +1339,7 @@ export class Aws {
     const asked = { NetworkInterfaceIds: [networkInterfaceId] };
     const describe = (abort: Abort) => ec2.describeNetworkInterfaces(asked, abort);
     const answer = await this.#send("ec2:DescribeNetworkInterfaces", limits, describe).catch((failure: Failure) => {
-      // EC2 may learn of the interface a moment after ECS.
-      if (failure.cause.error !== "InvalidNetworkInterfaceID.NotFound") throw failure;
+      if (failure.cause.error !== "InvalidNetworkInterfaceID.NotFound") throw failure; // EC2 may learn of it after ECS
     });
     return answer?.NetworkInterfaces?.[0]?.Association?.PublicIp;
   }
@@ -1353,8 +1349,7 @@ export class Aws {
 export function interfaceOf(task: Task): Record<"id" | "address", string | undefined> {
   const eni = task.attachments?.find((attachment) => attachment.type === "ElasticNetworkInterface");
   const detail = (wanted: string) => eni?.details?.find(({ name }) => name === wanted)?.value;
-  // All containers share it. Nothing else names the IPv6 address.
-  const shared = task.containers?.flatMap((container) => container.networkInterfaces ?? [])[0];
+  const shared = task.containers?.flatMap((container) => container.networkInterfaces ?? [])[0]; // by all containers
   const address = detail("privateIPv4Address") || shared?.privateIpv4Address || shared?.ipv6Address;
   return { id: detail("networkInterfaceId"), address };
 }
@@ -2222,8 +2217,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
       mustBeKept(context);
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
-        // Every attempt goes through these two states, also while there is no capacity.
-        const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info";
+        const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info"; // as attempts without capacity go
         log[level]("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
       if (task && isEnding(task)) throw stopped(task);
@@ -2436,7 +2430,8 @@ type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy"
 // Stops the task of this job's record, then removes the record; it stays if that fails. Returns false if there is none.
 // `signal` ends it: prepare, which begins with this, must obey SIGTERM.
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
-  const { Region, Cluster } = context.config.Fargate;
+  const { config, job, log, now } = context;
+  const { Region, Cluster } = config.Fargate;
   const path = recordPath(context);
   const stop = (known: TaskTrace) => stopRecorded(context, new Aws(known, context), known, signal);
   let trace: TaskTrace;
@@ -2449,24 +2444,20 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
       if (record.Deadline > 1) writeRecord(path, { ...record, Deadline: 1 });
     } catch {} // a full disk is no reason to let a task run
   } catch (error) {
-    context.log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
+    log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
     const own = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
+    // Others can have written this: it counts if ECS, too, says that the task is this job's.
     const named = { ...own, ...remainsOf(path, 0) };
+    const describe = () => new Aws(named, context).describeTask(named.TaskARN, { until: now() + 5_000, signal });
+    const claimed = own.TaskARN || !named.TaskARN ? undefined : await describe();
+    const isOurs = own.TaskARN || claimed?.startedBy?.endsWith(`-${job.hash.slice(0, 32)}`);
     // What the record still names is stopped first: the manager's identity may be unusable as well.
-    if (own.TaskARN || (named.TaskARN && (await isClaimed(context, named, signal))))
-      await stop({ ...named, Unanswered: false });
+    if (isOurs) await stop({ ...named, Unanswered: false });
     trace = { ...own, TaskARN: "", StartedBy: startedBy(context) };
   }
   const left = `its task is stopped, but the record ${path} cannot be removed`;
   if (await stop(trace)) withContext(left, () => fs.rmSync(path, { force: true }));
   return true;
-}
-
-/** Whether ECS, too, says that a task is this job's: others can have written the record that names it. */
-async function isClaimed(context: Context, named: TaskTrace, signal?: AbortSignal) {
-  const limits = { until: context.now() + 5_000, signal };
-  const task = await new Aws(named, context).describeTask(named.TaskARN, limits);
-  return task?.startedBy?.endsWith(`-${context.job.hash.slice(0, 32)}`) ?? false;
 }
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
@@ -2614,6 +2605,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     else report.left.push(swept);
   }
 
+  const isAmong = (all: Pick<Task, "taskArn">[], { taskArn }: Task) => all.some((task) => task.taskArn === taskArn);
   for (const record of records) {
     if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job)) continue;
     await attempt(async () => {
@@ -2622,13 +2614,11 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       const listed = !TaskARN && StartedBy ? await there.listTasks(StartedBy, limits()) : [];
       const named = await there.describeTasks(TaskARN ? [TaskARN] : listed, limits());
       const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
-        (task) => !isEnding(task) && !report.stopped.some(({ taskArn }) => taskArn === task.taskArn),
+        (task) => !isEnding(task) && !isAmong(report.stopped, task),
       );
-      for (const swept of running.map(judge)) {
-        // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
-        const isElsewhere = !tasks.some(({ taskArn }) => taskArn === swept.taskArn);
-        if (isElsewhere && swept.why && swept.why !== ABANDONED) await end(there, swept);
-      }
+      // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
+      for (const swept of running.filter((task) => !isAmong(tasks, task)).map(judge))
+        if (swept.why && swept.why !== ABANDONED) await end(there, swept);
       // A prepare makes its lock before its record. Should it lose that here, it finds out, and stops its task.
       ({ seconds, records, users } = look());
       const { UpdatedAt } = records.find(({ name }) => name === record.name) ?? {};
