@@ -1184,8 +1184,7 @@ async function trustedCas(path: string): Promise<string[]> {
 
 /** Why a profile gives no credentials. The SDK does not say, and what it logs may hold a credential_process's output. */
 async function explainProfile({ AWS_PROFILE: name = "default" }: Environment): Promise<string | undefined> {
-  const { loadSharedConfigFiles } = await import("@smithy/core/config");
-  const { configFile, credentialsFile } = await loadSharedConfigFiles();
+  const { configFile, credentialsFile } = await (await import("@smithy/core/config")).loadSharedConfigFiles();
   const profile = { ...configFile[name], ...credentialsFile[name] };
   const source = profile.credential_process ? "the credential_process of profile" : "profile";
   if (Object.keys(profile).length > 0) return `${source} ${name} gave no credentials`;
@@ -2037,14 +2036,11 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
   return { Version: RECORD_VERSION, TaskARN: "", ContainerIP: "", PrivateKey, ...task, ...login, ...times };
 }
 
-/** @throws {Failure} when the record is gone: nobody would stop what is started from here on */
-function mustBeKept(context: Context): void {
-  if (!fs.existsSync(recordPath(context))) throw new Failure("system", "the job was cleaned up while prepare ran");
-}
-
-function keepRecord(context: Context, record: TaskRecord): void {
-  mustBeKept(context);
-  writeRecord(recordPath(context), record);
+/** Writes a record anew, if one is given. @throws {Failure} if it is gone: nobody would stop what is started from here on */
+function keepRecord(context: Context, record?: TaskRecord): void {
+  const path = recordPath(context);
+  if (!fs.existsSync(path)) throw new Failure("system", "the job was cleaned up while prepare ran");
+  if (record) writeRecord(path, record);
 }
 
 /** Where to try a task: in all subnets, in each from the second on, then the same with the fallback strategy. Pure. */
@@ -2149,9 +2145,8 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
 // OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
 const REFUSAL_PATIENCE = 25_000;
 
-// ms; within this time of hearing from a task, its address cannot be another's: that one would take longer to start.
-// Later, another task of the same image may answer there, with the same host key, and let any key in. If one key logs in
-// to all tasks (PrivateKeyPath), ECS is always asked.
+// ms; within this time of hearing from a task, its address cannot be another's, which would take longer to start. Later,
+// one with the same image and host key may answer there, and let any key in. With PrivateKeyPath, ECS is always asked.
 const FRESH = 10_000;
 
 // Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches for
@@ -2214,7 +2209,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         return [];
       });
       if (task) alive = asked;
-      mustBeKept(context);
+      keepRecord(context);
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
         const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info"; // as attempts without capacity go
@@ -2254,7 +2249,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
 
 const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped packet is not waited for
 
-/** The `run` stage: runs a script of the job in its task, which says itself why it fails. @returns the exit code */
+/** The `run` stage: runs a script of the job in its task. @returns the exit code; if not 0, the script has said why */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log, now, wallTime } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
@@ -2266,7 +2261,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   const record = readRecord(path);
   if (!record?.ContainerIP)
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
-  // A run that nobody ends any more, because its runner has died, would hold its task for ever.
+  // If its runner has died, nobody ends this run; it must not keep its task for ever.
   const late = new AbortController();
   const last = now() + Math.max(record.Deadline * 1000 - wallTime(), 60_000);
   const end = () => now() > last && late.abort(new Failure("system", "the job is past its deadline"));
@@ -2403,20 +2398,18 @@ export async function cleanup(given: Context): Promise<void> {
   if (!fs.existsSync(Directory))
     return log.warn("{Directory} is not there: nothing was ever started, or its records are lost", { Directory });
   const until = now() + PREPARE_LASTS;
-  let isKnown = false;
-  let wasBusy = false; // prepare may have written a record, and sent RunTask, meanwhile
-  for (;;) {
-    // Looked for before its record is: a prepare that has ended by now has left there what it started.
-    const busy = prepareOf(context);
-    if (busy) log.debug("prepare still runs, as process {pid}", { pid: busy.pid });
-    isKnown = (await release(context)) || isKnown;
-    if (!busy) break;
-    wasBusy = true;
+  // Looked for before its record is: a prepare that has ended by now has left there what it started.
+  const first = prepareOf(context);
+  for (let busy = first; busy; busy = prepareOf(context)) {
+    log.debug("prepare still runs, as process {pid}", { pid: busy.pid });
+    await release(context);
     const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
     if (now() > until) throw new Failure("system", still);
     await sleep(250);
   }
-  if ((wasBusy || !isKnown) && fs.existsSync(join(Directory, ".manager-id")))
+  const isKnown = await release(context);
+  // A prepare may have written a record, and sent RunTask, meanwhile.
+  if ((first || !isKnown) && fs.existsSync(join(Directory, ".manager-id")))
     await stopByName(context, new Aws(config.Fargate, context), startedBy(context), { until: now() });
   usersOf(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
@@ -2476,10 +2469,9 @@ async function stopByName(context: Context, aws: Aws, name: string, { until, sig
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
     const tasks = await aws.listTasks(name, limits).catch((error) => {
-      const reason = reasonOf(error);
       if (causeOf(error).problem !== "accessDenied") throw error;
-      if (warned?.has(name)) return;
-      log.warn("whether a task started by {name} is left could not be looked up: {reason}", { name, reason });
+      const unknown = "whether a task started by {name} is left could not be looked up: {reason}";
+      if (!warned?.has(name)) log.warn(unknown, { name, reason: reasonOf(error) });
       warned?.add(name);
     });
     if (!tasks) return false;
