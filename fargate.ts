@@ -1073,7 +1073,6 @@ const BY_TEXT: Patterns = [
   ["memory", /^OutOfMemory/],
   ["exited", /^EssentialContainerExited$/], // a stop code, like what ends in $ above: decides if no text does
 ];
-
 const firstFit = (rows: Patterns, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
 
 /** Recognizes a problem by AWS's name for it, else by how one of AWS's texts begins. */
@@ -1168,7 +1167,6 @@ const IS_WHOLE = {
 
 /** An error as the SDK throws it for an answer that did not come, or not whole. */
 const lostAnswer = (message: string) => Object.assign(new Error(message), { $metadata: {} });
-
 type Abort = { abortSignal: AbortSignal }; // how the SDK takes a signal
 
 /** The certificates of the CAs that are trusted by default, and of those in a PEM file. @throws {Failure} */
@@ -1290,22 +1288,18 @@ export class Aws {
 
   /** The tasks that ECS knows of these, in calls of 100. */
   async describeTasks(arns: readonly string[], limits: Limits): Promise<Task[]> {
-    const found: Task[] = [];
-    for (let from = 0; from < arns.length; from += 100) {
-      const asked = { cluster: this.place.Cluster, tasks: arns.slice(from, from + 100) };
-      const answer = await this.#ecs("DescribeTasks", limits, (ecs, abort) => ecs.describeTasks(asked, abort));
-      found.push(...(answer.tasks ?? []));
-    }
-    return found;
+    if (arns.length === 0) return [];
+    const asked = { cluster: this.place.Cluster, tasks: arns.slice(0, 100) };
+    const { tasks = [] } = await this.#ecs("DescribeTasks", limits, (ecs, abort) => ecs.describeTasks(asked, abort));
+    return [...tasks, ...(await this.describeTasks(arns.slice(100), limits))];
   }
 
   /** The same for one task that has been seen before. A single MISSING proves nothing: ECS is eventually consistent. */
-  async describeTask(arn: string, limits: Limits): Promise<Task | undefined> {
-    for (let calls = 1; ; calls++) {
-      const [task] = await this.describeTasks([arn], limits);
-      if (task || calls === 4) return task;
-      await sleep(1_500, limits.signal);
-    }
+  async describeTask(arn: string, limits: Limits, calls = 4): Promise<Task | undefined> {
+    const [task] = await this.describeTasks([arn], limits);
+    if (task || calls === 1) return task;
+    await sleep(1_500, limits.signal);
+    return this.describeTask(arn, limits, calls - 1);
   }
 
   /** Stops a task, unless it is gone; until `young`, in ms as of `now`, ECS may not know it yet. `reason` holds ids only. */
@@ -2492,12 +2486,10 @@ const ABANDONED = "its job is abandoned";
 /** `manager`: another manager's id, whose tasks count as this one's: its host is gone, and its records with it. */
 export type SweepOptions = Readonly<{ dryRun: boolean; json: boolean; manager?: string | undefined }>;
 
-/** A task of this driver, whichever manager started it. */
-interface SweptTask {
-  readonly taskArn: string;
-  readonly startedBy: string;
-  readonly createdAt: number; // epoch seconds
-  readonly deadline: number; // epoch seconds: the one in its variables or its record, else createdAt + MaxTaskAge
+/** A task of this driver, whichever manager started it. Times are in epoch seconds. */
+interface SweptTask extends Readonly<Record<"taskArn" | "startedBy", string>> {
+  readonly createdAt: number;
+  readonly deadline: number; // as in its variables or its record, else createdAt + MaxTaskAge
   readonly why?: string; // why it is to be stopped; undefined for one that is left alone
 }
 
