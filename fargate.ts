@@ -984,7 +984,6 @@ export interface Limits {
 
 /** Bounds of the pauses between two calls of `retry`, in ms, before jitter of a half up or down. */
 type Pauses = { now: () => number; most?: number; least?: (error: unknown) => number };
-
 /** Calls until it works, with jittered backoff. @throws the last error, or the reason of `signal` */
 export async function retry<T>(call: () => Promise<T>, limits: Limits & Pauses): Promise<T> {
   const { until, again = isTransient, signal, now, most = 5_000, least = () => 0 } = limits;
@@ -1006,7 +1005,6 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
 }
 
 type Patterns = readonly (readonly [Problem, RegExp])[];
-
 /** AWS's names for errors, and two stop codes. A name decides, whatever the text beside it. */
 const BY_NAME: Patterns = [
   ["throttled", /^(Throttling(Exception)?|RequestLimitExceeded|TooManyRequestsException|RequestThrottled|SlowDown)$/],
@@ -1074,7 +1072,6 @@ const BY_TEXT: Patterns = [
   ["exited", /^EssentialContainerExited$/], // a stop code, like what ends in $ above: decides if no text does
 ];
 const firstFit = (rows: Patterns, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
-
 /** Recognizes a problem by AWS's name for it, else by how one of AWS's texts begins. */
 export function recognize(name: string, ...texts: (string | undefined)[]): Pick<Cause, "problem" | "subject"> {
   const known = texts.flatMap((text) => text?.replaceAll("\u2019", "'") ?? []); // AWS writes both apostrophes
@@ -1095,7 +1092,6 @@ const NOT_SENT: Patterns = [
 
 /** Hints for programmers that the SDK and bun add to their messages. */
 const HINTS = /(?: For more information, pass `verbose|\n)[\s\S]*/;
-
 /** The Failure for what a call to AWS threw. `profileProblem` says why a profile gives no credentials, if that is it. */
 export function awsFailure(operation: string, thrown: unknown, profileProblem?: string): Failure {
   const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
@@ -1156,7 +1152,6 @@ const AnswerSchema = v.object({
   ...texts("nextToken"),
 });
 type Answer = v.InferOutput<typeof AnswerSchema>;
-
 /** Whether an answer has what its call is made for; if not, it is a proxy's and not that of ECS. */
 const IS_WHOLE = {
   RunTask: ({ tasks, failures }: Answer) => Boolean(tasks?.length ? tasks[0]?.taskArn : failures?.length),
@@ -1365,7 +1360,6 @@ export function explainStop(task: Task): string {
 
 const STOPPED = "task"; // the operation of a Cause: the task itself has ended
 const OWN_STOP = /^(fargate sweep: |job )/; // reasons that this driver gives to StopTask
-
 /** Why a task stopped, for decisions. */
 export function stopCause({ stopCode, stoppedReason = "", containers = [] }: Task): Cause {
   const reasons = containers.map((container) => container.reason);
@@ -1959,7 +1953,6 @@ async function ownKey({ config: { SSH }, log }: Context): Promise<KeyPair | unde
 
 const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
 const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
-
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
 export async function prepare(context: Context): Promise<void> {
   const { config, job, log, now, stop, refusal } = context;
@@ -2142,7 +2135,6 @@ const REFUSAL_PATIENCE = 25_000;
 // ms; within this time of hearing from a task, its address cannot be another's, which would take longer to start. Later,
 // one with the same image and host key may answer there, and let any key in. With PrivateKeyPath, ECS is always asked.
 const FRESH = 10_000;
-
 // Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches for
 // the task's death. Throws a Failure when the task ends, or is not ready in time.
 async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
@@ -2381,7 +2373,6 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
 const STOP_FOR = 60_000; // ms; for how long stopping a task is tried again
 const LIST_LAG = 30_000; // ms for which an unanswered RunTask's task is looked for: lists are eventually consistent
 const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
-
 // The `cleanup` stage: stops the job's task and removes its record. It works without a record (by the task's startedBy),
 // when repeated, beside a live prepare, which ends when its record is gone, and in a directory that `checkDirectory`
 // refuses: only this user can write a record that is believed, and a task costs money.
@@ -2413,7 +2404,6 @@ export async function cleanup(given: Context): Promise<void> {
 
 /** The fields needed to stop a task. */
 type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy" | "Unanswered" | "UpdatedAt">;
-
 // Stops the task of this job's record, then removes the record; it stays if that fails. Returns false if there is none.
 // `signal` ends it: prepare, which begins with this, must obey SIGTERM.
 async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
@@ -2482,7 +2472,6 @@ async function stopByName(context: Context, aws: Aws, name: string, { until, sig
 const SWEEP_TASKS_AFTER = 600; // seconds; a task's record may just be being written or removed
 const SWEEP_RECORDS_AFTER = 3_600; // seconds; a record may be of a task that ECS does not show yet
 const ABANDONED = "its job is abandoned";
-
 /** `manager`: another manager's id, whose tasks count as this one's: its host is gone, and its records with it. */
 export type SweepOptions = Readonly<{ dryRun: boolean; json: boolean; manager?: string | undefined }>;
 
