@@ -64,15 +64,16 @@ import {
   findShells,
   formatRecord,
   formatSweep,
+  hasFilter,
   interpreterOf,
   isTransient,
   type Job,
   keyPairOf,
-  MarkFilter,
   makeKeyPair,
   managerId,
   type Outcome,
   openDirectory,
+  Preamble,
   parseCommandLine,
   pollPause,
   prepare as prepareStage,
@@ -379,6 +380,7 @@ describe("configuration", () => {
         KeyType: "rsa",
         ConnectTimeout: 60,
         KeepAliveInterval: 5,
+        CancelGracePeriod: 30,
       },
     });
   });
@@ -432,6 +434,7 @@ describe("configuration", () => {
         "SSH.KeyType",
         "SSH.ConnectTimeout",
         "SSH.KeepAliveInterval",
+        "SSH.CancelGracePeriod",
       ].sort(),
     );
     expect(problems).toContain("  Fargate.Cluster is missing; expected: the name or ARN of the ECS cluster");
@@ -1697,60 +1700,82 @@ describe("prepare and cleanup, with ECS mocked", () => {
 // 9. SSH
 // ---------------------------------------------------------------------------------------------------------
 
-describe("the marks around a script's output", () => {
+describe("the marks before a script's output", () => {
+  const mark = "fargate-0123";
+  const first = `${mark} 89 89 (my) shell) S 1 88 87 0 -1 4194560 338 0 10 0 0 0 0 0 20 0 1 0 75158 4464640\n`;
+  const pipes = "pipe:[77]\npipe:[78]\n";
+  /** Pushes the chunks, and answers what came out, with the rest that was held. */
+  const read = (chunks: Buffer[]) => {
+    const preamble = new Preamble(mark);
+    const own = chunks.map((chunk) => preamble.push(chunk));
+    return { preamble, own: Buffer.concat([...own, preamble.held]).toString("latin1") };
+  };
+
   test("are taken out wherever the stream is cut into chunks, and nothing else is", () => {
-    const mark = "fargate-0123";
     const piece = fc.oneof(
-      fc.constantFrom("fargate-", "fargate-0123", "fargate-01234 x", "\n", " ", "fargate-0123fargate-"),
-      fc.string(),
+      fc.constantFrom("fargate-", mark, `${mark} complete`, `${mark} $$ x\n`, "\n", " ", "pipe:[1]\n"),
+      fc.string({ unit: "binary" }).map((text) => Buffer.from(text).toString("latin1")),
     );
+    const sizes = fc.infiniteStream(fc.integer({ min: 1, max: 99 }));
     fc.assert(
-      fc.property(
-        fc.array(piece),
-        fc.array(piece),
-        fc.infiniteStream(fc.integer({ min: 1, max: 9 })),
-        (a, b, sizes) => {
-          const plain = (pieces: string[]) => {
-            let text = pieces.join("");
-            while (text.includes(`${mark} `)) text = text.replaceAll(`${mark} `, "");
-            return text;
-          };
-          const [before, within] = [plain(a), plain(b)];
-          const whole = Buffer.from(`${before}${mark} 77\n${within}${mark} end\n`);
-          const filter = new MarkFilter(mark);
-          const out: Buffer[] = [];
-          for (let at = 0; at < whole.length; ) {
-            const size = sizes.next().value as number;
-            out.push(...filter.push(whole.subarray(at, at + size)));
-            at += size;
-          }
-          expect(Buffer.concat([...out, filter.held]).toString()).toBe(before + within);
-          expect([filter.first, filter.last]).toEqual(["77", "end"]);
-        },
-      ),
+      fc.property(fc.array(piece), fc.array(piece), sizes, (startUp, script, size) => {
+        // A start-up file cannot know the mark; it can show the program that has it.
+        const before = startUp.join("").replaceAll(new RegExp(`${mark}(?= \\d+ .*\n| complete\n)`, "g"), "");
+        const own = script.join("");
+        const whole = Buffer.from(`${before}${first}${pipes}${mark} complete\n${own}`, "latin1");
+        const chunks: Buffer[] = [];
+        for (let at = 0; at < whole.length; at += chunks.at(-1)?.length as number)
+          chunks.push(whole.subarray(at, at + (size.next().value as number)));
+        const { preamble, own: out } = read(chunks);
+        expect(out).toBe(before + own);
+        expect(preamble).toMatchObject({
+          state: "complete",
+          shell: { pid: 89, session: 87, start: 75158 },
+          pipes: ["pipe:[77]", "pipe:[78]"],
+        });
+      }),
       { numRuns: 2_000 },
     );
   });
 
-  test("a script that writes the mark itself does not hide the real one", () => {
-    const mark = "fargate-0123";
-    for (const own of [`${mark} `, `${mark} ${mark} `, `x${mark} 1`, `${mark} ${"y".repeat(300)}`, `${mark} y\n`]) {
-      const whole = Buffer.from(`${mark} 77\n${own}${mark} end\n`);
-      for (let cut = 0; cut <= whole.length; cut++) {
-        const filter = new MarkFilter(mark);
-        const parts = [...filter.push(whole.subarray(0, cut)), ...filter.push(whole.subarray(cut)), filter.held];
-        expect(Buffer.concat(parts).toString()).toBe(own);
-        expect(filter.ended).toBe(true);
-      }
-    }
+  test("what follows them is the script's, were it the marks themselves", () => {
+    const own = `${first}${mark} incomplete\n${mark} complete\n`;
+    const { preamble, own: out } = read([Buffer.from(`${first}${mark} complete\n${own}`), Buffer.from(own)]);
+    expect(out).toBe(own + own);
+    expect(preamble.state).toBe("complete");
   });
 
-  test("a mark without an end is the script's own output, and is not held for ever", () => {
-    const filter = new MarkFilter("m");
-    expect(Buffer.concat(filter.push(Buffer.from(`m ${"x".repeat(200)}`))).toString()).toBe(`m ${"x".repeat(200)}`);
-    expect(Buffer.concat(filter.push(Buffer.from("y m"))).toString()).toBe("y ");
-    expect(filter.held.toString()).toBe("m");
+  test("without /proc, the shell counts as the leader of its session", () => {
+    const { preamble } = read([Buffer.from(`${mark} 12 \n${mark} complete\n`)]);
+    expect(preamble).toMatchObject({ shell: { pid: 12, session: 12, start: 0 }, pipes: [] });
   });
+
+  test("when they do not come, what came is passed on, and not held for ever", () => {
+    const noise = "x".repeat(10_000);
+    expect(read([Buffer.from(noise)])).toMatchObject({ own: noise, preamble: { state: "pending", shell: undefined } });
+    const { preamble } = read([Buffer.from(first), Buffer.from(noise)]);
+    expect(preamble).toMatchObject({ state: "incomplete", held: Buffer.alloc(0) });
+  });
+});
+
+test.each<[string, boolean | undefined, string[]]>([
+  ["tee behind a process substitution", true, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 pipe:[1]", "w 12/fd/2 pipe:[2]"]],
+  ["a filter of standard error", true, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 /dev/null", "w 12/fd/2 pipe:[2]"]],
+  ["a filter, when the channel's streams are sockets", true, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 socket:[3]"]],
+  ["a process in the background", false, ["r 12/fd/0 /dev/null", "w 12/fd/1 pipe:[1]", "w 12/fd/2 pipe:[2]"]],
+  ["a process in the background, beside another's pipe", false, ["r 11/fd/0 pipe:[9]", "w 12/fd/1 pipe:[1]"]],
+  ["a filter of another channel", false, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 pipe:[4]", "w 12/fd/2 pipe:[5]"]],
+  ["the server, which reads the pipes", false, ["r 12/fd/0 pipe:[9]", "r 12/fd/1 pipe:[1]"]],
+  ["nothing that is shown", undefined, []],
+])("what holds a channel open: %s", (_, expected, links) => {
+  const modes = { r: "lr-x------", w: "l-wx------" };
+  const line = ([mode, ...rest]: string) => {
+    const [path, target] = rest.join("").trim().split(" ");
+    return `${modes[mode as "r" | "w"]} 1 0 0 64 Nov 26 02:45 /proc/${path} -> ${target}\n`;
+  };
+  const listing = links.map(line).join("");
+  expect(hasFilter(listing, ["pipe:[1]", "pipe:[2]", "socket:[3]"])).toBe(expected);
+  expect(hasFilter(listing, [])).toBe(undefined);
 });
 
 test.each([
@@ -1794,6 +1819,7 @@ async function startTask() {
     Username: "root",
     privateKey: key.privateKey,
     KeepAliveInterval: 15,
+    CancelGracePeriod: 5,
   };
   const logIn = (to: SshTarget = target): Promise<Connection> =>
     retry(() => connect(to, 3_000, never), { until: Date.now() + 15_000, again: () => true, now: Date.now });
@@ -1822,7 +1848,14 @@ test("a server may say all that a command has to say in the packet that opens it
   const { port } = server.address() as { port: number };
   const { signal } = new AbortController();
   for (let round = 0; round < 20; round++) {
-    const target = { host: "127.0.0.1", Port: port, Username: "root", privateKey, KeepAliveInterval: 0 };
+    const target = {
+      host: "127.0.0.1",
+      Port: port,
+      Username: "root",
+      privateKey,
+      KeepAliveInterval: 0,
+      CancelGracePeriod: 1,
+    };
     const connection = await connect(target, 3_000, signal);
     expect(await findShells(connection, signal)).toEqual({ Interpreter: "bash", LoginShell: "bash" });
     connection.client.destroy();
@@ -1847,7 +1880,7 @@ test.each(["garbage", "a disconnect"])(
           .on("session", (accept) =>
             accept().on("exec", (accept, _, { command }) => {
               const channel = accept();
-              channel.write(`${/fargate-[0-9a-f]{32}/.exec(command)?.[0]} 4242\n`);
+              channel.write(`${/fargate-[0-9a-f]{32}/.exec(command)?.[0]} 4242 \n`);
               channel.on("data", () => {
                 if (what === "garbage") for (const socket of sockets) socket.write(Buffer.alloc(4096, 0x41));
                 else disconnect();
@@ -1868,7 +1901,14 @@ test.each(["garbage", "a disconnect"])(
     await new Promise((listening) => front.once("listening", listening));
     const { port } = front.address() as { port: number };
     const { signal } = new AbortController();
-    const target = { host: "127.0.0.1", Port: port, Username: "root", privateKey, KeepAliveInterval: 0 };
+    const target = {
+      host: "127.0.0.1",
+      Port: port,
+      Username: "root",
+      privateKey,
+      KeepAliveInterval: 0,
+      CancelGracePeriod: 1,
+    };
     const connection = await connect(target, 3_000, signal);
     const sink = () => new Writable({ write: (_chunk, _encoding, done) => done() });
     const outcome = await runScript(
@@ -1886,7 +1926,14 @@ test.each(["garbage", "a disconnect"])(
 );
 
 test("a key that cannot be read fails the login, and nothing else", async () => {
-  const target = { host: "127.0.0.1", Port: 1, Username: "root", privateKey: "no key", KeepAliveInterval: 0 };
+  const target = {
+    host: "127.0.0.1",
+    Port: 1,
+    Username: "root",
+    privateKey: "no key",
+    KeepAliveInterval: 0,
+    CancelGracePeriod: 1,
+  };
   await expect(connect(target, 200, new AbortController().signal)).rejects.toThrow(/Cannot parse privateKey/);
   await new Promise((later) => setTimeout(later, 400)); // its timer would have rejected what nobody awaits
 });
@@ -1954,9 +2001,15 @@ describe("scripts over SSH", () => {
     expect((await runOnce("echo before; kill -KILL $$")).outcome).toEqual(exited(137));
   });
 
-  taskTest("a TERM that a script sends to its $$ is not lost", async () => {
-    expect((await runOnce("x=$(kill -s TERM $$); true")).outcome).toEqual(exited(143));
-    expect((await runOnce("(kill -s TERM $$); exit 3")).outcome).toEqual(exited(3));
+  taskTest("a script that sends itself TERM ends as bash does", async () => {
+    for (const [script, code] of [
+      ["x=$(kill -s TERM $$); true", 143],
+      ["(kill -s TERM $$); exit 3", 143],
+      ["kill -TERM 0; exit 3", 143],
+      ["trap '' TERM; kill -TERM 0; exit 0", 0],
+      ["trap 'exit 7' TERM; kill -TERM $$; exit 0", 7],
+    ] as const)
+      expect((await runOnce(script)).outcome, script).toEqual(exited(code));
   });
 
   taskTest("output that nobody has read yet when the script ends is not lost", async () => {
@@ -2981,7 +3034,7 @@ describe("the compiled program", () => {
     const config = join(projectRoot, "fixtures", "config", "bad.toml");
     const bad = await fargate(["--config", config, "custom", "prepare"], { env: byHand() });
     expect(bad.code).toBe(2);
-    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(20);
+    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(21);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
     expect(none.stderr).toMatch(/error: the configuration file config\.toml cannot be read: ENOENT/);
     const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
@@ -4772,7 +4825,14 @@ describe.concurrent("SSH fails", () => {
       expect(made?.exitCode).toBe(0);
       const { ContainerIP: host, PrivateKey, HostKey } = readRecord(scene.record) as TaskRecord;
       const privateKey = Buffer.from(PrivateKey, "base64").toString();
-      const target = { host, Port: scene.world.sshPort, Username: "root", KeepAliveInterval: 0, privateKey };
+      const target = {
+        host,
+        Port: scene.world.sshPort,
+        Username: "root",
+        KeepAliveInterval: 0,
+        privateKey,
+        CancelGracePeriod: 1,
+      };
       const shownKey = async () => {
         const { client, hostKey } = await connect(target, 3_000, new AbortController().signal);
         client.end();
@@ -5178,6 +5238,7 @@ describe.concurrent("a hostile SSH server", () => {
     "killed-and-silent",
     "kill-unopened",
     "kill-unanswered",
+    "kill-half",
     "silent",
   ];
 
@@ -5189,7 +5250,7 @@ describe.concurrent("a hostile SSH server", () => {
   const room: Verdict = [2, /the server sends more than there is room for|stopped by SIGTERM/];
   const notEnded: Verdict = [
     2,
-    /warning: the script may still run in the container: the container did not answer for 8 s/,
+    /warning: the script may still run in the container: the container did not answer in time/,
   ];
   const says: Verdict = [
     2,
@@ -5220,8 +5281,10 @@ describe.concurrent("a hostile SSH server", () => {
     "kill-unopened": notEnded,
     "kill-unanswered": notEnded,
     "kill-endless": notEnded,
+    "kill-half": notEnded,
     silent: notEnded,
-    "kill-lie": [2, /warning: the script may still run in the container: fargate-left \\u001b/],
+    "kill-lie": notEnded,
+    "kill-nothing": [2, /warning: the script may still run in the container: none of its processes was found/],
     "zlib-bomb": [2, /Handshake failed: no matching .*compression/],
     "zlib-openssh-bomb": [2, /Handshake failed: no matching .*compression/],
     "requests-global-deaf": deaf,
@@ -5234,7 +5297,7 @@ describe.concurrent("a hostile SSH server", () => {
     "open-twice": [0],
     "packet-size-4g": [0],
     "window-overflow": [0],
-    "mark-end-first": [0],
+    "mark-complete-first": [0],
     "mark-number": [0],
     "exit-unclosed": [1, undefined, "3"],
     "exit-256": [1, undefined, "255"],
@@ -5249,7 +5312,8 @@ describe.concurrent("a hostile SSH server", () => {
   };
 
   /** These end when the driver is told to, and not before. */
-  const goesOn = (attack: AttackName) => [room, notEnded].includes(special[attack] as Verdict) || attack === "kill-lie";
+  const goesOn = (attack: AttackName) =>
+    [room, notEnded].includes(special[attack] as Verdict) || attack === "kill-nothing";
 
   for (const attack of Object.keys(attacks) as AttackName[])
     test(`a hostile server: ${attack}`, async () => {
@@ -5282,7 +5346,7 @@ describe.concurrent("a hostile SSH server", () => {
         const config = world.configure({
           top: { LogLevel: "debug" },
           TaskMetadata: { Directory: records },
-          SSH: { Port: server.port, ConnectTimeout: 1 },
+          SSH: { Port: server.port, ConnectTimeout: 1, CancelGracePeriod: 1 },
         });
         const script = join(where, "script");
         fs.writeFileSync(script, `#!/usr/bin/env bash\n${"# nothing\n".repeat(2_000)}`);
@@ -6341,7 +6405,7 @@ describe("any input", () => {
     afterAll(() => task?.host.stop(0));
     /** The same bytes by bash itself, where the driver runs them, without the driver. */
     async function byBash({ client }: Connection, path: string): Promise<{ code: number; stdout: Buffer }> {
-      const program = 'S=$(cat "$0"; echo x); (eval "unset S; ${S%x}") </dev/null';
+      const program = 'S=$(cat "$0"; echo x); exec </dev/null; eval "unset S; ${S%x}"';
       const ended = Promise.withResolvers<{ code: number; stdout: Buffer }>();
       client.exec(`exec bash -c '${program}' '${path}'`, (error, channel) => {
         if (error) return ended.reject(error);
@@ -6445,9 +6509,9 @@ describe("any input", () => {
               accept().on("exec", (accept, _, { command }) => {
                 const channel = accept();
                 const mark = /fargate-[0-9a-f]{32}/.exec(command)?.[0];
-                if (mark) channel.write(`${mark} 4242\n`);
+                if (mark) channel.write(`${mark} 4242 \n`);
                 channel.resume().on("end", () => {
-                  for (const stream of [channel, channel.stderr]) stream.write(`${mark} end\n`);
+                  channel.write(`${mark} complete\n`);
                   if ("code" in ends) channel.exit(ends.code);
                   else channel.exit(ends.signal, false, "");
                   channel.end();

@@ -325,6 +325,7 @@ export const ConfigSchema = v.object({
     KeyType: v.optional(oneOf(["ed25519", "rsa"], "the type of the key made for the job"), "ed25519"),
     ConnectTimeout: v.optional(whole(1, 3600, "seconds in which the SSH server must accept a login"), 120),
     KeepAliveInterval: v.optional(whole(0, 3600, "seconds between signs of life on an idle connection"), 15),
+    CancelGracePeriod: v.optional(whole(0, 240, "seconds from SIGTERM to SIGKILL for a script that is cancelled"), 10),
   }),
 });
 
@@ -1250,14 +1251,16 @@ export function pollPause(polls: number, addressKnown: boolean, random: number, 
 // 9. SSH --------------------------------------------------------------------------------------------------
 
 /** Where to log in, and how; the rest of `Config["SSH"]` says as whom and on which port. */
-export interface SshTarget extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval"> {
+export interface SshTarget
+  extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval" | "CancelGracePeriod"> {
   readonly host: string;
   readonly privateKey: string;
   readonly hostKey?: Buffer; // the only server key that is accepted; undefined on first use, which pins it
   readonly toSend?: number; // bytes that are to be sent at most, beside our own commands
 }
 
-export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket }>;
+/** `target` is for a second connection to the same server. */
+export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket; target: SshTarget }>;
 
 /** Why no connection came about; `unreachable` may pass, the others are final. */
 export class SshFailure extends Failure {
@@ -1357,7 +1360,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in");
   });
   client.on("ready", () => {
-    if (hostKey) done.resolve({ client, hostKey, socket });
+    if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
     else fail("host-key", "the server let us in before it had shown its key");
   });
   // Stays for the connection's life: an error event without a listener would end the process.
@@ -1485,26 +1488,51 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   });
 }
 
-/** Runs a short command of our own, within `most` ms, and returns at most 64 KiB of its standard output. */
-async function ask(connection: Connection, command: string, signal: AbortSignal, most = 10_000) {
+/** How `ask` asks; times in ms. */
+interface Asking {
+  readonly within?: number;
+  readonly then?: { readonly mark: string; readonly within: number }; // the time from `mark` in the output on
+  readonly beside?: boolean; // beside a script: over a second connection if the server refuses a second channel
+}
+
+/** Runs a short command of our own, within a time, and returns at most 1 MiB of its standard output. */
+async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}) {
   const late = new AbortController();
-  const failure = new SshFailure("unreachable", `the container did not answer for ${most / 1000} s`);
-  const timer = setTimeout(() => late.abort(failure), most);
+  const limit = (ms: number) => {
+    const failure = new SshFailure("unreachable", `the container did not answer for ${ms / 1000} s`);
+    return setTimeout(() => late.abort(failure), ms);
+  };
+  const { within = 10_000, beside } = asking;
+  let { then } = asking;
+  let timer = limit(within);
+  let second: Connection | undefined;
   const bound = AbortSignal.any([signal, late.signal]);
-  try {
-    const { channel, exit } = await execute(connection, command, bound);
+  const over = async (used: Connection) => {
+    const { channel, exit } = await execute(used, command, bound);
     let output = "";
     channel.stderr.resume();
     channel.on("data", (chunk: Buffer) => {
-      if (output.length < 65_536) output += chunk.toString();
+      if (output.length < 2 ** 20) output += chunk.toString();
+      if (!then || !output.includes(then.mark)) return;
+      clearTimeout(timer);
+      timer = limit(then.within);
+      then = undefined;
     });
     return await new Promise<string>((resolve, reject) => {
       const lost = new SshFailure("unreachable", "the connection was lost");
       channel.on("close", async () => ((await exit) === undefined ? reject(lost) : resolve(output)));
       bound.addEventListener("abort", () => reject(bound.reason));
     });
+  };
+  try {
+    return await over(connection).catch(async (failure) => {
+      if (!beside || bound.aborted) throw failure;
+      second = await connect(connection.target, within, bound);
+      return over(second);
+    });
   } finally {
     clearTimeout(timer);
+    second?.client.end();
   }
 }
 
@@ -1529,24 +1557,20 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
 }
 
 /**
- * What the remote shell is told to do with a script on its standard input, on one line and without single quotes,
+ * The program that the remote shell runs, with the script on its standard input. On one line and without single quotes,
  * so that any login shell passes it on. It
- *  - says its process id, which as sshd's child is also the id of its session and process group;
+ *  - prints the first mark with its process id and /proc/PID/stat, then the names of the pipes that it writes to;
  *  - reads the whole script into a variable and compares its length, so that a cut connection runs nothing of it;
- *  - evaluates it in a subshell with empty standard input, and nothing of it in an argument, a file or the environment;
- *  - marks the end of both streams, so that a process left in the background does not hold the stage;
- *  - survives TERM and INT itself, to report what the script ended with; where it ended with 0 although the script
- *    sent such a signal to its $$, which is this shell, that counts.
+ *  - prints the second mark, then evaluates the script in this same shell, with empty standard input. The script's end
+ *    is the shell's end. No part of the script is in an argument, a file or the environment.
  */
 export function remoteProgram(bytes: number, mark: string): string {
   return [
-    `set +e; trap "FARGATE_SIGNAL=143" TERM; trap "FARGATE_SIGNAL=130" INT; unset FARGATE_SCRIPT FARGATE_SIGNAL; echo "${mark} $$";`,
+    "set +e; unset FARGATE_SCRIPT; FARGATE_SCRIPT=; { read -r FARGATE_SCRIPT </proc/$$/stat; } 2>/dev/null;",
+    `echo "${mark} $$ $FARGATE_SCRIPT"; readlink /proc/$$/fd/1 /proc/$$/fd/2 2>/dev/null;`,
     "FARGATE_SCRIPT=$(cat; echo x); FARGATE_SCRIPT=${FARGATE_SCRIPT%x};",
-    `if [ "$(printf %s "$FARGATE_SCRIPT" | wc -c)" -eq ${bytes} ]; then`,
-    '(eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT") </dev/null; FARGATE_SCRIPT=$?;',
-    "[ $FARGATE_SCRIPT -ne 0 ] || FARGATE_SCRIPT=${FARGATE_SIGNAL:-0};",
-    `echo "${mark} end"; echo "${mark} end" >&2; exit $FARGATE_SCRIPT; fi;`,
-    `echo "${mark} incomplete"; echo "${mark} incomplete" >&2; exit 1`,
+    `[ "$(printf %s "$FARGATE_SCRIPT" | wc -c)" -eq ${bytes} ] || { echo "${mark} incomplete"; exit 1; };`,
+    `echo "${mark} complete"; exec </dev/null; eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT"`,
   ].join(" ");
 }
 
@@ -1559,126 +1583,189 @@ export function remoteCommand(program: string, interpreter: "bash" | "sh", login
   return same ? program : `exec ${interpreter} -c '${program}' ${interpreter}`;
 }
 
+/** The remote shell that evaluates a script. Without /proc, sshd's child is taken for the leader of its session. */
+export type RemoteShell = Readonly<{ pid: number; session: number; start: number }>; // start: in ticks since the boot
+
+/** Reads what `remoteProgram` prints ahead of the script's output, across the boundaries of chunks. */
+export class Preamble {
+  state: "pending" | "incomplete" | "complete" = "pending";
+  shell: RemoteShell | undefined; // known from the first mark on
+  pipes: readonly string[] = []; // such as pipe:[123]: the shell's standard output and error
+  held: Buffer = Buffer.alloc(0); // may be part of a mark; output of start-up files if the stream ends without one
+  readonly #first: RegExp;
+  readonly #second: RegExp;
+
+  constructor(mark: string) {
+    // Start-up files may print the program itself, as `ps` does: there, these line ends are missing.
+    this.#first = new RegExp(`${mark} (\\d{1,10}) (.{0,600})\\n`);
+    this.#second = new RegExp(`${mark} (complete|incomplete)\\n`);
+  }
+
+  /** @returns the bytes that are not the program's: output of start-up files, then the script's own */
+  push(chunk: Buffer): Buffer {
+    if (this.state !== "pending") return chunk;
+    const data = Buffer.concat([this.held, chunk]);
+    const text = data.toString("latin1");
+    const first = this.#first.exec(text);
+    const second = first && this.#second.exec(text.slice(first.index));
+    const before = first ? first.index : Math.max(data.length - 1_024, 0);
+    this.held = data.subarray(before);
+    if (!first) return data.subarray(0, before);
+    const [, , , session, ...more] = first[2]?.replace(/^.*\) /, "").split(" ") ?? []; // after "pid (name) "
+    const pid = Number(first[1]);
+    this.shell = { pid, session: Number(session ?? pid), start: Number(more[15] ?? 0) };
+    if (!second && this.held.length < 8_192) return data.subarray(0, before);
+    const end = second ? first.index + second.index + second[0].length : data.length;
+    this.pipes = text.slice(first.index, end).match(/^\w+:\[\d+\]$/gm) ?? [];
+    this.state = second?.[1] === "complete" ? "complete" : "incomplete";
+    this.held = Buffer.alloc(0);
+    return Buffer.concat([data.subarray(0, before), data.subarray(end)]);
+  }
+}
+
 /**
- * Ends a session: TERM to its process group and to what left the group but not the session (`timeout` and `set -m`
- * do), KILL to what is left after 5 s. By a command, because OpenSSH ignores signal requests for root. Prints what
- * could not be ended. Linux's /proc/PID/stat: "pid (name) state ppid pgrp session ...".
+ * Passes both streams of a channel on, byte for byte, in the order in which their parts arrive, with back-pressure.
+ * `over` resolves once the channel has closed and everything is written; `finish` writes what has arrived and drops the
+ * rest. The numbers are of bytes.
  */
-export function endSessionProgram(session: number): string {
+function passOn(channel: ClientChannel, { stdout, stderr }: Sinks, preamble: Preamble, onPreamble: () => void) {
+  const progress = { received: 0, unwritten: 0 };
+  let finished = false;
+  let flushLast = (): unknown => undefined;
+  const pass = (source: Readable, sink: Writable, own: (chunk: Buffer) => Buffer, rest: () => Buffer) => {
+    let parts: Buffer[] = [];
+    let written = Promise.resolve();
+    const add = (part: Buffer) => {
+      progress.unwritten += part.length;
+      parts.push(part);
+    };
+    // Joins what arrives in one turn of the event loop: each chunk takes as much memory as a line, be it of one byte.
+    const flush = () => {
+      const all = Buffer.concat(parts);
+      parts = [];
+      if (all.length === 0) return written;
+      written = new Promise((done) => {
+        const onWritten = () => {
+          progress.unwritten -= all.length;
+          done();
+        };
+        if (sink.write(all, onWritten) || source.isPaused()) return;
+        source.pause();
+        sink.once("drain", () => source.resume());
+      });
+      return written;
+    };
+    source.on("data", (chunk: Buffer) => {
+      if (finished) return;
+      progress.received += chunk.length;
+      if (flushLast !== flush) flushLast(); // what the other stream brought before
+      flushLast = flush;
+      if (parts.length === 0) setImmediate(flush);
+      add(own(chunk));
+      if (progress.unwritten > 65_536) flush();
+    });
+    const over = new Promise<void>((resolve) => {
+      source.on("close", () => {
+        add(rest());
+        flush().then(resolve);
+      });
+    });
+    return { over, flush };
+  };
+  const beginning = (chunk: Buffer) => {
+    const part = preamble.push(chunk);
+    onPreamble();
+    return part;
+  };
+  const both = [
+    pass(channel, stdout, beginning, () => preamble.held),
+    pass(
+      channel.stderr as Readable,
+      stderr,
+      (chunk) => chunk,
+      () => Buffer.alloc(0),
+    ),
+  ];
+  const finish = () => {
+    finished = true;
+    return Promise.all(both.map(({ flush }) => flush()));
+  };
+  return { progress, over: Promise.all(both.map(({ over }) => over)), finish };
+}
+
+// How long a script's output is waited for when its shell has exited and its channel stays open, in ms.
+const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500, askEvery: 500 } as const;
+
+const LIST_DESCRIPTORS = "exec sh -c 'ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null'";
+
+/**
+ * Whether a filter holds one of a channel's pipes open: a process that can write to it and reads from a pipe itself, such
+ * as `tee` in `exec > >(tee log)`. Any other is a process in the background.
+ * @param listing LIST_DESCRIPTORS' output: "l-wx------ ... /proc/12/fd/1 -> pipe:[345]"
+ * @returns undefined if the listing does not tell, since it shows no process at all
+ */
+export function hasFilter(listing: string, pipes: readonly string[]): boolean | undefined {
+  const writers = new Set<string>();
+  const readers = new Set<string>();
+  let seen = false;
+  for (const [, writes, pid = "", fd, target = ""] of listing.matchAll(
+    /^l.(.).* \/proc\/(\d+)\/fd\/(\d+) -> (.+)$/gm,
+  )) {
+    seen = true;
+    if (writes === "w" && pipes.includes(target)) writers.add(pid);
+    if (fd === "0" && target.startsWith("pipe:")) readers.add(pid);
+  }
+  return seen && pipes.length > 0 ? [...writers].some((pid) => readers.has(pid)) : undefined;
+}
+
+/**
+ * Ends a script: TERM to its process group and to what left the group but not the session (`timeout` and `set -m` do),
+ * KILL to what is left after `grace` seconds. By a command, because OpenSSH ignores signal requests for root. Prints how
+ * many processes got TERM, and at last those that could not be ended. /proc/PID/stat: "pid (name) state ppid pgrp
+ * session ..."; the 20th field after the name is the start. Processes that are older than the script's shell are not the
+ * script's: under dropbear, the session is that of the server's process for the connection.
+ */
+export function terminateProgram({ pid, session, start }: RemoteShell, grace: number): string {
+  const leads = pid === session;
   return [
-    'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *};',
-    `set -- \${l##*) }; [ "$4" = ${session} ] && [ "$1" != Z ] && [ "$3" != "$skip" ] && echo "$i"; done; };`,
-    `kill -TERM -${session} 2>/dev/null; skip=${session}; for i in $(left); do kill -TERM "$i" 2>/dev/null; done;`,
-    'skip=; n=0; while [ -n "$(left)" ] && [ $n -lt 50 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done;',
-    `kill -KILL -${session} 2>/dev/null; for i in $(left); do kill -KILL "$i" 2>/dev/null; done;`,
-    'n=0; while [ -n "$(left)" ] && [ $n -lt 10 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done; echo fargate-left $(left)',
+    'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *}; set -- ${l##*) };',
+    `[ "$4" = ${session} ] && [ "$1" != Z ] && [ "$3" != "$skip" ] && [ "\${20}" -ge ${start} ] && echo "$i"; done;`,
+    `[ -e /proc/self ] || { [ -z "$skip" ] && kill -0 -${session} 2>/dev/null && echo ${session}; }; };`,
+    "skip=; set -- $(left); n=$#;",
+    leads ? `kill -TERM -${session} 2>/dev/null; skip=${session};` : "",
+    'list=$(left); for s in STOP TERM CONT; do for i in $list; do kill -$s "$i" 2>/dev/null; done; done; skip=;',
+    `echo "${TERMINATED} $n"; sleep ${grace} >/dev/null 2>&1 & k=$!;`,
+    'while [ -n "$(left)" ] && kill -0 $k 2>/dev/null; do sleep 0.1 || sleep 1; done; kill $k 2>/dev/null;',
+    leads ? `kill -KILL -${session} 2>/dev/null;` : "",
+    'for i in $(left); do kill -KILL "$i" 2>/dev/null; done; n=0;',
+    'while [ -n "$(left)" ] && [ $n -lt 10 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done;',
+    "echo fargate-left $(left)",
   ].join(" ");
 }
 
-/** Takes the marks of `remoteProgram` out of a stream, across the boundaries of its chunks. */
-export class MarkFilter {
-  /** What followed the first and the last mark on its line: a process id, `end` or `incomplete`. */
-  first: string | undefined;
-  last: string | undefined;
-  held: Buffer = Buffer.alloc(0); // a mark's beginning, maybe; the script's own when the stream ends without the rest
-  readonly #mark: Buffer;
+const TERMINATED = "fargate-terminated";
+// In ms, beside CancelGracePeriod. Together they are shorter than the 10 s that SECURITY.md promises.
+const TERMINATE = { begin: 6_000, kill: 2_500, output: 1_000 } as const;
 
-  constructor(mark: string) {
-    this.#mark = Buffer.from(`${mark} `);
-  }
+/** What a script that was to be terminated may have come to, beside its end. */
+const SURVIVED = {
+  "not found": "none of its processes was found",
+  survived: "some of its processes could not be ended",
+  "no answer": "the container did not answer in time",
+} as const;
 
-  /** Nothing that comes later is the script's. */
-  get ended(): boolean {
-    return /^(end|incomplete)$/.test(this.last ?? "");
-  }
-
-  /** @returns the stream's own bytes, without the marks; what may be the beginning of one is held back */
-  push(chunk: Buffer): Buffer[] {
-    let data = this.held.length > 0 ? Buffer.concat([this.held, chunk]) : chunk;
-    const own: Buffer[] = [];
-    for (;;) {
-      const first = data.indexOf(this.#mark);
-      const end = first < 0 ? -1 : data.indexOf(10, first);
-      // The script may write the mark itself: what counts is the last one of a line.
-      const at = first < 0 ? -1 : data.lastIndexOf(this.#mark, end < 0 ? undefined : end);
-      if (end < 0) {
-        // A mark's line is short: one that goes on and on is the script's own output.
-        const short = at >= 0 && data.length - at <= this.#mark.length + 64;
-        const keep = short ? data.length - at : this.#beginning(data);
-        own.push(data.subarray(0, data.length - keep));
-        this.held = data.subarray(data.length - keep);
-        return own.filter((part) => part.length > 0);
-      }
-      const text = data.toString("latin1", at + this.#mark.length, end);
-      // Under `set -x` the shell shows the command that writes the mark, with quotes around it.
-      const mark = /^(\d{1,10}|end|incomplete)$/.test(text);
-      if (mark) this.last = text;
-      if (mark) this.first ??= text;
-      own.push(data.subarray(0, mark ? at : end + 1));
-      data = data.subarray(end + 1);
-    }
-  }
-
-  #beginning(data: Buffer): number {
-    for (let length = Math.min(this.#mark.length - 1, data.length); length > 0; length--)
-      if (data.subarray(data.length - length).equals(this.#mark.subarray(0, length))) return length;
-    return 0;
-  }
+/** Terminates a script. The grace period runs from the moment it has got TERM, however long the shell takes to start. */
+async function terminate(connection: Connection, shell: RemoteShell): Promise<"terminated" | keyof typeof SURVIVED> {
+  const grace = connection.target.CancelGracePeriod;
+  const command = `exec sh -c '${terminateProgram(shell, grace)}'`;
+  const then = { mark: TERMINATED, within: grace * 1000 + TERMINATE.kill };
+  const asking = { within: TERMINATE.begin, then, beside: true };
+  const answer = await ask(connection, command, new AbortController().signal, asking).catch(() => "");
+  const [, found, left] = /^fargate-terminated (\d+)\nfargate-left(.*)$/m.exec(answer) ?? [];
+  if (found === undefined) return "no answer";
+  if (left?.trim()) return "survived";
+  return found === "0" ? "not found" : "terminated";
 }
-
-/**
- * Passes a stream on without its marks, byte for byte and with back-pressure.
- * @param turn shared by the two streams, whose parts keep their order
- * @param onMark called when there has been a mark
- * @returns `over`: resolves when the script's part has been written; `silence`: when nothing came or waited for 2 s
- */
-function passOn(source: Readable, sink: Writable, filter: MarkFilter, turn: { last?: () => void }, onMark: () => void) {
-  const over = Promise.withResolvers<void>();
-  let written: Promise<unknown> = Promise.resolve();
-  let chunks = 0;
-  let parts: Buffer[] = [];
-  let waiting = 0;
-  // At once what has come at a time: of single bytes, each would take as much memory as a line.
-  const write = () => {
-    const all = Buffer.concat(parts);
-    parts = [];
-    waiting = 0;
-    if (all.length === 0) return;
-    written = new Promise((done) => {
-      if (sink.write(all, done) || source.isPaused()) return;
-      source.pause();
-      sink.once("drain", () => source.resume());
-    });
-  };
-  const finish = () => {
-    write();
-    written.then(() => over.resolve());
-  };
-  source.on("data", (chunk: Buffer) => {
-    chunks++;
-    if (filter.ended) return; // what a process in the background says after the script's end
-    if (turn.last !== write) turn.last?.(); // the other stream's, which came before
-    turn.last = write;
-    if (parts.length === 0) setImmediate(write);
-    for (const part of filter.push(chunk)) {
-      parts.push(part);
-      waiting += part.length;
-    }
-    if (filter.first) onMark();
-    if (filter.ended) finish();
-    else if (waiting > 65_536) write();
-  });
-  source.on("close", () => {
-    if (!filter.ended) parts.push(filter.held);
-    finish();
-  });
-  const silence = async () => {
-    for (let seen = -1; seen !== chunks || source.isPaused(); await sleep(2_000)) seen = chunks;
-  };
-  return { over: over.promise, silence };
-}
-
-const END_WITHIN = 8_000; // ms at most for ending a script's session; its processes have 5 s
 
 /** How a script ended. */
 export type Outcome =
@@ -1706,16 +1793,13 @@ export async function runScript(
     reason ??= "the server closed the connection";
   });
   const { channel, exit } = await execute(connection, command, stop);
-  const marks = new MarkFilter(mark);
-  let session: number | undefined;
-  const turn = {};
-  const out = passOn(channel, stdout, marks, turn, () => {
-    if (session !== undefined) return;
-    session = Number(marks.first);
+  const preamble = new Preamble(mark);
+  let sent = false;
+  const { progress, over, finish } = passOn(channel, { stdout, stderr }, preamble, () => {
+    if (sent || !preamble.shell) return;
+    sent = true;
     channel.end(script);
   });
-  const err = passOn(channel.stderr, stderr, new MarkFilter(mark), turn, () => {});
-  const over = Promise.all([out.over, err.over]);
   const unread = () => channel.readableLength + (channel.stderr as Readable).readableLength;
   // For a word on one stream, ssh2 opens the window of both anew, however much of the other waits: not before there is room.
   const { _protocol: protocol } = connection.client as unknown as { _protocol: WindowAdjuster };
@@ -1737,23 +1821,49 @@ export async function runScript(
   connection.socket.on("data", () => {
     if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
+  let exited = false;
+  exit.then((status) => {
+    exited = status !== undefined;
+  });
+
+  /** Waits until the channel has closed, or what holds it open is not waited for any longer. */
+  const drain = async () => {
+    const before = progress.received;
+    const done = new AbortController();
+    let filter: boolean | undefined; // undefined until known: nothing of a filter's output must be lost
+    const look = async () => {
+      // Most filters end within the first moments, and need no question.
+      for (await sleep(2 * DRAIN.tick, done.signal); filter !== false; await sleep(DRAIN.askEvery, done.signal))
+        filter = hasFilter(await ask(connection, LIST_DESCRIPTORS, done.signal, { beside: true }), preamble.pipes);
+    };
+    look().catch(() => {});
+    for (let waited = 0, quiet = 0; !stop.aborted; ) {
+      const seen = progress.received;
+      if (await Promise.race([over, delay(DRAIN.tick)])) break;
+      // Time counts while output is read and written. What the script itself had written before its end is less than this.
+      const blocked = progress.unwritten > 0 && progress.received - before < MOST_UNREAD;
+      if (!blocked) waited += DRAIN.tick;
+      quiet = blocked || progress.received !== seen ? 0 : quiet + DRAIN.tick;
+      if (waited >= (filter === false ? DRAIN.background : DRAIN.filter)) break;
+      if (filter === false && quiet >= DRAIN.silence) break;
+    }
+    done.abort();
+    await finish();
+  };
 
   const end = async (): Promise<Outcome> => {
     const status = await exit;
-    // Where the shell that writes the marks was killed, something in the background may hold the channel: then the output
-    // is over when there has been none for a while. Else the marks are there or will come.
-    if (typeof status === "string" || (status ?? 0) > 128)
-      await Promise.race([over, Promise.all([out.silence(), err.silence()])]);
-    else await over;
     if (status === undefined) {
+      await over;
       await sleep(50); // the end of the connection, where that is the cause, is told after the channel's
       reason ??= "the server closed the script's channel without an exit status";
-      return { ended: "lost", begun: session !== undefined, reason };
+      return { ended: "lost", begun: preamble.shell !== undefined, reason };
     }
-    if (session === undefined)
+    await drain();
+    if (!preamble.shell)
       throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
     const needs = "it needs cat and wc, and a script without NUL characters";
-    if (marks.last === "incomplete")
+    if (preamble.state !== "complete")
       throw new Failure("system", `the container's shell could not take the script whole: ${needs}`);
     const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
     return { ended: "exited", code: Math.min(code, 255) }; // SSH has room for more
@@ -1761,16 +1871,16 @@ export async function runScript(
 
   const stopped = Promise.withResolvers<never>();
   const onStop = async () => {
-    if (session !== undefined) {
-      log.debug("ending the script's session {session}", { session });
-      const never = new AbortController().signal;
-      const program = `exec sh -c '${endSessionProgram(session)}'`;
-      const answer = await ask(connection, program, never, END_WITHIN).catch(reasonOf);
-      if (!/^fargate-left\s*$/m.test(answer))
-        log.warn("the script may still run in the container: {answer}", { answer: answer.trim().slice(0, 200) });
+    const { shell } = preamble;
+    if (shell) {
+      log.debug("terminating the script's session {session}", { session: shell.session });
+      const termination = await terminate(connection, shell);
+      await Promise.race([over, sleep(TERMINATE.output)]); // its last output; nobody may be reading
+      // What cannot be found may have ended by itself in the same moment.
+      if (termination !== "terminated" && !(termination === "not found" && exited))
+        log.warn("the script may still run in the container: {problem}", { problem: SURVIVED[termination] });
     }
     connection.client.destroy();
-    await Promise.race([over, sleep(1_500)]); // what it said at last; nobody may be reading
     stopped.reject(stop.reason);
   };
   stop.addEventListener("abort", onStop, { once: true });
