@@ -64,7 +64,7 @@ import {
   findShells,
   formatRecord,
   formatSweep,
-  hasFilter,
+  holdersOf,
   interpreterOf,
   isTransient,
   type Job,
@@ -135,7 +135,16 @@ import {
   stepTiming,
   straceWorks,
 } from "./fixtures/steps.ts";
-import { containerHosts, embeddedHosts, NEWER_BASE_IMAGE, type TaskHosts, taskHosts } from "./fixtures/tasks.ts";
+import {
+  type ContainerHostsOptions,
+  containerHosts,
+  DROPBEAR,
+  embeddedHosts,
+  NEWER_BASE_IMAGE,
+  ONE_SESSION,
+  type TaskHosts,
+  taskHosts,
+} from "./fixtures/tasks.ts";
 import {
   type ConfigChanges,
   makeRepository,
@@ -1758,24 +1767,43 @@ describe("the marks before a script's output", () => {
   });
 });
 
-test.each<[string, boolean | undefined, string[]]>([
-  ["tee behind a process substitution", true, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 pipe:[1]", "w 12/fd/2 pipe:[2]"]],
-  ["a filter of standard error", true, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 /dev/null", "w 12/fd/2 pipe:[2]"]],
-  ["a filter, when the channel's streams are sockets", true, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 socket:[3]"]],
-  ["a process in the background", false, ["r 12/fd/0 /dev/null", "w 12/fd/1 pipe:[1]", "w 12/fd/2 pipe:[2]"]],
-  ["a process in the background, beside another's pipe", false, ["r 11/fd/0 pipe:[9]", "w 12/fd/1 pipe:[1]"]],
-  ["a filter of another channel", false, ["r 12/fd/0 pipe:[9]", "w 12/fd/1 pipe:[4]", "w 12/fd/2 pipe:[5]"]],
-  ["the server, which reads the pipes", false, ["r 12/fd/0 pipe:[9]", "r 12/fd/1 pipe:[1]"]],
+test.each<[string, ReturnType<typeof holdersOf>, string[]]>([
+  [
+    "tee behind a process substitution",
+    { filter: true, paths: ["/proc/12/fd/1", "/proc/12/fd/2"] },
+    ["r 12/fd/0 pipe:[9]", "w 12/fd/1 pipe:[1]", "w 12/fd/2 pipe:[2]"],
+  ],
+  [
+    "a filter of standard error",
+    { filter: true, paths: ["/proc/12/fd/2"] },
+    ["r 12/fd/0 pipe:[9]", "w 12/fd/1 /dev/null", "w 12/fd/2 pipe:[2]"],
+  ],
+  [
+    "a filter, when the channel's streams are sockets",
+    { filter: true, paths: ["/proc/12/fd/1"] },
+    ["r 12/fd/0 pipe:[9]", "w 12/fd/1 socket:[3]"],
+  ],
+  [
+    "a process in the background",
+    { filter: false, paths: ["/proc/12/fd/1"] },
+    ["r 11/fd/0 pipe:[9]", "r 12/fd/0 /dev/null", "w 12/fd/1 pipe:[1]"],
+  ],
+  [
+    "a filter of another channel",
+    { filter: false, paths: [] },
+    ["r 12/fd/0 pipe:[9]", "w 12/fd/1 pipe:[4]", "w 12/fd/2 pipe:[5]"],
+  ],
+  ["the server, which reads the pipes", { filter: false, paths: [] }, ["r 12/fd/0 pipe:[9]", "r 12/fd/1 pipe:[1]"]],
   ["nothing that is shown", undefined, []],
 ])("what holds a channel open: %s", (_, expected, links) => {
   const modes = { r: "lr-x------", w: "l-wx------" };
-  const line = ([mode, ...rest]: string) => {
-    const [path, target] = rest.join("").trim().split(" ");
+  const line = (link: string) => {
+    const [mode, path, target] = link.split(" ");
     return `${modes[mode as "r" | "w"]} 1 0 0 64 Nov 26 02:45 /proc/${path} -> ${target}\n`;
   };
   const listing = links.map(line).join("");
-  expect(hasFilter(listing, ["pipe:[1]", "pipe:[2]", "socket:[3]"])).toBe(expected);
-  expect(hasFilter(listing, [])).toBe(undefined);
+  expect(holdersOf(listing, ["pipe:[1]", "pipe:[2]", "socket:[3]"])).toEqual(expected);
+  expect(holdersOf(listing, [])).toBe(undefined); // without /proc, the shell's pipes have no names
 });
 
 test.each([
@@ -3257,8 +3285,8 @@ interface FaultOptions extends WorldOptions {
   readonly misbehaviour?: Misbehaviour;
   /** Seconds. */
   readonly jobTimeout?: number;
-  /** It needs a container; elsewhere it is skipped, by name. */
-  readonly container?: boolean;
+  /** It needs a container, maybe one of its own kind; elsewhere it is skipped, by name. */
+  readonly container?: boolean | ContainerHostsOptions;
   readonly timeout?: number;
 }
 
@@ -3339,7 +3367,12 @@ function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: 
         held.resolve();
         return forever;
       };
-      const own = container ? hosts : embeddedHosts({ misbehaviour: { holdExec, ...misbehaviour } });
+      const own =
+        container === true
+          ? hosts
+          : container
+            ? await containerHosts(container)
+            : embeddedHosts({ misbehaviour: { holdExec, ...misbehaviour } });
       const world = await makeWorld({ hosts: own, ...worldOptions });
       task.meta.hosts = world.hosts.kind;
       try {
@@ -3366,7 +3399,7 @@ function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: 
         if (!keepsRecord) expect(filesLeft(world)).toEqual([]);
       } finally {
         await world.close();
-        if (!container) await own.close();
+        if (own !== hosts) await own.close();
       }
     },
     timeout,
@@ -4070,6 +4103,50 @@ describe.concurrent("run gets a signal", () => {
       return { stage: "run", finished };
     });
   }
+
+  /** The last words of a script's trap must come, none of its processes may be left, and after_script must work. */
+  const releasesLock = async (scene: Scene, trap: string) => {
+    const mark = `600.${process.pid}${faultJobs}`;
+    const script = `trap '${trap}' TERM; echo running; sleep ${mark} & wait; echo never`;
+    const run = scene.begin("run", { script });
+    await run.shows("running");
+    run.process.kill("SIGTERM");
+    const finished = await run.finished;
+    expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("running\nreleased\n") });
+    expect(finished.stderr).not.toContain("may still run");
+    const [task] = scene.world.aws.running();
+    const still = await task?.host?.exec(`cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '^${mark}$'`);
+    expect(still?.output.trim()).toBe("0");
+    const after = await scene.run("echo after");
+    expect(after).toMatchObject({ code: 0, stdout: Buffer.from("after\n") });
+    return { stage: "run", finished };
+  };
+  faultTest(
+    "run gets SIGTERM; the task's SSH server is dropbear, under which a script's shell does not lead its session",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      return releasesLock(scene, "echo released; exit 1");
+    },
+    { container: DROPBEAR },
+  );
+  faultTest(
+    "run gets SIGTERM; the task's SSH server opens one channel a connection (MaxSessions 1)",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      return releasesLock(scene, "echo released; exit 1");
+    },
+    { container: ONE_SESSION },
+  );
+  faultTest(
+    "run gets SIGTERM; a .bashrc takes 4 s, and the script's trap 8 s",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const [task] = scene.world.aws.running();
+      await task?.host?.exec("echo 'sleep 4' >/root/.bashrc");
+      return releasesLock(scene, "sleep 8; echo released; exit 1");
+    },
+    { container: true },
+  );
 });
 
 describe.concurrent("sweep", () => {

@@ -1488,23 +1488,26 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   });
 }
 
-/** How `ask` asks; times in ms. */
+/** How `ask` asks, beside its defaults; times in ms. */
 interface Asking {
   readonly within?: number;
-  readonly then?: { readonly mark: string; readonly within: number }; // the time from `mark` in the output on
-  readonly beside?: boolean; // beside a script: over a second connection if the server refuses a second channel
+  readonly extend?: { readonly mark: string; readonly within: number }; // the time left once the output has `mark`
+  readonly apart?: boolean; // over a connection of its own
 }
 
-/** Runs a short command of our own, within a time, and returns at most 1 MiB of its standard output. */
+/**
+ * Runs a short command of our own, and returns at most 1 MiB of its standard output. If the server opens no channel for
+ * it, as with `MaxSessions 1` beside a script, a second connection is made.
+ */
 async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}) {
+  const { within = 10_000, extend, apart } = asking;
   const late = new AbortController();
   const limit = (ms: number) => {
     const failure = new SshFailure("unreachable", `the container did not answer for ${ms / 1000} s`);
     return setTimeout(() => late.abort(failure), ms);
   };
-  const { within = 10_000, beside } = asking;
-  let { then } = asking;
   let timer = limit(within);
+  let marked = false;
   let second: Connection | undefined;
   const bound = AbortSignal.any([signal, late.signal]);
   const over = async (used: Connection) => {
@@ -1513,10 +1516,10 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     channel.stderr.resume();
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 2 ** 20) output += chunk.toString();
-      if (!then || !output.includes(then.mark)) return;
+      if (marked || !extend || !output.includes(extend.mark)) return;
+      marked = true;
       clearTimeout(timer);
-      timer = limit(then.within);
-      then = undefined;
+      timer = limit(extend.within);
     });
     return await new Promise<string>((resolve, reject) => {
       const lost = new SshFailure("unreachable", "the connection was lost");
@@ -1525,11 +1528,12 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     });
   };
   try {
-    return await over(connection).catch(async (failure) => {
-      if (!beside || bound.aborted) throw failure;
-      second = await connect(connection.target, within, bound);
-      return over(second);
-    });
+    const first = apart
+      ? undefined
+      : await over(connection).catch((failure) => bound.aborted && Promise.reject(failure));
+    if (typeof first === "string") return first;
+    second = await connect(connection.target, within, bound);
+    return await over(second);
   } finally {
     clearTimeout(timer);
     second?.client.end();
@@ -1623,127 +1627,56 @@ export class Preamble {
   }
 }
 
-/**
- * Passes both streams of a channel on, byte for byte, in the order in which their parts arrive, with back-pressure.
- * `over` resolves once the channel has closed and everything is written; `finish` writes what has arrived and drops the
- * rest. The numbers are of bytes.
- */
-function passOn(channel: ClientChannel, { stdout, stderr }: Sinks, preamble: Preamble, onPreamble: () => void) {
-  const progress = { received: 0, unwritten: 0 };
-  let finished = false;
-  let flushLast = (): unknown => undefined;
-  const pass = (source: Readable, sink: Writable, own: (chunk: Buffer) => Buffer, rest: () => Buffer) => {
-    let parts: Buffer[] = [];
-    let written = Promise.resolve();
-    const add = (part: Buffer) => {
-      progress.unwritten += part.length;
-      parts.push(part);
-    };
-    // Joins what arrives in one turn of the event loop: each chunk takes as much memory as a line, be it of one byte.
-    const flush = () => {
-      const all = Buffer.concat(parts);
-      parts = [];
-      if (all.length === 0) return written;
-      written = new Promise((done) => {
-        const onWritten = () => {
-          progress.unwritten -= all.length;
-          done();
-        };
-        if (sink.write(all, onWritten) || source.isPaused()) return;
-        source.pause();
-        sink.once("drain", () => source.resume());
-      });
-      return written;
-    };
-    source.on("data", (chunk: Buffer) => {
-      if (finished) return;
-      progress.received += chunk.length;
-      if (flushLast !== flush) flushLast(); // what the other stream brought before
-      flushLast = flush;
-      if (parts.length === 0) setImmediate(flush);
-      add(own(chunk));
-      if (progress.unwritten > 65_536) flush();
-    });
-    const over = new Promise<void>((resolve) => {
-      source.on("close", () => {
-        add(rest());
-        flush().then(resolve);
-      });
-    });
-    return { over, flush };
-  };
-  const beginning = (chunk: Buffer) => {
-    const part = preamble.push(chunk);
-    onPreamble();
-    return part;
-  };
-  const both = [
-    pass(channel, stdout, beginning, () => preamble.held),
-    pass(
-      channel.stderr as Readable,
-      stderr,
-      (chunk) => chunk,
-      () => Buffer.alloc(0),
-    ),
-  ];
-  const finish = () => {
-    finished = true;
-    return Promise.all(both.map(({ flush }) => flush()));
-  };
-  return { progress, over: Promise.all(both.map(({ over }) => over)), finish };
-}
-
 // How long a script's output is waited for when its shell has exited and its channel stays open, in ms.
-const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500, askEvery: 500 } as const;
-
+const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500 } as const;
 const LIST_DESCRIPTORS = "exec sh -c 'ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null'";
 
 /**
- * Whether a filter holds one of a channel's pipes open: a process that can write to it and reads from a pipe itself, such
- * as `tee` in `exec > >(tee log)`. Any other is a process in the background.
- * @param listing LIST_DESCRIPTORS' output: "l-wx------ ... /proc/12/fd/1 -> pipe:[345]"
- * @returns undefined if the listing does not tell, since it shows no process at all
+ * What holds a channel open: the processes that can write to one of its pipes. One that reads from a pipe itself is a
+ * filter, such as `tee` in `exec > >(tee log)`; any other is a process in the background.
+ * @param listing what LIST_DESCRIPTORS prints: "l-wx------ ... /proc/12/fd/1 -> pipe:[345]"
+ * @returns a path to each pipe that is held, by its oldest process; undefined if the listing does not tell
  */
-export function hasFilter(listing: string, pipes: readonly string[]): boolean | undefined {
-  const writers = new Set<string>();
-  const readers = new Set<string>();
-  let seen = false;
-  for (const [, writes, pid = "", fd, target = ""] of listing.matchAll(
-    /^l.(.).* \/proc\/(\d+)\/fd\/(\d+) -> (.+)$/gm,
-  )) {
-    seen = true;
-    if (writes === "w" && pipes.includes(target)) writers.add(pid);
-    if (fd === "0" && target.startsWith("pipe:")) readers.add(pid);
-  }
-  return seen && pipes.length > 0 ? [...writers].some((pid) => readers.has(pid)) : undefined;
+export function holdersOf(listing: string, pipes: readonly string[]) {
+  const pattern = /^l.(?<mode>.).* \/proc\/(?<pid>\d+)\/fd\/(?<fd>\d) -> (?<target>.+)$/gm;
+  const links = [...listing.matchAll(pattern)].map(
+    ({ groups }) => groups as Record<"mode" | "pid" | "fd" | "target", string>,
+  );
+  if (links.length === 0 || pipes.length === 0) return undefined;
+  const writers = links.filter(({ mode, target }) => mode === "w" && pipes.includes(target));
+  const readers = links.filter(({ fd, target }) => fd === "0" && target.startsWith("pipe:")).map(({ pid }) => pid);
+  writers.sort((a, b) => Number(b.pid) - Number(a.pid));
+  const paths = new Map(writers.map(({ pid, fd, target }) => [target, `/proc/${pid}/fd/${fd}`]));
+  return { filter: writers.some(({ pid }) => readers.includes(pid)), paths: [...paths.values()] };
 }
 
+/** Reads pipes until their writers have ended: with no reader left, SIGPIPE would end a process in the background. */
+const keepReading = (paths: readonly string[]) =>
+  `exec sh -c 'for f in ${paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done'`;
+
 /**
- * Ends a script: TERM to its process group and to what left the group but not the session (`timeout` and `set -m` do),
- * KILL to what is left after `grace` seconds. By a command, because OpenSSH ignores signal requests for root. Prints how
- * many processes got TERM, and at last those that could not be ended. /proc/PID/stat: "pid (name) state ppid pgrp
- * session ..."; the 20th field after the name is the start. Processes that are older than the script's shell are not the
- * script's: under dropbear, the session is that of the server's process for the connection.
+ * Terminates a script: TERM to its process group and to what left the group but not the session (`timeout` and `set -m`
+ * do), KILL to what is left after `grace` seconds. By a command, because OpenSSH ignores signal requests for root. Prints
+ * how many processes got TERM, and at last those that could not be ended. In /proc/PID/stat, the name in parentheses is
+ * followed by: 1 state, 3 process group, 4 session, 20 start. Processes older than the script's shell are not the
+ * script's: under dropbear, the session's leader is the server's process for the connection.
  */
 export function terminateProgram({ pid, session, start }: RemoteShell, grace: number): string {
-  const leads = pid === session;
+  const group = (signal: string) => (pid === session ? `kill -${signal} -${session} 2>/dev/null;` : "");
   return [
     'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *}; set -- ${l##*) };',
     `[ "$4" = ${session} ] && [ "$1" != Z ] && [ "$3" != "$skip" ] && [ "\${20}" -ge ${start} ] && echo "$i"; done;`,
     `[ -e /proc/self ] || { [ -z "$skip" ] && kill -0 -${session} 2>/dev/null && echo ${session}; }; };`,
-    "skip=; set -- $(left); n=$#;",
-    leads ? `kill -TERM -${session} 2>/dev/null; skip=${session};` : "",
-    'list=$(left); for s in STOP TERM CONT; do for i in $list; do kill -$s "$i" 2>/dev/null; done; done; skip=;',
-    `echo "${TERMINATED} $n"; sleep ${grace} >/dev/null 2>&1 & k=$!;`,
+    `skip=; set -- $(left); n=$#; ${group("TERM")} ${pid === session ? `skip=${session};` : ""} list=$(left); skip=;`,
+    'for s in STOP TERM CONT; do for i in $list; do kill -$s "$i" 2>/dev/null; done; done;',
+    `echo "fargate-terminated $n"; sleep ${grace} >/dev/null 2>&1 & k=$!;`,
     'while [ -n "$(left)" ] && kill -0 $k 2>/dev/null; do sleep 0.1 || sleep 1; done; kill $k 2>/dev/null;',
-    leads ? `kill -KILL -${session} 2>/dev/null;` : "",
-    'for i in $(left); do kill -KILL "$i" 2>/dev/null; done; n=0;',
+    `${group("KILL")} for i in $(left); do kill -KILL "$i" 2>/dev/null; done; n=0;`,
     'while [ -n "$(left)" ] && [ $n -lt 10 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done;',
     "echo fargate-left $(left)",
   ].join(" ");
 }
 
-const TERMINATED = "fargate-terminated";
 // In ms, beside CancelGracePeriod. Together they are shorter than the 10 s that SECURITY.md promises.
 const TERMINATE = { begin: 6_000, kill: 2_500, output: 1_000 } as const;
 
@@ -1756,10 +1689,13 @@ const SURVIVED = {
 
 /** Terminates a script. The grace period runs from the moment it has got TERM, however long the shell takes to start. */
 async function terminate(connection: Connection, shell: RemoteShell): Promise<"terminated" | keyof typeof SURVIVED> {
-  const grace = connection.target.CancelGracePeriod;
+  const { CancelGracePeriod: grace } = connection.target;
   const command = `exec sh -c '${terminateProgram(shell, grace)}'`;
-  const then = { mark: TERMINATED, within: grace * 1000 + TERMINATE.kill };
-  const asking = { within: TERMINATE.begin, then, beside: true };
+  const asking = {
+    within: TERMINATE.begin,
+    extend: { mark: "fargate-terminated", within: grace * 1000 + TERMINATE.kill },
+    apart: shell.pid !== shell.session, // under dropbear, all channels of a connection are of one session
+  };
   const answer = await ask(connection, command, new AbortController().signal, asking).catch(() => "");
   const [, found, left] = /^fargate-terminated (\d+)\nfargate-left(.*)$/m.exec(answer) ?? [];
   if (found === undefined) return "no answer";
@@ -1793,14 +1729,34 @@ export async function runScript(
     reason ??= "the server closed the connection";
   });
   const { channel, exit } = await execute(connection, command, stop);
+  const errors = channel.stderr as Readable;
   const preamble = new Preamble(mark);
-  let sent = false;
-  const { progress, over, finish } = passOn(channel, { stdout, stderr }, preamble, () => {
-    if (sent || !preamble.shell) return;
-    sent = true;
-    channel.end(script);
+  const writing = new Set<Promise<unknown>>(); // what no sink has taken yet
+  let received = 0; // bytes
+  const write = (source: Readable, sink: Writable, part: Buffer) => {
+    if (part.length === 0) return;
+    received += part.length;
+    let room = true;
+    const written: Promise<unknown> = new Promise((done) => {
+      room = sink.write(part, done);
+    }).then(() => writing.delete(written));
+    writing.add(written);
+    if (room || source.isPaused()) return;
+    source.pause();
+    sink.once("drain", () => source.resume());
+  };
+  channel.on("data", (chunk: Buffer) => {
+    const begun = preamble.shell !== undefined;
+    write(channel, stdout, preamble.push(chunk));
+    if (!begun && preamble.shell) channel.end(script);
   });
-  const unread = () => channel.readableLength + (channel.stderr as Readable).readableLength;
+  errors.on("data", (chunk: Buffer) => write(errors, stderr, chunk));
+  const closed = [channel, errors].map((source) => new Promise((resolve) => source.on("close", resolve)));
+  const over = Promise.all(closed).then(() => {
+    write(channel, stdout, preamble.held);
+    return Promise.all(writing);
+  });
+  const unread = () => channel.readableLength + errors.readableLength;
   // For a word on one stream, ssh2 opens the window of both anew, however much of the other waits: not before there is room.
   const { _protocol: protocol } = connection.client as unknown as { _protocol: WindowAdjuster };
   const adjust = protocol.channelWindowAdjust.bind(protocol);
@@ -1816,39 +1772,41 @@ export async function runScript(
     owed += bytes;
     grant();
   };
-  for (const stream of [channel, channel.stderr]) stream.on("data", grant);
+  for (const stream of [channel, errors]) stream.on("data", grant);
   // ssh2 takes in what a server sends beyond its window.
   connection.socket.on("data", () => {
     if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
-  let exited = false;
-  exit.then((status) => {
-    exited = status !== undefined;
-  });
 
   /** Waits until the channel has closed, or what holds it open is not waited for any longer. */
   const drain = async () => {
-    const before = progress.received;
+    const before = received;
     const done = new AbortController();
-    let filter: boolean | undefined; // undefined until known: nothing of a filter's output must be lost
+    let holders: ReturnType<typeof holdersOf>; // unknown ones may be filters
     const look = async () => {
       // Most filters end within the first moments, and need no question.
-      for (await sleep(2 * DRAIN.tick, done.signal); filter !== false; await sleep(DRAIN.askEvery, done.signal))
-        filter = hasFilter(await ask(connection, LIST_DESCRIPTORS, done.signal, { beside: true }), preamble.pipes);
+      for (let pause = 2 * DRAIN.tick; holders?.filter !== false; pause = DRAIN.silence) {
+        await sleep(pause, done.signal);
+        holders = holdersOf(await ask(connection, LIST_DESCRIPTORS, done.signal), preamble.pipes);
+      }
     };
     look().catch(() => {});
-    for (let waited = 0, quiet = 0; !stop.aborted; ) {
-      const seen = progress.received;
-      if (await Promise.race([over, delay(DRAIN.tick)])) break;
-      // Time counts while output is read and written. What the script itself had written before its end is less than this.
-      const blocked = progress.unwritten > 0 && progress.received - before < MOST_UNREAD;
+    let open = true;
+    for (let waited = 0, quiet = 0; open && !stop.aborted; ) {
+      const seen = received;
+      open = !(await Promise.race([over, delay(DRAIN.tick)]));
+      // Time counts while output is read and written; what the script itself has left unread is less than this.
+      const blocked = writing.size > 0 && received - before < MOST_UNREAD;
       if (!blocked) waited += DRAIN.tick;
-      quiet = blocked || progress.received !== seen ? 0 : quiet + DRAIN.tick;
-      if (waited >= (filter === false ? DRAIN.background : DRAIN.filter)) break;
-      if (filter === false && quiet >= DRAIN.silence) break;
+      quiet = blocked || received !== seen ? 0 : quiet + DRAIN.tick;
+      const background = holders?.filter === false;
+      if (waited >= (background ? DRAIN.background : DRAIN.filter) || (background && quiet >= DRAIN.silence)) break;
     }
     done.abort();
-    await finish();
+    for (const stream of [channel, errors]) stream.removeAllListeners("data");
+    await Promise.all(writing);
+    if (open && holders?.paths.length)
+      await ask(connection, keepReading(holders.paths), stop, { within: 2_000 }).catch(() => {});
   };
 
   const end = async (): Promise<Outcome> => {
@@ -1874,11 +1832,11 @@ export async function runScript(
     const { shell } = preamble;
     if (shell) {
       log.debug("terminating the script's session {session}", { session: shell.session });
-      const termination = await terminate(connection, shell);
+      const came = await terminate(connection, shell);
       await Promise.race([over, sleep(TERMINATE.output)]); // its last output; nobody may be reading
-      // What cannot be found may have ended by itself in the same moment.
-      if (termination !== "terminated" && !(termination === "not found" && exited))
-        log.warn("the script may still run in the container: {problem}", { problem: SURVIVED[termination] });
+      const exited = (await Promise.race([exit, undefined])) !== undefined; // of itself, in the same moment
+      if (came !== "terminated" && !(came === "not found" && exited))
+        log.warn("the script may still run in the container: {problem}", { problem: SURVIVED[came] });
     }
     connection.client.destroy();
     stopped.reject(stop.reason);
