@@ -1835,12 +1835,12 @@ interface Ran {
 const never = new AbortController().signal;
 
 /** A task without ECS: a container, or the embedded server, with a key of its own, and how to log in to it. */
-async function startTask() {
+async function startTask(where = hosts) {
   const key = await makeKeyPair("ed25519");
   // The address is this test process's own; containers of several tests may run at once.
   const address = `127.78.${(process.pid >> 8) & 255}.${(directories++ % 250) + 1}`;
   const port = 2222;
-  const host = await hosts.start({ name: "test", address, port, environment: { SSH_PUBLIC_KEY: key.publicKey } });
+  const host = await where.start({ name: "test", address, port, environment: { SSH_PUBLIC_KEY: key.publicKey } });
   const target: SshTarget = {
     host: address,
     Port: port,
@@ -1853,6 +1853,58 @@ async function startTask() {
     retry(() => connect(to, 3_000, never), { until: Date.now() + 15_000, again: () => true, now: Date.now });
   await logIn().then(({ client }) => client.end());
   return { host, target, logIn };
+}
+
+/** Filters, and what becomes of the lines "b" and "a" behind them. `sort` says nothing for 3 s. */
+const filters = {
+  tee: ["tee /dev/null", "b\na\n"],
+  sed: ["sed s/^/x/", "xb\nxa\n"],
+  loop: ['while read -r line; do echo "$(echo 1) $line"; done', "1 b\n1 a\n"],
+  sort: ["sleep 3; sort", "a\nb\n"],
+} as const;
+
+/**
+ * Runs scripts that fail behind filters of both streams, four at a time.
+ * @returns what was not as it should be
+ */
+async function lostOutput(
+  logIn: () => Promise<Connection>,
+  form: "17.9" | "19.x",
+  { runs, sorts }: { runs: number; sorts: number },
+): Promise<string[]> {
+  const wrong: string[] = [];
+  const buildsDir = `/tmp/builds-${process.pid}`;
+  const { projectDir } = gitlabJob({ buildsDir });
+  const cases = Object.entries(filters).flatMap(([name, [filter, filtered]]) =>
+    (["stdout", "stderr"] as const).flatMap((stream) => {
+      const redirect = stream === "stdout" ? `exec > >(${filter})` : `exec 2> >((${filter}) >&2)`;
+      const to = stream === "stdout" ? "" : " >&2";
+      const script = [`${redirect}; echo b${to}; echo a${to}; false`];
+      const { scripts } = gitlabJob({ form, buildsDir, script });
+      const text = scripts.find(({ stage }) => stage === "build_script")?.text as string;
+      return Array.from({ length: name === "sort" ? sorts : runs }, () => ({ name, stream, filtered, text }));
+    }),
+  );
+  const inOwnConnection = async (script: string) => {
+    const [out, err] = [collect(), collect()];
+    const connection = await logIn();
+    const shells = { interpreter: "bash", loginShell: "bash" } as const;
+    const options = { stop: never, log: getLogger("fargate"), stdout: out.sink, stderr: err.sink };
+    const outcome = await runScript(connection, Buffer.from(script), shells, options);
+    connection.client.end();
+    return { outcome, stdout: out.bytes().toString(), stderr: err.bytes().toString() };
+  };
+  await inOwnConnection(`mkdir -p ${projectDir}`);
+  const worker = async () => {
+    for (let it = cases.shift(); it; it = cases.shift()) {
+      const { outcome, ...output } = await inOwnConnection(it.text);
+      const came = output[it.stream];
+      if (outcome.ended !== "exited" || outcome.code !== 1 || !came.endsWith(it.filtered))
+        wrong.push(`${it.name} on ${it.stream}: ${JSON.stringify([outcome, came])}`);
+    }
+  };
+  await Promise.all([worker(), worker(), worker(), worker()]);
+  return wrong;
 }
 
 test("a server may say all that a command has to say in the packet that opens its channel", async () => {
@@ -2157,6 +2209,45 @@ describe("scripts over SSH", () => {
     const next = await runOnce(`kill -0 ${pid} && echo lives`);
     expect(next.stdout.toString()).toBe("lives\n");
   });
+
+  taskTest(
+    "a process in the background that goes on writing to the job's output does not end with its stage",
+    async () => {
+      const listed = "for f in /proc/[0-9]*/comm; do grep -x cat $f; done 2>/dev/null | wc -l";
+      const cats = async () => Number((await task.host.exec(listed)).output);
+      const before = await cats();
+      const { outcome, stdout } = await runOnce(
+        "trap 'echo >/root/pipe' PIPE; while echo line; do date +%N >/root/wrote; sleep 0.1; done & echo $!; exit 3",
+      );
+      expect(outcome).toEqual(exited(3));
+      const [, pid] = /^(\d+)$/m.exec(stdout.toString()) ?? [];
+      const next = await runOnce(
+        `before=$(cat /root/wrote); until [ "$(cat /root/wrote)" != "$before" ]; do sleep 0.1; done; ls /root; kill ${pid}`,
+      );
+      expect(next.outcome).toEqual(exited(0));
+      expect(next.stdout.toString()).toMatch(/^wrote$/m);
+      expect(next.stdout.toString()).not.toMatch(/^pipe$/m);
+      await expect.poll(cats, { timeout: 30_000 }).toBeLessThanOrEqual(before); // what read its pipes ends when it does
+    },
+    { containerOnly: true },
+  );
+
+  taskTest("a process in the background that floods the job's output does not hold the stage", async () => {
+    const ran = await runOnce("yes & echo $! >&2; exit 4");
+    expect(ran.outcome).toEqual(exited(4));
+    expect(ran.stdout.length).toBeGreaterThan(0);
+    await task.host.exec(`kill ${ran.stderr.toString().trim()}`);
+  });
+
+  taskTest("with a filter that outlives its process in the background, all that it writes comes", async () => {
+    const ran = await runOnce("exec > >(cat; sleep 1; echo filtered); sleep 0.5 & echo done");
+    expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("done\nfiltered\n") });
+  });
+
+  for (const form of ["17.9", "19.x"] as const)
+    taskTest(`no output of a filter behind a process substitution is lost, in a script of form ${form}`, async () => {
+      expect(await lostOutput(task.logIn, form, { runs: 2, sorts: 1 })).toEqual([]);
+    });
 
   taskTest("a script of 1 MB arrives whole, and of 20 MB", async () => {
     for (const size of [1_000_000, 20_000_000]) {
@@ -5542,7 +5633,7 @@ describe.concurrent("a hostile server at the address of a new task", () => {
 /** What takes minutes; its name begins with `soak: `, which is what `npm run soak` selects. */
 function soakTest(
   name: string,
-  body: (task: TaskMeta, skip: (why: string) => void) => Promise<Omit<FaultRow, "fault">>,
+  body: (task: TaskMeta, skip: (why: string) => never) => Promise<Omit<FaultRow, "fault">>,
 ): void {
   soaks.push(name);
   if (!SOAK) return;
@@ -5584,6 +5675,24 @@ soakTest("200 jobs at once, with AWS's request rates enforced", async (meta) => 
   }
   return { ended: "each job: its own exit code", says: "", left: tasksLeft.length };
 });
+
+for (const cpus of [undefined, 0.25])
+  soakTest(
+    `320 scripts that fail end with their last output behind a filter${cpus ? `, on ${cpus} of a processor` : ""}`,
+    async (meta, skip) => {
+      if (hosts.kind !== "container") return skip("it needs a container");
+      const own = await containerHosts(cpus ? { cpus } : {});
+      meta.hosts = "container";
+      try {
+        const { logIn } = await startTask(own);
+        for (const form of ["17.9", "19.x"] as const)
+          expect(await lostOutput(logIn, form, { runs: 20, sorts: 20 })).toEqual([]);
+        return { ended: "each script: 1, all output there", says: "", left: 0 };
+      } finally {
+        await own.close();
+      }
+    },
+  );
 
 soakTest("sshd bars the address for connections that left without a login (OpenSSH 10)", async (meta) => {
   const newer = await containerHosts({ baseImage: NEWER_BASE_IMAGE });

@@ -1629,6 +1629,7 @@ export class Preamble {
 
 // How long a script's output is waited for when its shell has exited and its channel stays open, in ms.
 const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500 } as const;
+const MOST_LEFT = 16 * 2 ** 20; // bytes; more than sshd, the network and ssh2 hold of a script that has ended
 const LIST_DESCRIPTORS = "exec sh -c 'ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null'";
 
 /**
@@ -1795,8 +1796,8 @@ export async function runScript(
     for (let waited = 0, quiet = 0; open && !stop.aborted; ) {
       const seen = received;
       open = !(await Promise.race([over, delay(DRAIN.tick)]));
-      // Time counts while output is read and written; what the script itself has left unread is less than this.
-      const blocked = writing.size > 0 && received - before < MOST_UNREAD;
+      // Time counts only while output is read and written, or comes from a process in the background.
+      const blocked = writing.size > 0 && received - before < MOST_LEFT;
       if (!blocked) waited += DRAIN.tick;
       quiet = blocked || received !== seen ? 0 : quiet + DRAIN.tick;
       const background = holders?.filter === false;
