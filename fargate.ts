@@ -1488,55 +1488,43 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   });
 }
 
-/** How `ask` asks, beside its defaults; times in ms. */
+/** How `ask` asks. */
 interface Asking {
-  readonly within?: number;
-  readonly extend?: { readonly mark: string; readonly within: number }; // the time left once the output has `mark`
+  readonly within?: number; // ms
   readonly apart?: boolean; // over a connection of its own
 }
 
 /**
  * Runs a short command of our own, and returns at most 1 MiB of its standard output. If the server opens no channel for
- * it, as with `MaxSessions 1` beside a script, a second connection is made.
+ * it, as with `MaxSessions 1` beside a script, it gets a connection of its own.
  */
-async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}) {
-  const { within = 10_000, extend, apart } = asking;
+async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
+  const { within = 10_000, apart } = asking;
+  const begun = performance.now();
   const late = new AbortController();
-  const limit = (ms: number) => {
-    const failure = new SshFailure("unreachable", `the container did not answer for ${ms / 1000} s`);
-    return setTimeout(() => late.abort(failure), ms);
-  };
-  let timer = limit(within);
-  let marked = false;
-  let second: Connection | undefined;
+  const failure = new SshFailure("unreachable", `the container did not answer for ${within / 1000} s`);
+  const timer = setTimeout(() => late.abort(failure), within);
   const bound = AbortSignal.any([signal, late.signal]);
-  const over = async (used: Connection) => {
-    const { channel, exit } = await execute(used, command, bound);
+  let own: Connection | undefined;
+  try {
+    if (apart) own = await connect(connection.target, within, bound);
+    const { channel, exit } = await execute(own ?? connection, command, bound);
     let output = "";
     channel.stderr.resume();
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 2 ** 20) output += chunk.toString();
-      if (marked || !extend || !output.includes(extend.mark)) return;
-      marked = true;
-      clearTimeout(timer);
-      timer = limit(extend.within);
     });
     return await new Promise<string>((resolve, reject) => {
       const lost = new SshFailure("unreachable", "the connection was lost");
       channel.on("close", async () => ((await exit) === undefined ? reject(lost) : resolve(output)));
       bound.addEventListener("abort", () => reject(bound.reason));
     });
-  };
-  try {
-    const first = apart
-      ? undefined
-      : await over(connection).catch((failure) => bound.aborted && Promise.reject(failure));
-    if (typeof first === "string") return first;
-    second = await connect(connection.target, within, bound);
-    return await over(second);
+  } catch (error) {
+    if (apart || bound.aborted || connection.socket.destroyed) throw error;
+    return await ask(connection, command, signal, { within: within - (performance.now() - begun), apart: true });
   } finally {
     clearTimeout(timer);
-    second?.client.end();
+    own?.client.end();
   }
 }
 
@@ -1587,15 +1575,15 @@ export function remoteCommand(program: string, interpreter: "bash" | "sh", login
   return same ? program : `exec ${interpreter} -c '${program}' ${interpreter}`;
 }
 
-/** The remote shell that evaluates a script. Without /proc, sshd's child is taken for the leader of its session. */
-export type RemoteShell = Readonly<{ pid: number; session: number; start: number }>; // start: in ticks since the boot
+/** The shell that evaluates a script; `start` is in ticks since the boot. Without /proc, it counts as its session's leader. */
+export type RemoteShell = Readonly<{ pid: number; session: number; start: number }>;
 
 /** Reads what `remoteProgram` prints ahead of the script's output, across the boundaries of chunks. */
 export class Preamble {
-  state: "pending" | "incomplete" | "complete" = "pending";
   shell: RemoteShell | undefined; // known from the first mark on
   pipes: readonly string[] = []; // such as pipe:[123]: the shell's standard output and error
-  held: Buffer = Buffer.alloc(0); // may be part of a mark; output of start-up files if the stream ends without one
+  state: "pending" | "incomplete" | "complete" = "pending";
+  held: Buffer = Buffer.alloc(0); // maybe part of a mark; of start-up files' output if the stream ends without one
   readonly #first: RegExp;
   readonly #second: RegExp;
 
@@ -1610,20 +1598,20 @@ export class Preamble {
     if (this.state !== "pending") return chunk;
     const data = Buffer.concat([this.held, chunk]);
     const text = data.toString("latin1");
-    const first = this.#first.exec(text);
-    const second = first && this.#second.exec(text.slice(first.index));
-    const before = first ? first.index : Math.max(data.length - 1_024, 0);
-    this.held = data.subarray(before);
-    if (!first) return data.subarray(0, before);
-    const [, , , session, ...more] = first[2]?.replace(/^.*\) /, "").split(" ") ?? []; // after "pid (name) "
-    const pid = Number(first[1]);
-    this.shell = { pid, session: Number(session ?? pid), start: Number(more[15] ?? 0) };
-    if (!second && this.held.length < 8_192) return data.subarray(0, before);
-    const end = second ? first.index + second.index + second[0].length : data.length;
-    this.pipes = text.slice(first.index, end).match(/^\w+:\[\d+\]$/gm) ?? [];
-    this.state = second?.[1] === "complete" ? "complete" : "incomplete";
+    const first = this.shell ? undefined : this.#first.exec(text);
+    const own = this.shell ? 0 : (first?.index ?? Math.max(data.length - 1_024, 0)); // length of what is not the program's
+    if (first) {
+      const [, , , session, ...more] = first[2]?.replace(/^.*\) /, "").split(" ") ?? []; // after "pid (name) "
+      const pid = Number(first[1]);
+      this.shell = { pid, session: Number(session ?? pid), start: Number(more[15] ?? 0) };
+    }
+    const second = this.shell && this.#second.exec(text.slice(own));
+    this.held = data.subarray(this.shell ? Math.max(own, data.length - 8_192) : own); // both marks are much shorter
+    if (!second) return data.subarray(0, own);
+    this.state = second[1] as "incomplete" | "complete";
+    this.pipes = second.input.slice(0, second.index).match(/^\w+:\[\d+\]$/gm) ?? [];
     this.held = Buffer.alloc(0);
-    return Buffer.concat([data.subarray(0, before), data.subarray(end)]);
+    return Buffer.concat([data.subarray(0, own), data.subarray(own + second.index + second[0].length)]);
   }
 }
 
@@ -1670,37 +1658,29 @@ export function terminateProgram({ pid, session, start }: RemoteShell, grace: nu
     `[ -e /proc/self ] || { [ -z "$skip" ] && kill -0 -${session} 2>/dev/null && echo ${session}; }; };`,
     `skip=; set -- $(left); n=$#; ${group("TERM")} ${pid === session ? `skip=${session};` : ""} list=$(left); skip=;`,
     'for s in STOP TERM CONT; do for i in $list; do kill -$s "$i" 2>/dev/null; done; done;',
-    `echo "fargate-terminated $n"; sleep ${grace} >/dev/null 2>&1 & k=$!;`,
+    `sleep ${grace} >/dev/null 2>&1 & k=$!;`,
     'while [ -n "$(left)" ] && kill -0 $k 2>/dev/null; do sleep 0.1 || sleep 1; done; kill $k 2>/dev/null;',
-    `${group("KILL")} for i in $(left); do kill -KILL "$i" 2>/dev/null; done; n=0;`,
-    'while [ -n "$(left)" ] && [ $n -lt 10 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done;',
-    "echo fargate-left $(left)",
+    `${group("KILL")} for i in $(left); do kill -KILL "$i" 2>/dev/null; done; i=0;`,
+    'while [ -n "$(left)" ] && [ $i -lt 10 ]; do i=$((i+1)); sleep 0.1 || { sleep 1; i=$((i+9)); }; done;',
+    "echo fargate-terminated $n left $(left)",
   ].join(" ");
 }
 
-// In ms, beside CancelGracePeriod. Together they are shorter than the 10 s that SECURITY.md promises.
-const TERMINATE = { begin: 6_000, kill: 2_500, output: 1_000 } as const;
+// ms beside CancelGracePeriod, less than the 10 s that SECURITY.md promises: until the shell that terminates has started
+// and KILL has had its effect; then for the script's last output.
+const TERMINATE = { command: 8_000, output: 1_000 } as const;
 
-/** What a script that was to be terminated may have come to, beside its end. */
-const SURVIVED = {
-  "not found": "none of its processes was found",
-  survived: "some of its processes could not be ended",
-  "no answer": "the container did not answer in time",
-} as const;
-
-/** Terminates a script. The grace period runs from the moment it has got TERM, however long the shell takes to start. */
-async function terminate(connection: Connection, shell: RemoteShell): Promise<"terminated" | keyof typeof SURVIVED> {
-  const { CancelGracePeriod: grace } = connection.target;
+/** Terminates a script. The grace period begins when it has got TERM, however long the shell takes to start. */
+async function terminate(connection: Connection, shell: RemoteShell) {
+  const grace = connection.target.CancelGracePeriod;
   const command = `exec sh -c '${terminateProgram(shell, grace)}'`;
-  const asking = {
-    within: TERMINATE.begin,
-    extend: { mark: "fargate-terminated", within: grace * 1000 + TERMINATE.kill },
-    apart: shell.pid !== shell.session, // under dropbear, all channels of a connection are of one session
-  };
-  const answer = await ask(connection, command, new AbortController().signal, asking).catch(() => "");
-  const [, found, left] = /^fargate-terminated (\d+)\nfargate-left(.*)$/m.exec(answer) ?? [];
+  const apart = shell.pid !== shell.session; // under dropbear, all channels of a connection are of one session
+  const within = grace * 1000 + TERMINATE.command;
+  const never = new AbortController().signal;
+  const answer = await ask(connection, command, never, { within, apart }).catch(() => "");
+  const [, found, left] = /^fargate-terminated (\d+) left(.*)$/m.exec(answer) ?? [];
   if (found === undefined) return "no answer";
-  if (left?.trim()) return "survived";
+  if (left?.trim()) return "not ended";
   return found === "0" ? "not found" : "terminated";
 }
 
@@ -1754,7 +1734,7 @@ export async function runScript(
   errors.on("data", (chunk: Buffer) => write(errors, stderr, chunk));
   const closed = [channel, errors].map((source) => new Promise((resolve) => source.on("close", resolve)));
   const over = Promise.all(closed).then(() => {
-    write(channel, stdout, preamble.held);
+    if (!preamble.shell) write(channel, stdout, preamble.held);
     return Promise.all(writing);
   });
   const unread = () => channel.readableLength + errors.readableLength;
@@ -1782,32 +1762,28 @@ export async function runScript(
   /** Waits until the channel has closed, or what holds it open is not waited for any longer. */
   const drain = async () => {
     const before = received;
-    const done = new AbortController();
-    let holders: ReturnType<typeof holdersOf>; // unknown ones may be filters
-    const look = async () => {
-      // Most filters end within the first moments, and need no question.
-      for (let pause = 2 * DRAIN.tick; holders?.filter !== false; pause = DRAIN.silence) {
-        await sleep(pause, done.signal);
-        holders = holdersOf(await ask(connection, LIST_DESCRIPTORS, done.signal), preamble.pipes);
-      }
-    };
-    look().catch(() => {});
-    let open = true;
-    for (let waited = 0, quiet = 0; open && !stop.aborted; ) {
+    let holders: ReturnType<typeof holdersOf>;
+    let filter = true; // until it is known: nothing of a filter's output must be lost
+    const closes = over.then(() => "");
+    for (let waited = 0, quiet = 0; waited < (filter ? DRAIN.filter : DRAIN.background); ) {
       const seen = received;
-      open = !(await Promise.race([over, delay(DRAIN.tick)]));
+      if ((await Promise.race([closes, delay(DRAIN.tick)])) === "" || stop.aborted) return;
       // Time counts only while output is read and written, or comes from a process in the background.
-      const blocked = writing.size > 0 && received - before < MOST_LEFT;
-      if (!blocked) waited += DRAIN.tick;
-      quiet = blocked || received !== seen ? 0 : quiet + DRAIN.tick;
-      const background = holders?.filter === false;
-      if (waited >= (background ? DRAIN.background : DRAIN.filter) || (background && quiet >= DRAIN.silence)) break;
+      if (writing.size > 0 && received - before < MOST_LEFT) continue;
+      waited += DRAIN.tick;
+      quiet = received === seen ? quiet + DRAIN.tick : 0;
+      if (!filter && quiet >= DRAIN.silence) break;
+      if (!filter || waited % DRAIN.silence !== 2 * DRAIN.tick) continue; // most filters end before the first question
+      const answer = ask(connection, LIST_DESCRIPTORS, stop, { within: DRAIN.background }).catch(() => {
+        waited += DRAIN.background;
+        return "";
+      });
+      holders = holdersOf(await Promise.race([closes, answer]), preamble.pipes);
+      filter = holders?.filter ?? true;
     }
-    done.abort();
     for (const stream of [channel, errors]) stream.removeAllListeners("data");
     await Promise.all(writing);
-    if (open && holders?.paths.length)
-      await ask(connection, keepReading(holders.paths), stop, { within: 2_000 }).catch(() => {});
+    if (holders) await ask(connection, keepReading(holders.paths), stop, { within: DRAIN.background }).catch(() => {});
   };
 
   const end = async (): Promise<Outcome> => {
@@ -1835,9 +1811,9 @@ export async function runScript(
       log.debug("terminating the script's session {session}", { session: shell.session });
       const came = await terminate(connection, shell);
       await Promise.race([over, sleep(TERMINATE.output)]); // its last output; nobody may be reading
-      const exited = (await Promise.race([exit, undefined])) !== undefined; // of itself, in the same moment
+      const exited = (await Promise.race([exit, undefined])) !== undefined; // by itself, in the same moment
       if (came !== "terminated" && !(came === "not found" && exited))
-        log.warn("the script may still run in the container: {problem}", { problem: SURVIVED[came] });
+        log.warn("the script may still run in the container: {came}", { came });
     }
     connection.client.destroy();
     stopped.reject(stop.reason);
@@ -1875,6 +1851,30 @@ async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
   }
 }
 
+/** Warns if the runner does not wait for a cancelled script. It names its config.toml in CONFIG_FILE. */
+function checkRunner({ config, env, log }: Context): void {
+  const needed = config.SSH.CancelGracePeriod + 10;
+  const check = (name: string, given = 0, standard: number) => {
+    const value = given > 0 ? given : standard;
+    if (value < needed)
+      log.warn("{name} = {value} in the runner's config.toml: it should be {needed} s or more", {
+        name,
+        value,
+        needed,
+      });
+  };
+  type Runner = { custom?: { run_exec?: string; graceful_kill_timeout?: number } };
+  try {
+    const file = parseToml(fs.readFileSync(`${env.CONFIG_FILE}`, "utf8")) as {
+      shutdown_timeout?: number;
+      runners: Runner[];
+    };
+    const own = file.runners.filter(({ custom }) => fs.realpathSync(`${custom?.run_exec}`) === process.execPath);
+    for (const { custom } of own) check("graceful_kill_timeout", custom?.graceful_kill_timeout, 600);
+    if (own.length > 0) check("shutdown_timeout", file.shutdown_timeout, 30);
+  } catch {} // not this user's to read, or of another runner, which was started with --config
+}
+
 const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
 const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 
@@ -1884,6 +1884,7 @@ export async function prepare(context: Context): Promise<void> {
   if (refusal) throw new Failure("build", refusal);
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
+  checkRunner(context);
   const { Directory } = config.TaskMetadata;
   const writable = openDirectory(Directory);
   if (writable) log.warn("{writable}", { writable });
