@@ -1945,6 +1945,61 @@ test("a server may say all that a command has to say in the packet that opens it
   server.close();
 });
 
+test("lines that come by turns on both streams, at once, keep their order", async () => {
+  const { privateKey } = await makeKeyPair("ed25519");
+  const lines = Array.from({ length: 400 }, (_, index) => `line ${index}\n`);
+  const server = new SshServerOfAPacket(
+    { hostKeys: [privateKey], algorithms: { cipher: ["aes128-gcm@openssh.com"] } },
+    (client) =>
+      client
+        .on("error", () => {})
+        .on("authentication", (attempt) => attempt.accept())
+        .on("session", (accept) =>
+          accept().on("exec", (accept, _, { command }) => {
+            const channel = accept();
+            const mark = /fargate-[0-9a-f]{32}/.exec(command)?.[0];
+            channel.write(`${mark} 4242 \n`);
+            channel.resume().on("end", () => {
+              channel.write(`${mark} complete\n`);
+              for (const [index, line] of lines.entries()) (index % 2 ? channel.stderr : channel).write(line);
+              channel.exit(0);
+              channel.end();
+            });
+          }),
+        ),
+  ).listen(0, "127.0.0.1");
+  await new Promise((listening) => server.once("listening", listening));
+  const { port } = server.address() as { port: number };
+  const target = {
+    host: "127.0.0.1",
+    Port: port,
+    Username: "root",
+    privateKey,
+    KeepAliveInterval: 0,
+    CancelGracePeriod: 1,
+  };
+  const connection = await connect(target, 3_000, never);
+  const written: string[] = [];
+  const both = () =>
+    new Writable({
+      highWaterMark: 64, // neither takes all at once
+      write(chunk: Buffer, _, done) {
+        written.push(chunk.toString());
+        setImmediate(done);
+      },
+    });
+  const outcome = await runScript(
+    connection,
+    Buffer.from("true"),
+    { interpreter: "bash", loginShell: "bash" },
+    { stop: never, log: getLogger("fargate"), stdout: both(), stderr: both() },
+  );
+  expect(outcome).toEqual({ ended: "exited", code: 0 });
+  expect(written.join("")).toBe(lines.join(""));
+  connection.client.destroy();
+  server.close();
+});
+
 test.each(["garbage", "a disconnect"])(
   "a server that sends %s and keeps its side open ends the script at once",
   async (what) => {
@@ -2116,6 +2171,27 @@ describe("scripts over SSH", () => {
       expect(Buffer.concat(received).length).toBe(3_000_000);
     }
     connection.client.end();
+  });
+
+  taskTest("a process in the background and a slow reader: nothing of the script's output is lost", async () => {
+    const connection = await task.logIn();
+    let bytes = 0;
+    const slow = new Writable({
+      highWaterMark: 16_384,
+      write(chunk: Buffer, _, done) {
+        bytes += chunk.length;
+        setTimeout(done, chunk.length / 1_000); // 1 MB/s: longer than a process in the background is waited for
+      },
+    });
+    const outcome = await runScript(
+      connection,
+      Buffer.from("sleep 300 & head -c 3000000 /dev/zero; exit 7"),
+      { interpreter: "bash", loginShell: "bash" },
+      { stop: never, log: getLogger("fargate"), stdout: slow, stderr: collect().sink },
+    );
+    connection.client.end();
+    expect(outcome).toEqual(exited(7));
+    expect(bytes).toBe(3_000_000);
   });
 
   describe("with a login shell that does more than it should", () => {
@@ -3147,6 +3223,44 @@ describe("the compiled program", () => {
     const warning = "warning: .*unknown key Fargate\\.Clutser; the nearest known one is Fargate\\.Cluster\n";
     expect((await fargate(["--config", config, "custom", "prepare"], { env })).stderr).toMatch(new RegExp(warning));
     expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).toBe("");
+    nothingLeft();
+  });
+
+  test.each<[what: string, lines: string[], warnings: string[]]>([
+    ["enough time", ["shutdown_timeout = 60", "graceful_kill_timeout = 40"], []],
+    ["the default times", [], ["shutdown_timeout = 30"]],
+    [
+      "0, which stands for the defaults",
+      ["shutdown_timeout = 0", "graceful_kill_timeout = 0"],
+      ["shutdown_timeout = 30"],
+    ],
+    [
+      "too little time",
+      ["shutdown_timeout = 39", "graceful_kill_timeout = 39"],
+      ["graceful_kill_timeout = 39", "shutdown_timeout = 39"],
+    ],
+    ["a damaged file", ["shutdown_timeout = ["], []],
+    ["values of other types", ['shutdown_timeout = "x"', "graceful_kill_timeout = false"], ["shutdown_timeout = 30"]],
+  ])("prepare compares CancelGracePeriod with the runner's config.toml: %s", async (_, lines, warnings) => {
+    const path = join(directory(), "config.toml");
+    const [shutdown = "", graceful = ""] = lines;
+    const runners = [
+      `[[runners]]\n[runners.custom]\nrun_exec = "/bin/true"\ngraceful_kill_timeout = 1`, // another driver's
+      "[[runners]]\nexecutor = 'shell'",
+      `[[runners]]\ntoken = "glrt-of-the-runner"\n[runners.custom]\nrun_exec = "${driver}"\n${graceful}`,
+    ];
+    fs.writeFileSync(path, `${shutdown}\n${runners.join("\n")}\n`);
+    const config = world.configure({ Fargate: { TaskDefinition: "none" }, SSH: { CancelGracePeriod: 30 } });
+    const prepared = (env: Record<string, string>) =>
+      fargate(["--config", config, "custom", "prepare"], { env: { ...byHand(), ...env } });
+    const { stderr } = await prepared({ CONFIG_FILE: path });
+    const shown = stderr.split("\n").filter((line) => line.includes("config.toml"));
+    expect(shown).toEqual(
+      warnings.map((warning) =>
+        expect.stringContaining(`warning: ${warning} in the runner's config.toml: it should be 40 s or more`),
+      ),
+    );
+    expect((await prepared({})).stderr).not.toContain("config.toml");
     nothingLeft();
   });
 

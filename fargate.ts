@@ -15,7 +15,8 @@
  *
  * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks to sweep, and when a record is missing or names no task;
  *                EC2 DescribeNetworkInterfaces only to connect to public addresses. Nothing else.
- * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script and PrivateKeyPath;
+ * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script and PrivateKeyPath; of the
+ *                runner's config.toml, two time limits;
  *                writes <Directory>/<stem>.json (0600, one for each running job), <Directory>/.manager-id,
  *                <Directory>/<stem>.*.lock (empty, while a process works on the job), BUILD_EXIT_CODE_FILE and LogFile.
  * Secrets        the job's private key: in memory and in the record. AWS credentials: in memory of the AWS
@@ -1584,28 +1585,23 @@ export class Preamble {
   pipes: readonly string[] = []; // such as pipe:[123]: the shell's standard output and error
   state: "pending" | "incomplete" | "complete" = "pending";
   held: Buffer = Buffer.alloc(0); // maybe part of a mark; of start-up files' output if the stream ends without one
-  readonly #first: RegExp;
-  readonly #second: RegExp;
 
-  constructor(mark: string) {
-    // Start-up files may print the program itself, as `ps` does: there, these line ends are missing.
-    this.#first = new RegExp(`${mark} (\\d{1,10}) (.{0,600})\\n`);
-    this.#second = new RegExp(`${mark} (complete|incomplete)\\n`);
-  }
+  constructor(readonly mark: string) {}
 
   /** @returns the bytes that are not the program's: output of start-up files, then the script's own */
   push(chunk: Buffer): Buffer {
     if (this.state !== "pending") return chunk;
     const data = Buffer.concat([this.held, chunk]);
     const text = data.toString("latin1");
-    const first = this.shell ? undefined : this.#first.exec(text);
+    // Start-up files may print the program itself, as `ps` does: there, the lines of the marks do not end like this.
+    const first = this.shell ? undefined : new RegExp(`${this.mark} (\\d{1,10}) (.{0,600})\\n`).exec(text);
     const own = this.shell ? 0 : (first?.index ?? Math.max(data.length - 1_024, 0)); // length of what is not the program's
     if (first) {
       const [, , , session, ...more] = first[2]?.replace(/^.*\) /, "").split(" ") ?? []; // after "pid (name) "
       const pid = Number(first[1]);
       this.shell = { pid, session: Number(session ?? pid), start: Number(more[15] ?? 0) };
     }
-    const second = this.shell && this.#second.exec(text.slice(own));
+    const second = this.shell && new RegExp(`${this.mark} (complete|incomplete)\\n`).exec(text.slice(own));
     this.held = data.subarray(this.shell ? Math.max(own, data.length - 8_192) : own); // both marks are much shorter
     if (!second) return data.subarray(0, own);
     this.state = second[1] as "incomplete" | "complete";
@@ -1646,23 +1642,22 @@ const keepReading = (paths: readonly string[]) =>
 /**
  * Terminates a script: TERM to its process group and to what left the group but not the session (`timeout` and `set -m`
  * do), KILL to what is left after `grace` seconds. By a command, because OpenSSH ignores signal requests for root. Prints
- * how many processes got TERM, and at last those that could not be ended. In /proc/PID/stat, the name in parentheses is
- * followed by: 1 state, 3 process group, 4 session, 20 start. Processes older than the script's shell are not the
- * script's: under dropbear, the session's leader is the server's process for the connection.
+ * how many processes there were, and those that could not be ended. In /proc/PID/stat, the name in parentheses is followed
+ * by: 1 state, 3 process group, 4 session, 20 start. Under dropbear, the server's process for the connection leads session
+ * and group; it is older than the script's shell and left alone, and that shell gets TERM first.
  */
 export function terminateProgram({ pid, session, start }: RemoteShell, grace: number): string {
-  const group = (signal: string) => (pid === session ? `kill -${signal} -${session} 2>/dev/null;` : "");
+  const first = pid === session ? `-${pid}` : `${pid}`;
   return [
     'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *}; set -- ${l##*) };',
-    `[ "$4" = ${session} ] && [ "$1" != Z ] && [ "$3" != "$skip" ] && [ "\${20}" -ge ${start} ] && echo "$i"; done;`,
-    `[ -e /proc/self ] || { [ -z "$skip" ] && kill -0 -${session} 2>/dev/null && echo ${session}; }; };`,
-    `skip=; set -- $(left); n=$#; ${group("TERM")} ${pid === session ? `skip=${session};` : ""} list=$(left); skip=;`,
-    'for s in STOP TERM CONT; do for i in $list; do kill -$s "$i" 2>/dev/null; done; done;',
-    `sleep ${grace} >/dev/null 2>&1 & k=$!;`,
-    'while [ -n "$(left)" ] && kill -0 $k 2>/dev/null; do sleep 0.1 || sleep 1; done; kill $k 2>/dev/null;',
-    `${group("KILL")} for i in $(left); do kill -KILL "$i" 2>/dev/null; done; i=0;`,
+    `[ "$4" = ${session} ] && [ "$1" != Z ] && [ "\${20}" -ge ${start} ] || continue;`,
+    '[ "$3" = "$skip" ] || [ "$i" = "$skip" ] || echo "$i"; done;',
+    `[ -e /proc/self ] || { [ -z "$skip" ] && kill -0 ${first} && echo ${first}; }; }; skip=; set -- $(left);`,
+    `kill -TERM ${first}; skip=${pid}; kill -TERM $(left); skip=; sleep ${grace} >/dev/null 2>&1 & k=$!;`,
+    'while [ -n "$(left)" ] && kill -0 $k; do sleep 0.1 || sleep 1; done; kill $k; i=0;',
+    `kill -KILL ${first}; kill -KILL $(left);`,
     'while [ -n "$(left)" ] && [ $i -lt 10 ]; do i=$((i+1)); sleep 0.1 || { sleep 1; i=$((i+9)); }; done;',
-    "echo fargate-terminated $n left $(left)",
+    "echo fargate-terminated $# left $(left)",
   ].join(" ");
 }
 
@@ -1764,8 +1759,9 @@ export async function runScript(
     const before = received;
     let holders: ReturnType<typeof holdersOf>;
     let filter = true; // until it is known: nothing of a filter's output must be lost
+    let most: number = DRAIN.filter;
     const closes = over.then(() => "");
-    for (let waited = 0, quiet = 0; waited < (filter ? DRAIN.filter : DRAIN.background); ) {
+    for (let waited = 0, quiet = 0; waited < most; ) {
       const seen = received;
       if ((await Promise.race([closes, delay(DRAIN.tick)])) === "" || stop.aborted) return;
       // Time counts only while output is read and written, or comes from a process in the background.
@@ -1780,10 +1776,12 @@ export async function runScript(
       });
       holders = holdersOf(await Promise.race([closes, answer]), preamble.pipes);
       filter = holders?.filter ?? true;
+      if (!filter) most = Math.max(DRAIN.background, waited + DRAIN.silence); // of a filter that has just ended
     }
     for (const stream of [channel, errors]) stream.removeAllListeners("data");
     await Promise.all(writing);
-    if (holders) await ask(connection, keepReading(holders.paths), stop, { within: DRAIN.background }).catch(() => {});
+    if (holders?.paths.length)
+      await ask(connection, keepReading(holders.paths), stop, { within: DRAIN.background }).catch(() => {});
   };
 
   const end = async (): Promise<Outcome> => {
@@ -1869,7 +1867,9 @@ function checkRunner({ config, env, log }: Context): void {
       shutdown_timeout?: number;
       runners: Runner[];
     };
-    const own = file.runners.filter(({ custom }) => fs.realpathSync(`${custom?.run_exec}`) === process.execPath);
+    const own = file.runners.filter(({ custom: { run_exec = "" } = {} }) => {
+      return fs.existsSync(run_exec) && fs.realpathSync(run_exec) === process.execPath;
+    });
     for (const { custom } of own) check("graceful_kill_timeout", custom?.graceful_kill_timeout, 600);
     if (own.length > 0) check("shutdown_timeout", file.shutdown_timeout, 30);
   } catch {} // not this user's to read, or of another runner, which was started with --config
