@@ -1712,7 +1712,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
 describe("the marks before a script's output", () => {
   const mark = "fargate-0123";
   const first = `${mark} 89 89 (my) shell) S 1 88 87 0 -1 4194560 338 0 10 0 0 0 0 0 20 0 1 0 75158 4464640\n`;
-  const pipes = "pipe:[77]\npipe:[78]\n";
+  const pipes = "l-wx------ 1 0 0 64 /proc/89/fd/1 -> pipe:[77]\nl-wx------ 1 0 0 64 /proc/89/fd/2 -> pipe:[78]\n";
   /** Pushes the chunks, and answers what came out, with the rest that was held. */
   const read = (chunks: Buffer[]) => {
     const preamble = new Preamble(mark);
@@ -2306,6 +2306,17 @@ describe("scripts over SSH", () => {
       expect(next.stdout.toString()).toMatch(/^wrote$/m);
       expect(next.stdout.toString()).not.toMatch(/^pipe$/m);
       await expect.poll(cats, { timeout: 30_000 }).toBeLessThanOrEqual(before); // what read its pipes ends when it does
+    },
+    { containerOnly: true },
+  );
+
+  taskTest(
+    "BusyBox's ls, too, tells what holds a channel open",
+    async () => {
+      const { output } = await task.host.exec("echo | sh -c 'busybox ls -ln /proc/$$/fd/[0-2]; :'");
+      const [, pipe = ""] = /fd\/1 -> (.*)/.exec(output) ?? [];
+      expect(pipe).toMatch(/^pipe:/);
+      expect(holdersOf(output, [pipe])).toMatchObject({ filter: true, paths: [expect.stringMatching(/fd\/1$/)] });
     },
     { containerOnly: true },
   );
@@ -4268,6 +4279,35 @@ describe.concurrent("cleanup", () => {
       return { stage: "cleanup", finished };
     });
   }
+});
+
+describe.concurrent("a script's output outlives its shell", () => {
+  faultTest(
+    "a filter of a script's output writes 3 s after the script has failed",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const finished = await scene.run("exec > >(sleep 3; sort) 2>&1; echo b; echo a >&2; exit 3");
+      ended(finished, 1);
+      expect(finished.stdout.toString()).toBe("a\nb\n");
+      expect(fs.readFileSync(`${scene.env.BUILD_EXIT_CODE_FILE}`, "utf8")).toBe("3");
+      return { stage: "run", finished };
+    },
+    { container: true },
+  );
+  faultTest(
+    "a process in the background goes on writing to the job's output after its stage",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const writer = "while echo line; do date +%N >/root/wrote; sleep 0.1; done & echo $! >/root/pid";
+      const finished = await scene.run(`${writer}; echo done; exit 4`);
+      ended(finished, 1);
+      expect(finished.stdout.toString()).toMatch(/^done$/m);
+      const wait = 'before=$(cat /root/wrote); until [ "$(cat /root/wrote)" != "$before" ]; do sleep 0.1; done';
+      ended(await scene.run(`${wait}; kill -0 $(cat /root/pid)`), 0);
+      return { stage: "run", finished };
+    },
+    { container: true },
+  );
 });
 
 describe.concurrent("run gets a signal", () => {

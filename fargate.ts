@@ -1552,7 +1552,7 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
 /**
  * The program that the remote shell runs, with the script on its standard input. On one line and without single quotes,
  * so that any login shell passes it on. It
- *  - prints the first mark with its process id and /proc/PID/stat, then the names of the pipes that it writes to;
+ *  - prints the first mark with its process id and /proc/PID/stat, then the pipes that it writes to, by ls: BusyBox's readlink takes one file;
  *  - reads the whole script into a variable and compares its length, so that a cut connection runs nothing of it;
  *  - prints the second mark, then evaluates the script in this same shell, with empty standard input. The script's end
  *    is the shell's end. No part of the script is in an argument, a file or the environment.
@@ -1560,7 +1560,7 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
 export function remoteProgram(bytes: number, mark: string): string {
   return [
     "set +e; unset FARGATE_SCRIPT; FARGATE_SCRIPT=; { read -r FARGATE_SCRIPT </proc/$$/stat; } 2>/dev/null;",
-    `echo "${mark} $$ $FARGATE_SCRIPT"; readlink /proc/$$/fd/1 /proc/$$/fd/2 2>/dev/null;`,
+    `echo "${mark} $$ $FARGATE_SCRIPT"; ls -ln /proc/$$/fd/1 /proc/$$/fd/2 2>/dev/null;`,
     "FARGATE_SCRIPT=$(cat; echo x); FARGATE_SCRIPT=${FARGATE_SCRIPT%x};",
     `[ "$(printf %s "$FARGATE_SCRIPT" | wc -c)" -eq ${bytes} ] || { echo "${mark} incomplete"; exit 1; };`,
     `echo "${mark} complete"; exec </dev/null; eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT"`,
@@ -1605,7 +1605,7 @@ export class Preamble {
     this.held = data.subarray(this.shell ? Math.max(own, data.length - 8_192) : own); // both marks are much shorter
     if (!second) return data.subarray(0, own);
     this.state = second[1] as "incomplete" | "complete";
-    this.pipes = second.input.slice(0, second.index).match(/^\w+:\[\d+\]$/gm) ?? [];
+    this.pipes = second.input.slice(0, second.index).match(/\w+:\[\d+\]$/gm) ?? [];
     this.held = Buffer.alloc(0);
     return Buffer.concat([data.subarray(0, own), data.subarray(own + second.index + second[0].length)]);
   }
