@@ -3271,6 +3271,7 @@ describe("the compiled program", () => {
         expect.stringContaining(`warning: ${warning} in the runner's config.toml: it should be 40 s or more`),
       ),
     );
+    expect(stderr).not.toContain("glrt-");
     expect((await prepared({})).stderr).not.toContain("config.toml");
     nothingLeft();
   });

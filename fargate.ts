@@ -1503,7 +1503,7 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
   const { within = 10_000, apart } = asking;
   const begun = performance.now();
   const late = new AbortController();
-  const failure = new SshFailure("unreachable", `the container did not answer for ${within / 1000} s`);
+  const failure = new SshFailure("unreachable", `the container did not answer for ${Math.round(within / 1000)} s`);
   const timer = setTimeout(() => late.abort(failure), within);
   const bound = AbortSignal.any([signal, late.signal]);
   let own: Connection | undefined;
