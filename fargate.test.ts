@@ -7,7 +7,8 @@ import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
-import { basename, join } from "node:path";
+import { hostname, networkInterfaces, uptime } from "node:os";
+import { basename, join, relative as relativePath } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import { promisify } from "node:util";
 import {
@@ -51,6 +52,9 @@ import { licenceFaults, licenceOf, packagesOf } from "./.ci/licences.ts";
 import {
   adviceFor,
   announce,
+  awsFailure,
+  type Cause,
+  CONTAINER,
   type Config,
   ConfigSchema,
   type Connection,
@@ -65,8 +69,8 @@ import {
   formatRecord,
   formatSweep,
   holdersOf,
+  interfaceOf,
   interpreterOf,
-  isTransient,
   type Job,
   keyPairOf,
   makeKeyPair,
@@ -74,25 +78,32 @@ import {
   type Outcome,
   openDirectory,
   Preamble,
+  type Problem,
   parseCommandLine,
+  pauseAfter,
   pollPause,
   prepare as prepareStage,
   readConfig,
   readJob,
   readRecord,
+  recognize,
   remainsOf,
   retry,
+  run,
   runScript as runScriptOnce,
   run as runStage,
   runTaskInput,
   type SshTarget,
   type SweepReport,
+  stopCause,
   sweep,
   type TaskRecord,
+  unreadVariables,
   usersOf,
   writeRecord,
 } from "./fargate.ts";
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
+import { makeAuthority } from "./fixtures/certificates.ts";
 import { atDebug, DebugFilter, DriverOutput, type LogFormat } from "./fixtures/debug.ts";
 import { addRow, compareWithReadme, type FaultRow, normalise, writeTable } from "./fixtures/faults.ts";
 import {
@@ -122,7 +133,7 @@ import { type AttackName, attacks, hostileHosts, startHostileSshServer } from ".
 import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
-import { startProxy } from "./fixtures/proxy.ts";
+import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import { Runner } from "./fixtures/runner.ts";
 import { SecretSearch, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { type Misbehaviour, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
@@ -242,52 +253,205 @@ const thrown = (call: () => unknown): Error => {
 // ---------------------------------------------------------------------------------------------------------
 
 describe("failures", () => {
-  test("what a job's author or its server has said is no ground for advice", () => {
-    const planted = "CannotPullContainerError: not authorized to perform: iam:PassRole";
-    for (const text of [
-      `FARGATE_TASK_DEFINITION of this job, x, is not allowed: ${planted}, is not allowed: AllowedTaskDefinitions has a`,
-      `x did not begin: root@10.0.0.1:22: the server says "${planted}"`,
-    ])
-      expect(adviceFor(text)?.advice).toBeUndefined();
-    const refused = "cannot be used: ecs:RunTask was refused: ClientException: TaskDefinition not found.";
-    expect(adviceFor(`FARGATE_TASK_DEFINITION of this job, ${planted}, ${refused}`)?.advice).toMatch(
-      /^name a task definition/,
-    );
+  /** What AWS answers to RunTask: an exception of that name with that message. */
+  const refusal = (name: string, message: string) =>
+    awsFailure("ecs:RunTask", Object.assign(new Error(message), { name, $metadata: { httpStatusCode: 400 } })).cause;
+  const stopped = (stoppedReason: string, stopCode: Task["stopCode"] = "TaskFailedToStart") =>
+    stopCause({ stopCode, stoppedReason });
+  const user = "User: arn:aws:sts::123456789012:assumed-role/x/i-0";
+
+  // Texts are AWS's own, as its documentation and public reports quote them.
+  test.each<[problem: Problem, cause: Cause]>([
+    // An error's name decides.
+    ["throttled", refusal("ThrottlingException", "Rate exceeded")],
+    ["provisioning", refusal("LimitExceededException", "Tasks provisioning capacity limit exceeded.")],
+    [
+      "accessDenied",
+      refusal("AccessDeniedException", `${user} is not authorized to perform: ecs:RunTask on resource: y`),
+    ],
+    ["credentials", refusal("ExpiredTokenException", "The security token included in the request is expired")],
+    ["credentials", refusal("InvalidSignatureException", "The request signature we calculated does not match")],
+    ["clock", refusal("InvalidSignatureException", "Signature expired: 20191209T104625Z is now earlier than x")],
+    ["account", refusal("BlockedException", "Your Amazon Web Services account was blocked.")],
+    ["cluster", refusal("ClusterNotFoundException", "Cluster not found.")],
+    ["platform", refusal("PlatformUnknownException", "The specified platform does not exist.")],
+    ["platform", refusal("PlatformTaskDefinitionIncompatibilityException", "x")],
+    ["incompatible", refusal("UnsupportedFeatureException", "The specified task isn't supported in this Region.")],
+    // ClientException and InvalidParameterException: how the message begins.
+    ["definition", refusal("ClientException", "TaskDefinition not found.")],
+    ["definition", refusal("InvalidParameterException", "TaskDefinition is inactive")],
+    ["incompatible", refusal("InvalidParameterException", "Task definition does not support launch_type FARGATE.")],
+    [
+      "networkMode",
+      refusal(
+        "InvalidParameterException",
+        "Network Configuration is not valid for the given networkMode of this task definition.",
+      ),
+    ],
+    [
+      "container",
+      refusal("InvalidParameterException", "Override for container named x is not a container in the TaskDefinition."),
+    ],
+    ["secret", refusal("ClientException", "The secret name must be unique and not shared with any new or existing x")],
+    [
+      "fargateOnly",
+      refusal("InvalidParameterException", "The platform version must be null when specifying an EC2 launch type."),
+    ],
+    ["fargateOnly", refusal("InvalidParameterException", "Assign public IP is not supported for this launch type.")],
+    [
+      "taskRole",
+      refusal(
+        "InvalidParameterException",
+        "The execute command failed because a valid task role is not being used. Specify a valid task role.",
+      ),
+    ],
+    [
+      "capacityProvider",
+      refusal(
+        "InvalidParameterException",
+        "The specified capacity provider strategy cannot contain a capacity provider that is not associated with x",
+      ),
+    ],
+    ["launchType", refusal("InvalidParameterException", "No Container Instances were found in your cluster.")],
+    [
+      "assumeRole",
+      refusal("ClientException", "ECS was unable to assume the role 'arn' that was provided for this task."),
+    ],
+    ["linkedRole", refusal("InvalidParameterException", "Unable to assume the service linked role. Please verify x")],
+    ["provisioning", refusal("ClientException", "Tasks provisioning capacity limit exceeded.")],
+    ["capacity", refusal("ClientException", "Capacity is unavailable at this time. Please try again later")],
+    [
+      "throttled",
+      refusal(
+        "InvalidParameterException",
+        "Error retrieving subnet information for [subnet-1]: Request limit exceeded. (ErrorCode: RequestLimitExceeded)",
+      ),
+    ],
+    [
+      "network",
+      refusal(
+        "InvalidParameterException",
+        "Error retrieving subnet information for [subnet-1]: The subnet ID 'subnet-1' does not exist " +
+          "(ErrorCode: InvalidSubnetID.NotFound)",
+      ),
+    ],
+    // Reasons of failures.
+    ["quota", recognize("", "You\u2019ve reached the limit on the number of vCPUs you can run concurrently")],
+    ["quota", recognize("", "You've reached the limit on the number of tasks you can run concurrently")],
+    ["taskSize", recognize("", "The requested MEMORY configuration is above your limit.")],
+    ["instances", recognize("", "RESOURCE:MEMORY")],
+    ["instances", recognize("", "AGENT")],
+    ["addresses", recognize("", "RESOURCE:ENI")],
+    ["placement", recognize("", "ATTRIBUTE")],
+    ["placement", recognize("", "LOCATION")],
+    // Tasks that do not start.
+    ["awsFault", stopped("Timeout waiting for network interface provisioning to complete.")],
+    [
+      "awsFault",
+      stopped("Unexpected EC2 error while attempting to Create Network Interface in subnet 'x': AuthFailure"),
+    ],
+    [
+      "awsFault",
+      stopped("ResourceInitializationError: failed to configure ENI: failed to setup regular eni: netplugin"),
+    ],
+    [
+      "addresses",
+      stopped("Unexpected EC2 error while attempting to Create Network Interface: InsufficientFreeAddressesInSubnet"),
+    ],
+    [
+      "interfaces",
+      stopped("Unexpected EC2 error while attempting to Create Network Interface: NetworkInterfaceLimitExceeded"),
+    ],
+    ["network", stopped("Unexpected EC2 error while attempting to Create Network Interface: InvalidSubnetID.NotFound")],
+    [
+      "pullRate",
+      stopped("CannotPullContainerError: ref pull has been retried 1 time(s): toomanyrequests: You have reached"),
+    ],
+    ["pullSpace", stopped("CannotPullContainerError: write /var/lib/containerd/x: no space left on device")],
+    ["architecture", stopped("CannotPullContainerError: does not contain descriptor matching platform 'linux/amd64'")],
+    ["architecture", stopped("CannotStartContainerError: OCI runtime create failed: exec /bin/x: exec format error")],
+    [
+      "pull",
+      stopped("CannotPullContainerError: pull image manifest has been retried: failed to resolve ref x: not found"),
+    ],
+    [
+      "executionRole",
+      stopped("CannotPullECRContainerError: AccessDeniedException: x is not authorized to perform: ecr:Get"),
+    ],
+    [
+      "executionRole",
+      stopped(
+        "ResourceInitializationError: unable to pull secrets or registry auth: AccessDeniedException: User: x is not " +
+          "authorized to perform: secretsmanager:GetSecretValue on resource: y",
+      ),
+    ],
+    [
+      "missing",
+      stopped("ResourceInitializationError: unable to pull secrets or registry auth: ResourceNotFoundException"),
+    ],
+    ["missing", stopped("ResourceInitializationError: failed to validate logger args: ResourceNotFoundException: x")],
+    ["route", stopped("ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout")],
+    [
+      "efsName",
+      stopped(
+        'ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: Failed to resolve "x"',
+      ),
+    ],
+    [
+      "efsPort",
+      stopped(
+        "ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: b'mount.nfs4: Connection timed out'",
+      ),
+    ],
+    [
+      "efsAccess",
+      stopped(
+        "ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: b'mount.nfs4: access denied by server",
+      ),
+    ],
+    [
+      "command",
+      stopped("CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task"),
+    ],
+    ["volume", stopped("CannotCreateVolumeError: unable to copy contents to volume on host")],
+    // Tasks that stop.
+    ["spot", stopped("Your Spot Task was interrupted.", "SpotInterruption")],
+    ["spot", stopped("Your Spot Task was interrupted.", "TerminationNotice")],
+    [
+      "host",
+      stopped("ECS is performing maintenance on the underlying infrastructure hosting the task.", "TerminationNotice"),
+    ],
+    ["exited", stopped("Essential container in task exited", "EssentialContainerExited")],
+    ["ownStop", stopped("fargate sweep: it is past its deadline", "UserInitiated")],
+    ["userStop", stopped("Task stopped by user", "UserInitiated")],
+    [
+      "memory",
+      stopCause({
+        stopCode: "EssentialContainerExited",
+        stoppedReason: "Essential container in task exited",
+        containers: [{ name: CONTAINER, reason: "OutOfMemoryError: Container killed due to memory usage" }],
+      }),
+    ],
+  ])("%s is recognized in AWS's answer, %j", (problem, cause) => {
+    expect(cause.problem).toBe(problem);
+    expect(adviceFor(cause)).toMatch(/^[a-z].{10,110}$/);
   });
 
-  // Texts of AWS that share words: which of them may pass, and whose trouble each is.
-  test.each<[text: string, advice: RegExp, again?: true]>([
-    [
-      "CannotPullContainerError: ref pull has been retried: toomanyrequests: You have reached your pull rate limit",
-      /ECR/,
-    ],
-    ["CannotPullContainerError: failed to resolve ref: 429: toomanyrequests: Rate exceeded", /fewer tasks/, true],
-    ["CannotPullContainerError: write /var/lib/containerd/x: no space left on device", /ephemeralStorage/],
-    ["CannotPullContainerError: does not contain descriptor matching platform 'linux/amd64'", /cpuArchitecture/],
-    [
-      "ResourceInitializationError: AccessDeniedException: User: x is not authorized to perform: ssm:GetParameters",
-      /allow ssm:GetParameters to the task definition's execution role/,
-    ],
-    ["ecs:RunTask was refused: User: x is not authorized to perform: ecs:TagResource on resource: y", /runner's host/],
-    ["CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task", /command/],
-    ["TaskFailedToStart: Unexpected EC2 error while attempting to Create Network Interface: AuthFailure", /AWS/, true],
-    ["Unexpected EC2 error while attempting to Create Network Interface: InvalidSubnetID.NotFound", /one VPC/],
-    ["Unexpected EC2 error: InsufficientFreeAddressesInSubnet", /more free addresses/, true],
-    ["You\u2019ve reached the limit on the number of vCPUs you can run concurrently", /quota/, true],
-    ["TaskFailedToStart: Timeout waiting for network interface provisioning to complete.", /AWS/, true],
-    ["the task runs, but no login worked within ConnectTimeout (120 s); it has no public address", /EnablePublicIP/],
-    ["ecs:RunTask was not sent: Could not load credentials from any providers", /give the runner's host a role/],
-    ["ecs:RunTask got no answer: unable to verify the first certificate", /NODE_EXTRA_CA_CERTS/],
-    ["the record /x/y.json cannot be written: ENOSPC: no space left on device, write", /disk with room/],
-    ["the task stopped: UserInitiated: fargate sweep: it is past its deadline", /this driver/],
-    ["the task stopped: UserInitiated: Task stopped by user", /CloudTrail/],
-  ])("%s", (text, advice, again) => {
-    const known = adviceFor(text);
-    expect(known?.advice).toMatch(advice);
-    expect(known?.again).toBe(again);
+  test("words that somebody else has chosen are not recognized as AWS's", () => {
+    const capacity = "Capacity is unavailable at this time";
+    const denied = `${user} is not authorized to perform: ecs:RunTask on resource: arn:aws:ecs:r:1:task-definition/`;
+    for (const planted of ["InterfaceLimitExceeded", "Capacity is unavailable at this time", "RESOURCE:ENI"])
+      expect(refusal("AccessDeniedException", `${denied}${planted}:1`).problem).toBe("accessDenied");
+    expect(stopped(capacity, "UserInitiated").problem).toBe("userStop");
+    expect(refusal("ClientException", `Invalid value: ${capacity}`).problem).toBeUndefined();
+    const unknown = new Failure("system", `the server says "${capacity}"`);
+    expect(adviceFor(unknown.cause)).toBeUndefined();
   });
-  test("a text that nothing is known about gets no advice", () => {
-    expect(adviceFor("build_script did not begin: something else")).toBeUndefined();
+
+  test("the advice names the action that IAM refuses", () => {
+    const cause = refusal("AccessDeniedException", `${user} is not authorized to perform: iam:PassRole on resource: x`);
+    expect(adviceFor(cause)).toBe("allow iam:PassRole in the IAM policy of the runner's host");
+    expect(adviceFor({ problem: "accessDenied" })).toBe("allow this action in the IAM policy of the runner's host");
   });
 
   test("end with the exit codes that the runner gave, else with 1 and 2", () => {
@@ -369,6 +533,7 @@ describe("configuration", () => {
         EnablePublicIP: true,
         UsePublicIP: false,
         PlatformVersion: "1.4.0",
+        AllowedPlatformVersions: ["1.4.0", "LATEST"],
         CapacityProviderStrategy: [
           { CapacityProvider: "FARGATE_SPOT", Weight: 3 },
           { CapacityProvider: "FARGATE", Weight: 1, Base: 1 },
@@ -377,6 +542,7 @@ describe("configuration", () => {
         EnableExecuteCommand: true,
         PropagateTags: "TASK_DEFINITION",
         StartTimeout: 300,
+        WaitForHealthy: true,
         DeadlineMargin: 600,
         MaxTaskAge: 43_200,
         Tags: { team: "ci", "cost centre": "42" },
@@ -408,6 +574,30 @@ describe("configuration", () => {
     expect(chosen(read("manual", options, env))).toEqual(["from-option", "LATEST", "error", "json"]);
     const empty = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "", CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "" };
     expect(chosen(read("manual", { TaskDefinition: "" }, empty))).toEqual(chosen(read("manual")));
+  });
+
+  test("relative paths in the file start from its directory, --log-file from the working directory", () => {
+    const text = configFile("full")
+      .replace("/var/log/fargate.log", "logs/fargate.log")
+      .replace("/var/lib/fargate", "../records")
+      .replace("/etc/gitlab-runner/id_ed25519", "id_ed25519");
+    const pathsIn = (path: string, options = {}) => {
+      const { config } = readConfig(text, path, options, {});
+      return [config.LogFile, config.TaskMetadata.Directory, config.SSH.PrivateKeyPath];
+    };
+    expect(pathsIn("/etc/fargate/x.toml")).toEqual([
+      "/etc/fargate/logs/fargate.log",
+      "/etc/records",
+      "/etc/fargate/id_ed25519",
+    ]);
+    const here = process.cwd();
+    expect(pathsIn("conf/x.toml")).toEqual([
+      join(here, "conf", "logs", "fargate.log"),
+      join(here, "records"),
+      join(here, "conf", "id_ed25519"),
+    ]);
+    expect(pathsIn("/etc/fargate/x.toml", { LogFile: "y.log" })[0]).toBe("y.log");
+    expect(pathsIn("/etc/fargate/x.toml", { LogFile: " " })[0]).toBe("/etc/fargate/logs/fargate.log");
   });
 
   test("a variable may name the task definition that the file leaves out", () => {
@@ -542,6 +732,62 @@ describe("configuration", () => {
       expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedTaskDefinitions\S* is .*; expected: .*family/);
   });
 
+  test.each<[list: string | undefined, asked: string, refusal?: string]>([
+    [undefined, "9.9.9"],
+    ['["1.4.0", "LATEST"]', "1.4.0"],
+    ['["1.4.0", "LATEST"]', " LATEST "],
+    ['["1.4.0", "LATEST"]', "latest", "latest, is not allowed: AllowedPlatformVersions has 1.4.0, LATEST"],
+    ['["1.4.0", "LATEST"]', "1.4.0\n", undefined],
+    ['["1.*"]', "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has 1.*"],
+    ["[]", "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has none"],
+    ["[]", "x".repeat(5_000), `${"x".repeat(300)}, is not allowed: AllowedPlatformVersions has none`],
+  ])("AllowedPlatformVersions = %s, and a job asks for %j", (list, asked, refusal) => {
+    const text = configFile("guide").replace(/^ *PlatformVersion .*\n/m, "");
+    const file = list ? text.replace("[Fargate]\n", `[Fargate]\n  AllowedPlatformVersions = ${list}\n`) : text;
+    const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: asked };
+    expect(readConfig(file, "x", {}, env).refusal).toBe(refusal && `FARGATE_PLATFORM_VERSION of this job, ${refusal}`);
+    // The operator's own choice, and a job that chooses none, are not asked about.
+    const other = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "any" };
+    expect(readConfig(file, "x", { PlatformVersion: asked }, { ...env, ...other }).refusal).toBeUndefined();
+    expect(readConfig(file, "x", {}, other).refusal).toBeUndefined();
+  });
+
+  test("AllowedPlatformVersions that is no list of versions is refused, and never taken for no setting", () => {
+    const read = (value: string) => {
+      const file = configFile("guide").replace("[Fargate]\n", `[Fargate]\nAllowedPlatformVersions = ${value}\n`);
+      return readConfig(file, "x", {}, {});
+    };
+    for (const bad of ['""', '"LATEST"', "true", '[""]', "[3]"])
+      expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedPlatformVersions\S* is .*; expected: .*1\.4\.0/);
+  });
+
+  test("a job's variable that nothing reads is named, with the one that it may be meant for", () => {
+    const reportOn = (...names: string[]) =>
+      unreadVariables(Object.fromEntries(names.map((name) => [`CUSTOM_ENV_${name}`, "x"])));
+    const meant = (name: string, known: string) => [{ name, meant: known }];
+    for (const name of [
+      "FARGATE_TASK_DEFINITON",
+      "FARGATE_TASKDEFINITION",
+      "FARGATE_TASK_DEFINITIONS",
+      "FARGTE_TASK_DEFINITION",
+    ])
+      expect(reportOn(name)).toEqual(meant(name, "FARGATE_TASK_DEFINITION"));
+    expect(reportOn("FARGATE_PLATFORM_VERSON")).toEqual(meant("FARGATE_PLATFORM_VERSON", "FARGATE_PLATFORM_VERSION"));
+    // As the driver sees it, but set by the job's author.
+    for (const name of ["FARGATE_TASK_DEFINITION", "FARGATE_TASK_DEFINITON"])
+      expect(reportOn(`CUSTOM_ENV_${name}`)).toEqual(meant(`CUSTOM_ENV_${name}`, "FARGATE_TASK_DEFINITION"));
+    for (const name of [
+      "FARGATE_CLUSTER",
+      "FARGATE_TASK_DEFINI",
+      "CUSTOM_ENV_FARGATE_CLUSTER",
+      `FARGATE_${"x".repeat(5_000)}`,
+    ])
+      expect(reportOn(name)).toEqual([{ name }]);
+    expect(reportOn("FARGATE_TASK_DEFINITION", "FARGATE_PLATFORM_VERSION", "CI_JOB_ID", "PATH", "")).toEqual([]);
+    // Of the manager's own environment, no variable is the job's.
+    expect(unreadVariables({ FARGATE_TASK_DEFINITON: "x", FARGATE_X: "x" })).toEqual([]);
+  });
+
   test("a pattern full of stars does not hold up prepare", () => {
     const evil = configFile("guide").replace("[Fargate]\n", '[Fargate]\nAllowedTaskDefinitions = ["*a*a*b"]\n');
     expect(
@@ -639,7 +885,7 @@ describe("logging", () => {
   });
 
   test("a failure is printable, and only what the driver lists has lines of its own", () => {
-    const failure = new Failure("system", `AWS said ${hostile}`, [`one ${hostile}`, "two"]);
+    const failure = new Failure("system", `AWS said ${hostile}`, {}, [`one ${hostile}`, "two"]);
     expect(failure.message.split("\n")).toEqual([
       expect.stringMatching(/^AWS said a \| b/),
       expect.stringMatching(/^ {2}one a \| b/),
@@ -681,7 +927,7 @@ describe("the job's identity", () => {
     const hash = sha256(
       JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711, gitlabJob().response.token]),
     );
-    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600 };
+    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, unused: [] };
     expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
     for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
       for (const value of ["", "other", "../../x", "a\u0000b", "\u001b[0K\n", "x".repeat(5_000)])
@@ -713,6 +959,19 @@ describe("the job's identity", () => {
     expect(new Set(others).size).toBe(others.length);
   });
 
+  test("image and services are taken as far as they have names, and have no say in anything else", () => {
+    const jobOf = (changes: object) => readJob({ JOB_RESPONSE_FILE: response(changes) });
+    const none = jobOf({ image: { name: "" }, services: [] });
+    const services = [{ name: "postgres:16", alias: "db" }, { name: "redis" }];
+    expect(jobOf({ image: { name: "ruby:3.2" }, services })).toEqual({
+      ...none,
+      unused: ["ruby:3.2", "postgres:16", "redis"],
+    });
+    for (const odd of [null, 3, "ruby", [], {}, { name: 3 }, undefined])
+      expect(jobOf({ image: odd, services: odd })).toEqual(none);
+    expect(jobOf({ services: [null, { name: null }, "x", { name: "y" }] })?.unused).toEqual(["y"]);
+  });
+
   test("a response that cannot be read is a failure, and no token of it is shown", () => {
     const broken = join(directory(), "response.json");
     fs.writeFileSync(broken, '{"token": "secret-token-1"');
@@ -730,8 +989,17 @@ describe("the job's identity", () => {
 
   test("config's answer has the documented shape", () => {
     expect(configAnswer(undefined)).toBe('{"driver":{"name":"fargate","version":"dev (HEAD)"},"hostname":""}');
-    expect(JSON.parse(configAnswer(readJob(variables)))).toMatchObject({ hostname: readJob(variables)?.stem });
+    expect(JSON.parse(configAnswer(readJob(variables), "ci-manager-1.example"))).toMatchObject({
+      hostname: "ci-manager-1.example",
+    });
     expect(readJob({})).toBeUndefined();
+  });
+
+  test("the host name in config's answer means nothing to a shell", () => {
+    const nameFor = (host: string) => JSON.parse(configAnswer(readJob(variables), host)).hostname;
+    expect(nameFor('$(id)`id`"\\!$HOME;a\nb_c é')).toBe("ididHOMEabc");
+    expect(nameFor('$(`"')).toBe("");
+    expect(nameFor(hostname())).toBe(JSON.parse(configAnswer(readJob(variables))).hostname);
   });
 });
 
@@ -757,6 +1025,8 @@ const someRecord: TaskRecord = {
 };
 
 describe("the task record", () => {
+  /** Advice that is harmless wherever `Directory` is, also /tmp, whose mode other programs need. */
+  const ownDirectory = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   /** A path whose name says the job, as that in `someRecord`. */
   const recordIn = (where: string) => join(where, `job-1-${"0123456789abcdef".repeat(4)}.json`);
 
@@ -837,13 +1107,13 @@ describe("the task record", () => {
     fs.chmodSync(where, 0o755);
     fs.chownSync(where, 12_345, 0);
     expect(openDirectory(where)).toBe(
-      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; chown 0 ${where}`,
+      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; ${ownDirectory}`,
     );
     const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
     announce({ Directory: where }, stem, "run");
-    expect(usersOf({ Directory: where })).toMatchObject([{ stem, stage: "run", lives: true }]);
+    expect(usersOf({ Directory: where }, Date.now())).toMatchObject([{ stem, stage: "run", lives: true }]);
     fs.chownSync(join(where, fs.readdirSync(where)[0] as string), 12_345, 0);
-    expect(usersOf({ Directory: where })).toEqual([]);
+    expect(usersOf({ Directory: where }, Date.now())).toEqual([]);
   });
 
   test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {
@@ -854,7 +1124,7 @@ describe("the task record", () => {
       [0o755, "good"],
       [0o770, "warning"],
       [0o1777, "warning"],
-      [0o1703, "good"],
+      [0o1703, "warning"],
       [0o702, "refused"],
       [0o777, "refused"],
     ] as const) {
@@ -862,10 +1132,10 @@ describe("the task record", () => {
       if (verdict === "refused") {
         const { message } = thrown(() => openDirectory(where));
         expect(message).toBe(
-          `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; chmod o-w ${where}`,
+          `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; ${ownDirectory}`,
         );
       } else {
-        const warning = `TaskMetadata.Directory ${where} can be written to by its group; chmod g-w ${where}`;
+        const warning = `TaskMetadata.Directory ${where} can be written to by others; ${ownDirectory}`;
         expect(openDirectory(where)).toBe(verdict === "warning" ? warning : undefined);
       }
     }
@@ -1029,19 +1299,31 @@ describe("calls to AWS", () => {
     await expect(endless).rejects.toThrow("stopped");
   });
 
-  test.each<[string, object, boolean]>([
-    ["throttling", { name: "ThrottlingException", $metadata: { httpStatusCode: 400 } }, true],
-    ["EC2's throttling", { name: "RequestLimitExceeded", $metadata: { httpStatusCode: 503 } }, true],
-    ["a server error", { name: "ServerException", $metadata: { httpStatusCode: 500 } }, true],
-    ["a lost answer", { name: "TypeError", code: "ECONNRESET", $metadata: {} }, true],
-    ["a time-out", { name: "TimeoutError", $metadata: {} }, true],
-    ["an answer that broke off", { name: "TypeError", $metadata: { httpStatusCode: 200 } }, true],
-    ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false],
-    ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false],
-    ["no credentials", { name: "CredentialsProviderError", $metadata: {} }, false],
-    ["a bug of ours", { name: "TypeError" }, false],
-  ])("%s", (_, error, transient) => {
-    expect(isTransient(Object.assign(new Error("x"), error))).toBe(transient);
+  test.each<[what: string, error: object, isRetryable: boolean, mayHaveStarted: boolean]>([
+    ["throttling", { name: "ThrottlingException", $metadata: { httpStatusCode: 400 } }, true, false],
+    ["EC2's throttling", { name: "RequestLimitExceeded", $metadata: { httpStatusCode: 503 } }, true, true],
+    ["a server error", { name: "ServerException", $metadata: { httpStatusCode: 500 } }, true, true],
+    ["a lost answer", { name: "TypeError", code: "ECONNRESET", $metadata: {} }, true, true],
+    ["a refused connection", { name: "TypeError", code: "ECONNREFUSED", $metadata: {} }, true, false],
+    ["a name without an address", { name: "TypeError", code: "ENOTFOUND", $metadata: {} }, true, false],
+    ["a time-out", { name: "TimeoutError", $metadata: {} }, true, true],
+    ["an answer that broke off", { name: "TypeError", $metadata: { httpStatusCode: 200 } }, true, true],
+    ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false, false],
+    ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false, true],
+    ["no credentials", { name: "CredentialsProviderError" }, false, false],
+    ["an untrusted certificate", { code: "SELF_SIGNED_CERT_IN_CHAIN", $metadata: {} }, false, false],
+    ["a proxy's refusal", { code: "ERR_PROXY_TUNNEL", status: 403, $metadata: {} }, false, false],
+    ["a proxy's failure", { code: "ERR_PROXY_TUNNEL", status: 502, $metadata: {} }, true, false],
+    ["an answer that names a certificate", { code: "CERT_X", $metadata: { httpStatusCode: 500 } }, true, true],
+    ["a name that is no text", { name: 7, message: {}, $metadata: { httpStatusCode: 400 } }, false, false],
+  ])("%s: whether it is retried, and whether a task may have been started", (_, error, isRetryable, mayHaveStarted) => {
+    const { cause } = awsFailure("ecs:RunTask", Object.assign(new Error("x"), error));
+    expect(cause).toMatchObject({ operation: "ecs:RunTask", isRetryable, mayHaveStarted });
+  });
+
+  test("the pauses between starts begin at 2 s and grow when every placement has been tried", () => {
+    expect([1, 2, 3, 4, 5, 50].map((attempts) => pauseAfter(attempts, 1) / 1000)).toEqual([2, 4, 8, 16, 20, 20]);
+    expect([1, 3, 4, 6, 7].map((attempts) => pauseAfter(attempts, 3) / 1000)).toEqual([2, 2, 4, 4, 8]);
   });
 
   test("polling is quick at first, slower later, and slow once the address is known", () => {
@@ -1053,6 +1335,23 @@ describe("calls to AWS", () => {
     // Each throttled call makes it slower, to a limit.
     expect([pollPause(0, false, 0.5, 1), pollPause(0, false, 0.5, 100)]).toEqual([1_000, 10_000]);
     expect([pollPause(0, true, 0.5, 1), pollPause(0, true, 0.5, 100)]).toEqual([10_000, 30_000]);
+  });
+
+  test("a task's address is its IPv4 address, else its IPv6 address", () => {
+    const addressOf = (task: Task) => interfaceOf(task).address;
+    const attached = (...details: { name: string; value: string }[]) => [{ type: "ElasticNetworkInterface", details }];
+    const eni = { name: "networkInterfaceId", value: "eni-1" };
+    const ipv4 = { name: "privateIPv4Address", value: "192.0.2.1" };
+    const containers = [
+      { name: "ci-coordinator", networkInterfaces: [] },
+      { name: "side", networkInterfaces: [{ attachmentId: "x", ipv6Address: "2001:db8::1" }] },
+    ];
+    expect(addressOf({})).toBe(undefined);
+    expect(addressOf({ attachments: attached(eni), containers: [{}] })).toBe(undefined);
+    expect(addressOf({ attachments: attached(eni), containers })).toBe("2001:db8::1");
+    expect(addressOf({ attachments: attached(eni, ipv4), containers })).toBe("192.0.2.1");
+    const both = [{ networkInterfaces: [{ privateIpv4Address: "192.0.2.1", ipv6Address: "2001:db8::1" }] }];
+    expect(addressOf({ attachments: attached(eni), containers: both })).toBe("192.0.2.1");
   });
 
   test("why a task stopped is told in AWS's words, with each container's exit", () => {
@@ -1134,7 +1433,16 @@ describe("prepare and cleanup, with ECS mocked", () => {
     change(config);
     const hash = "0123456789abcdef".repeat(4);
     const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
-    return { config, job, byJob: [], log: getLogger("fargate"), env: {}, stop: stop.signal, now: Date.now };
+    return {
+      config,
+      job,
+      byJob: [],
+      log: getLogger("fargate"),
+      env: {},
+      stop: stop.signal,
+      now: Date.now,
+      wallTime: Date.now,
+    };
   }
 
   const recordFile = () => join(records, `label-${"0123456789abcdef".repeat(4)}.json`);
@@ -1159,8 +1467,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ],
   });
   /** RunTask starts an SSH server that takes the key of its override; DescribeTasks goes through these states. */
-  function taskGoesThrough(context: Context, ...states: (Task | undefined)[]): void {
-    ecs.on(RunTaskCommand).callsFake(async (input: RunTaskCommandInput) => {
+  function taskGoesThrough(context: Context, ...states: (Task | undefined)[]) {
+    const runTask = async (input: RunTaskCommandInput) => {
       const key = input.overrides?.containerOverrides?.[0]?.environment?.[0]?.value as string;
       server = await startSshServer({
         address: "127.0.0.1",
@@ -1171,12 +1479,14 @@ describe("prepare and cleanup, with ECS mocked", () => {
       });
       context.config.SSH.Port = server.port;
       return { tasks: [{ taskArn: arn, lastStatus: "PROVISIONING" }] };
-    });
+    };
+    ecs.on(RunTaskCommand).callsFake(runTask);
     let at = 0;
     ecs.on(DescribeTasksCommand).callsFake(() => {
       const state = states[Math.min(at++, states.length - 1)];
       return state ? { tasks: [state] } : { tasks: [], failures: [{ arn, reason: "MISSING" }] };
     });
+    return runTask;
   }
 
   test("a task unknown at first, then provisioning, is logged in to as soon as its address is known", async () => {
@@ -1194,7 +1504,6 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(record?.HostKey).toBe((pinned as { getPublicSSH(): Buffer }).getPublicSSH().toString("base64"));
     expect(logged.map((line) => line.replace(/\d+ s/, "N s"))).toEqual([
       "Starting a task of test-task:1 on cluster test-cluster in us-east-2",
-      `Task ${arn.split("/").at(-1)} is PROVISIONING (N s)`,
       `Task ${arn.split("/").at(-1)} is PENDING (N s)`,
       "Ready: logged in to 127.0.0.1 as worker (N s)",
     ]);
@@ -1217,10 +1526,99 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
   });
 
+  test.each([
+    ["forward", 3_600_000],
+    ["back", -3_600_000],
+  ])("a wall clock that is set %s by an hour whenever it is read changes no duration", async (_, step) => {
+    let time = Date.now();
+    const context = { ...contextOf((config) => (config.SSH.Port = 0)), wallTime: () => (time += step) };
+    taskGoesThrough(context, undefined, taskIn("PROVISIONING"), taskIn("PENDING", "127.0.0.1"));
+    await prepare(context);
+    ecs.on(StopTaskCommand).rejectsOnce(awsError("ThrottlingException", "Rate exceeded")).resolves({});
+    await cleanup(context);
+    expect(inputs(StopTaskCommand)).toHaveLength(2);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("a deadline that is further away than the longest timer does not come early, and comes", async () => {
+    const day = 86_400_000;
+    let days = 0;
+    let reads = 0;
+    const context = contextOf((config) => (config.SSH.Port = 0));
+    const far: Context = {
+      ...context,
+      job: { ...context.job, timeout: (30 * day) / 1000 },
+      now: () => {
+        reads++;
+        return Date.now() + days * day;
+      },
+    };
+    taskGoesThrough(far, taskIn("RUNNING", "127.0.0.1"));
+    await prepare(far);
+    for (const [passed, outcome] of [
+      [25, undefined],
+      [31, "the job is past its deadline"],
+    ] as const) {
+      days = 0;
+      const gate = join(directory(), "gate");
+      execFileSync("mkfifo", [gate]);
+      const script = join(directory(), "script");
+      fs.writeFileSync(script, `echo begun; read -r _ < ${gate}`);
+      const stdout = new PassThrough();
+      const running = run({ ...far, stdout, stderr: new PassThrough() }, script, "build_script");
+      const settled = running.then(
+        (code) => code,
+        (failure: Failure) => failure.message,
+      );
+      await new Promise((resolve) => stdout.once("data", resolve));
+      days = passed;
+      if (outcome) expect(await settled).toBe(outcome);
+      else {
+        const before = reads;
+        await expect.poll(() => reads, { timeout: 20_000 }).toBeGreaterThan(before + 1);
+        fs.writeFileSync(gate, "go on\n");
+        expect(await settled).toBe(0);
+      }
+    }
+  });
+
   test("an answer with failures and no task gives their reasons", async () => {
     ecs.on(RunTaskCommand).resolves({ tasks: [], failures: [{ reason: "ATTRIBUTE", detail: "none fits" }] });
     await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask started no task: ATTRIBUTE none fits");
     expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
+  });
+
+  test("a shortage is reported when it begins, once a minute and when it ends", async () => {
+    const context = contextOf((config) => {
+      config.SSH.Port = 0;
+      config.Fargate.Subnet = undefined;
+      config.Fargate.Subnets = ["subnet-1", "subnet-2", "subnet-3", "subnet-4"];
+    });
+    const reason = "Capacity is unavailable at this time.";
+    const stopped = { stopCode: "TaskFailedToStart" as const, stoppedReason: reason };
+    const runTask = taskGoesThrough(
+      context,
+      taskIn("PROVISIONING"),
+      { ...taskIn("STOPPED"), ...stopped },
+      taskIn("PROVISIONING"),
+      taskIn("RUNNING", "127.0.0.1"),
+    );
+    let seconds = 0;
+    ecs.on(RunTaskCommand).callsFake((input: RunTaskCommandInput) => {
+      seconds += 25;
+      const attempt = seconds / 25;
+      if (attempt === 3) return { tasks: [{ taskArn: arn }] };
+      return attempt < 5 ? { failures: [{ reason }] } : runTask(input);
+    });
+    await prepare({ ...context, now: () => seconds * 1000 });
+    expect(logged).toEqual([
+      "Starting a task of test-task:1 on cluster test-cluster in us-east-2",
+      `warning: ecs:RunTask started no task: ${reason}; trying again in subnet-2`,
+      `warning: ecs:RunTask started no task: ${reason}; trying again in subnet-1`,
+      `Task ${arn.split("/").at(-1)} is RUNNING (125 s)`,
+      "Attempt 5 to start a task has succeeded",
+      "Ready: logged in to 127.0.0.1 as worker (125 s)",
+    ]);
   });
 
   test("RunTask is repeated with the same token while it is throttled", async () => {
@@ -1277,6 +1675,16 @@ describe("prepare and cleanup, with ECS mocked", () => {
       expect(readRecord(recordFile())?.ContainerIP).toBe("127.0.0.1");
       await server?.close();
     }
+  });
+
+  test("a single MISSING after the login does not fail prepare", async () => {
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, (await makeKeyPair("ed25519")).privateKey, { mode: 0o600 });
+    const context = contextOf((config) => Object.assign(config.SSH, { Port: 0, PrivateKeyPath: path }));
+    taskGoesThrough(context, taskIn("RUNNING", "127.0.0.1"), undefined, taskIn("RUNNING", "127.0.0.1"));
+    await prepare(context);
+    expect(ecs.commandCalls(DescribeTasksCommand)).toHaveLength(3);
+    expect(readRecord(recordFile())?.ContainerIP).toBe("127.0.0.1");
   });
 
   test.each([
@@ -1426,11 +1834,102 @@ describe("prepare and cleanup, with ECS mocked", () => {
     );
   });
 
+  test("no decision looks at the text of a message: with other texts, the same calls and the same verdicts", async () => {
+    const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
+    const original = 'super([message, ...details].map(printable).join("\\n  "));';
+    expect(source.split(original)).toHaveLength(2);
+    const copy = join(projectRoot, "dist", `reworded-${process.pid}.ts`);
+    onTestFinished(() => fs.rmSync(copy, { force: true }));
+    fs.writeFileSync(copy, source.replace(original, 'super("reworded");'));
+    const reworded: typeof import("./fargate.ts") = await import(copy);
+
+    const denied = (action: string) =>
+      awsError("AccessDeniedException", `User: x is not authorized to perform: ${action}`);
+    const capacity = { failures: [{ reason: "Capacity is unavailable at this time. Please try again later" }] };
+    const ends = (stopCode: Task["stopCode"], stoppedReason: string) => () => {
+      ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
+      const stopped: Task = { ...taskIn("STOPPED"), desiredStatus: "STOPPED", stopCode, stoppedReason };
+      ecs.on(DescribeTasksCommand).resolvesOnce({ tasks: [stopped] });
+      ecs
+        .on(RunTaskCommand)
+        .resolvesOnce({ tasks: [{ taskArn: arn }] })
+        .rejects(denied("ecs:RunTask"));
+    };
+    const chosen = (context: Context) => {
+      Object.assign(context, { byJob: ["TaskDefinition"] });
+    };
+    const withKey = (context: Context) => {
+      context.config.SSH.PrivateKeyPath = join(directory(), "key");
+      fs.writeFileSync(context.config.SSH.PrivateKeyPath, utils.generateKeyPairSync("ed25519").private);
+    };
+    /** What AWS answers, how the job is set up, and how many times RunTask is called. */
+    const scenes: [what: string, calls: number, answer: () => void, setUp?: (context: Context) => void][] = [
+      ["access denied", 1, () => ecs.on(RunTaskCommand).rejects(denied("ecs:RunTask"))],
+      ["capacity", 2, () => ecs.on(RunTaskCommand).resolvesOnce(capacity).rejects(denied("ecs:RunTask"))],
+      [
+        "a definition that is not there",
+        1,
+        () => ecs.on(RunTaskCommand).rejects(awsError("ClientException", "TaskDefinition not found.")),
+        chosen,
+      ],
+      [
+        "a container that is not there, with a key of the operator's",
+        2,
+        () => ecs.on(RunTaskCommand).rejectsOnce(noContainer).rejects(denied("ecs:RunTask")),
+        withKey,
+      ],
+      ["a task that Spot takes back", 2, ends("SpotInterruption", "Your Spot Task was interrupted.")],
+      ["a task whose image is missing", 1, ends("TaskFailedToStart", "CannotPullContainerError: not found")],
+      [
+        "a lost answer, and no permission to list",
+        1,
+        () => {
+          ecs.on(RunTaskCommand).rejects(awsError("TypeError", "ECONNRESET", 200));
+          ecs.on(ListTasksCommand).rejects(denied("ecs:ListTasks"));
+        },
+        (context) => Object.assign(context.config.Fargate, { StartTimeout: 1 }),
+      ],
+      [
+        "a task that StopTask no longer knows",
+        1,
+        () => {
+          ends("TaskFailedToStart", "CannotPullContainerError: not found")();
+          ecs.on(StopTaskCommand).rejects(awsError("InvalidParameterException", "The referenced task was not found."));
+        },
+        (context) =>
+          Object.assign(context, { now: () => Date.now() + (ecs.commandCalls(StopTaskCommand).length ? 60_000 : 0) }),
+      ],
+    ];
+    for (const [what, runs, answer, setUp] of scenes) {
+      const seen = [];
+      for (const driver of [{ prepare: prepareStage }, reworded]) {
+        ecs.reset();
+        ecs.on(StopTaskCommand).resolves({});
+        ecs.on(ListTasksCommand).resolves({ taskArns: [] });
+        ecs.on(DescribeTasksCommand).resolves({ tasks: [] });
+        fs.rmSync(records, { recursive: true, force: true });
+        answer();
+        const context = contextOf();
+        setUp?.(context);
+        const error = await driver.prepare(context).catch((failure: Failure) => failure);
+        const { kind, cause } = error as Failure;
+        const calls = ecs.calls().map((call) => call.args[0].constructor.name);
+        // How often a lost answer is asked for again is a matter of time.
+        seen.push({ what, kind, cause, calls: [...new Set(calls)], record: fs.existsSync(recordFile()) });
+        if (what !== "a lost answer, and no permission to list")
+          expect(inputs(RunTaskCommand), what).toHaveLength(runs);
+      }
+      expect(seen[1]).toEqual(seen[0]);
+    }
+  });
+
   test("without PrivateKeyPath that refusal says how the container must be named", async () => {
     ecs.on(RunTaskCommand).rejects(noContainer);
     const refused = "Override for container named ci-coordinator is not a container in the TaskDefinition.";
-    await expect(prepare(contextOf())).rejects.toThrow(refused);
-    expect(adviceFor(refused)?.advice).toMatch(/^its container must be named ci-coordinator/);
+    await expect(prepare(contextOf())).rejects.toMatchObject({
+      message: expect.stringContaining(refused),
+      cause: { problem: "container" },
+    });
     expect(inputs(RunTaskCommand)).toHaveLength(1);
   });
 
@@ -1631,6 +2130,36 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await cleanup(contextOf());
     expect((inputs(StopTaskCommand) as { task: string }[]).map(({ task }) => task)).toContain(arn);
     expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
+  test("cleanup beside a live prepare, where ListTasks is not permitted, logs one warning", async () => {
+    openDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true });
+    const { job, config } = contextOf();
+    const other = spawn("sleep", ["600"]);
+    // The lock of a prepare that is this other process.
+    const identity = execFileSync("cut", ["-d", " ", "-f", "22", `/proc/${other.pid}/stat`])
+      .toString()
+      .trim();
+    const done = announce(config.TaskMetadata, job.stem, "prepare");
+    const [own = ""] = fs.readdirSync(records).filter((name) => name.endsWith(".lock"));
+    const [, , place] = own.split(".").slice(-4);
+    done();
+    fs.writeFileSync(join(records, `${job.stem}.prepare.${other.pid}.${identity}.${place}.lock`), "");
+    const looked = Promise.withResolvers<void>();
+    let looks = 0;
+    ecs.on(ListTasksCommand).callsFake(() => {
+      if (++looks === 3) looked.resolve();
+      throw awsError("AccessDeniedException", "no");
+    });
+    const cleaning = cleanup(contextOf());
+    await looked.promise;
+    other.kill("SIGKILL");
+    await cleaning;
+    expect(looks).toBeGreaterThan(2);
+    expect(logged.filter((line) => line.startsWith("warning: "))).toEqual([
+      expect.stringMatching(/^warning: whether a task started by \S+ is left could not be looked up: ecs:List/),
+    ]);
   });
 
   test("a clock that was set back does not make cleanup look for longer than half a minute", async () => {
@@ -2776,8 +3305,9 @@ describe("the compiled program", () => {
     const runner = makeRunner({ config: world.configure({ Fargate: { Subnet: "subnet-1", SecurityGroup: "sg-1" } }) });
     const [config, prepared] = (await runner.prepare()).slice(-2);
     expect(config?.stdout.toString()).toMatch(
-      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"job-\d+-[0-9a-f]{64}"\}\n$/,
+      /^\{"driver":\{"name":"fargate","version":"\d+\.\d+\.\d+ \(\S+\)"\},"hostname":"[A-Za-z0-9.-]*"\}\n$/,
     );
+    expect(JSON.parse(`${config?.stdout}`).hostname).toBe(hostname().replace(/[^A-Za-z0-9.-]/g, ""));
     expect(prepared?.stdout.toString()).toBe("");
     const time = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\dZ";
     const lines = prepared?.stderr.toString().trimEnd().split("\n") ?? [];
@@ -2813,6 +3343,65 @@ describe("the compiled program", () => {
     expect((await runner.cleanup()).exitCode).toBe(0);
     expect((await runner.cleanup()).exitCode).toBe(0);
     nothingLeft();
+  });
+
+  for (const UsePublicIP of [false, true])
+    test(`a task that has only an IPv6 address, ${UsePublicIP ? "with" : "without"} UsePublicIP`, async ({ skip }) => {
+      const loopback = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
+      if (!loopback.some(({ address }) => address === "::1")) skip("this machine has no IPv6 loopback address");
+      const other = await makeWorld({ embedded: true, address: () => "::1" });
+      try {
+        const env = { ...byHand(), ...other.aws.environment };
+        const config = other.configure({ Fargate: { UsePublicIP } });
+        const custom = (...args: string[]) => fargate(["custom", ...args, "--config", config], { env });
+        const prepared = await custom("prepare");
+        expect(prepared.stderr).toMatch(/Ready: logged in to ::1 as root/);
+        const ran = await custom("run", scriptFile("echo there"), "build_script");
+        expect(ran).toMatchObject({ code: 0, stdout: Buffer.from("there\n"), stderr: "" });
+        expect(other.aws.callsTo("DescribeNetworkInterfaces")).toEqual([]);
+        await other.aws.stopTask(other.aws.running()[0]?.taskArn as string, {
+          stopCode: "UserInitiated",
+          stoppedReason: "Task stopped by user",
+        });
+        const late = await custom("run", scriptFile("echo there"), "build_script");
+        expect(late.stderr).toContain("the task stopped: UserInitiated");
+        expect(await custom("cleanup")).toMatchObject({ code: 0 });
+      } finally {
+        await other.close();
+      }
+    });
+
+  test("a task that has addresses of both kinds is logged in to at its IPv4 address", async () => {
+    const other = await makeWorld({ embedded: true, ipv6Address: "2001:db8::1" });
+    try {
+      const env = { ...byHand(), ...other.aws.environment };
+      const config = other.configure();
+      const prepared = await fargate(["custom", "prepare", "--config", config], { env });
+      expect(prepared.stderr).toContain(`Ready: logged in to ${other.aws.running()[0]?.address} as root`);
+      expect(await fargate(["custom", "cleanup", "--config", config], { env })).toMatchObject({ code: 0 });
+    } finally {
+      await other.close();
+    }
+  });
+
+  test("keys in the environment override AWS_PROFILE, as in the Go SDK", async () => {
+    const where = directory();
+    const [config, credentials] = [join(where, "config"), join(where, "credentials")];
+    fs.writeFileSync(config, "[profile other]\nregion = eu-west-1\n");
+    fs.writeFileSync(credentials, "[other]\naws_access_key_id = AKIAOTHER\naws_secret_access_key = other\n");
+    const env = { AWS_CONFIG_FILE: config, AWS_SHARED_CREDENTIALS_FILE: credentials };
+    const keyId = async (changes: Record<string, string | undefined>) => {
+      const given = { ...world.aws.environment, ...env, ...changes };
+      const finished = await fargate(["--config", world.configure(), "sweep"], { env: given });
+      expect(finished).toMatchObject({ code: 0, stderr: "" });
+      return /Credential=([^/]+)\//.exec(world.aws.authorizations.at(-1) ?? "")?.[1];
+    };
+    const own = world.aws.environment.AWS_ACCESS_KEY_ID;
+    expect(await keyId({ AWS_PROFILE: "other" })).toBe(own);
+    expect(await keyId({ AWS_PROFILE: "missing" })).toBe(own);
+    expect(await keyId({})).toBe(own);
+    const without = { AWS_SECRET_ACCESS_KEY: undefined, AWS_SESSION_TOKEN: undefined };
+    expect(await keyId({ AWS_PROFILE: "other", ...without })).toBe("AKIAOTHER");
   });
 
   taskTest("a failing job ends with its exit code, and its after_script runs", async () => {
@@ -2948,7 +3537,9 @@ describe("the compiled program", () => {
       onTestFinished(() => other.close());
       const config = other.configure({ Fargate: { TaskDefinition: definition }, SSH: { PrivateKeyPath: path } });
       const runner = makeRunner({ config, environment: other.aws.environment, job: { script: ["true"] } });
-      expect(await runner.runJob()).toMatchObject({ status: "success" });
+      const result = await runner.runJob();
+      expect(result).toMatchObject({ status: "success" });
+      expect(result.trace.toString()).not.toContain("with PrivateKeyPath");
       const [refused, started] = other.aws.callsTo("RunTask");
       expect(refused?.status).toBe(400);
       const deadline = [{ name: "FARGATE_DEADLINE", value: expect.stringMatching(/^\d{10}$/) }];
@@ -2956,6 +3547,24 @@ describe("the compiled program", () => {
       else expect(started?.input.overrides?.containerOverrides?.[0]?.environment).toEqual(deadline);
       expect(other.aws.running()).toEqual([]);
     });
+
+  taskTest("a PrivateKeyPath beside a task definition that accepts a key for each job is a warning", async () => {
+    const path = join(directory(), "id_ed25519");
+    fs.writeFileSync(path, (await makeKeyPair("ed25519")).privateKey, { mode: 0o600 });
+    const result = await makeRunner({
+      config: world.configure({ SSH: { PrivateKeyPath: path } }),
+      job: { script: ["true"] },
+    }).runJob();
+    expect(result).toMatchObject({ status: "success" });
+    const warnings = result.trace.toString().match(/warning: .*PrivateKeyPath.*/g);
+    expect(warnings).toEqual([
+      "warning: with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY",
+    ]);
+    // With a key for each job there is nothing to say.
+    const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
+    expect(plain.trace.toString()).not.toContain("PrivateKeyPath");
+    nothingLeft();
+  });
 
   taskTest(
     "a job's variable names the task definition; one that does not take the key is told how to be",
@@ -3228,6 +3837,76 @@ describe("the compiled program", () => {
     });
   });
 
+  test("LogFile is not opened through a link of another user's, at its end or on the way", async ({ skip }) => {
+    if (process.geteuid?.() !== 0) return skip("only root can give links away");
+    const where = directory();
+    const target = join(where, "target");
+    const path = (name: string) => join(where, name);
+    const link = (to: string, name: string, owner: number) => {
+      fs.symlinkSync(to, path(name));
+      fs.lchownSync(path(name), owner, owner);
+    };
+    fs.mkdirSync(path("logs"));
+    link(target, "theirs.log", 12_345);
+    link(path("logs"), "their-logs", 12_345);
+    link(path("theirs.log"), "ours-to-theirs.log", 0);
+    link("loop.log", "loop.log", 0);
+    const env = byHand();
+    const cleanUp = (LogFile: string) =>
+      fargate(["--config", world.configure({ top: { LogFile, LogLevel: "debug" } }), "custom", "cleanup"], { env });
+    for (const [file, why] of [
+      ["theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
+      ["their-logs/x.log", `${path("their-logs")} is a symbolic link of another user, of id 12345`],
+      ["ours-to-theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
+      ["loop.log", "Maximum call stack size exceeded"],
+    ] as const) {
+      const { code, stderr } = await cleanUp(path(file));
+      expect({ code, stderr }).toMatchObject({
+        code: 0,
+        stderr: expect.stringContaining(`warning: LogFile ${path(file)} cannot be written: ${why}`),
+      });
+    }
+    expect([fs.existsSync(target), fs.readdirSync(path("logs"))]).toEqual([false, []]);
+    // Links of root and of this user are followed, to a file that need not be there yet.
+    link("target", "ours.log", 0);
+    link("logs", "our-logs", 0);
+    for (const file of ["ours.log", "our-logs/x.log"])
+      expect(await cleanUp(path(file))).toMatchObject({ code: 0, stderr: "" });
+    for (const file of [target, path("logs/x.log")]) expect(fs.readFileSync(file, "utf8")).toContain("is not there");
+  });
+
+  test("LogFile may be /dev/stderr", async () => {
+    const config = world.configure({ top: { LogFile: "/dev/stderr" } });
+    const output = join(directory(), "output");
+    const shell = ["sh", "-c", 'output=$1; shift; exec "$@" 2>"$output"', "sh", output];
+    const command = [...shell, driver, "--config", config, "custom", "cleanup"];
+    const { code, stderr } = await start(command, { env: byHand() }).finished;
+    expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+    const text = fs.readFileSync(output, "utf8");
+    expect(text).toContain("is not there: nothing was ever started");
+    expect(text).not.toContain("LogFile");
+  });
+
+  test("relative paths in the configuration file work from any working directory", async () => {
+    const key = await makeKeyPair("ed25519");
+    const config = world.configure({ top: { LogFile: "beside.log" }, SSH: { PrivateKeyPath: "beside.key" } });
+    const beside = (name: string) => join(config, "..", name);
+    fs.writeFileSync(beside("beside.key"), key.privateKey, { mode: 0o600 });
+    wholeRun.ownKey(beside("beside.key"));
+    const env = byHand();
+    const since = world.aws.callsTo("RunTask").length;
+    const [elsewhere, another] = [directory(), directory()];
+    const stage = (name: string, cwd: string) => fargate(["--config", config, "custom", name], { env, cwd });
+    expect(await stage("prepare", elsewhere)).toMatchObject({ code: 0, stderr: "" });
+    const relative = ["--config", relativePath(another, config), "--log-file", "here.log", "custom", "cleanup"];
+    expect(await fargate(relative, { env, cwd: another })).toMatchObject({ code: 0, stderr: "" });
+    const [sent] = world.aws.callsTo("RunTask").slice(since);
+    expect(JSON.stringify(sent?.input)).toContain(key.publicKey);
+    expect(fs.readFileSync(beside("beside.log"), "utf8")).toContain("Ready: logged in to");
+    expect([fs.readdirSync(elsewhere), fs.readdirSync(another)]).toEqual([[], ["here.log"]]);
+    nothingLeft();
+  });
+
   test("unknown keys are a warning in prepare, and in prepare only", async () => {
     const config = world.configure({ Fargate: { Clutser: "x" } });
     const env = byHand();
@@ -3283,7 +3962,8 @@ describe("the compiled program", () => {
     expect(bad.code).toBe(2);
     expect(bad.stderr.trimEnd().split("\n")).toHaveLength(21);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
-    expect(none.stderr).toMatch(/error: the configuration file config\.toml cannot be read: ENOENT/);
+    // With its whole path: the runner starts each stage in a working directory of its own.
+    expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml cannot be read: ENOENT/);
     const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
     expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID");
     expect([none.code, jobless.code]).toEqual([2, 2]);
@@ -3449,6 +4129,51 @@ describe("the compiled program", () => {
     nothingLeft();
   });
 
+  test("a job's variables that nothing reads: a warning if they look misspelt, else a line at debug", async () => {
+    const config = world.configure({ top: { LogLevel: "debug" } });
+    const env = {
+      ...byHand(),
+      ...Object.fromEntries(Array.from({ length: 50 }, (_, n) => [`CUSTOM_ENV_FARGATE_${n}`, "x"])),
+      "CUSTOM_ENV_FARGATE_\u001b[0Ksection_start:1:x\r\n": "x",
+      [`CUSTOM_ENV_FARGATE_${"y".repeat(9_000)}`]: "x",
+      CUSTOM_ENV_FARGATE_TASK_DEFINITON: "x",
+      CUSTOM_ENV_CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.4.0",
+    };
+    const { code, stderr } = await fargate(["--config", config, "custom", "prepare"], { env });
+    expect(code, stderr).toBe(0);
+    const lines = stderr.split("\n").filter((line) => line.includes("nothing reads the job's variable "));
+    const warnings = lines
+      .filter((line) => line.includes(" warning: "))
+      .map((line) => line.replace(/^.* variable /, ""));
+    expect(warnings.sort()).toEqual([
+      "CUSTOM_ENV_FARGATE_PLATFORM_VERSION; did you mean FARGATE_PLATFORM_VERSION?",
+      "FARGATE_TASK_DEFINITON; did you mean FARGATE_TASK_DEFINITION?",
+    ]);
+    // Nobody can fill the log with names.
+    expect(lines).toHaveLength(20);
+    for (const line of lines) expect(line).not.toMatch(/\p{Cc}|y{5000}/u);
+    expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).not.toContain("nothing reads");
+    nothingLeft();
+  });
+
+  taskTest("a job's image and services have no effect: prepare says so in one line", async () => {
+    const hostile = "\u001b[0Ksection_start:1:x\r\n{names}";
+    const services = ["postgres:16", { name: "redis:7", alias: "cache" }, hostile, "z".repeat(9_000)];
+    const result = await makeRunner({ job: { image: "ruby:3.2", services, script: ["true"] } }).runJob();
+    expect(result).toMatchObject({ status: "success" });
+    const lines = result.stages.flatMap(({ stderr }) => stderr.toString().split("\n"));
+    const [line, ...more] = lines.filter((text) => /ruby|postgres|redis|no effect/.test(text));
+    expect(more).toEqual([]);
+    expect(line).toMatch(
+      /Z warning: image: and services: have no effect, choose a task definition by FARGATE_TASK_DEFINITION instead: ruby:3\.2, postgres:16, redis:7, /,
+    );
+    expect(line).not.toMatch(/\p{Cc}|z{5000}/u);
+    // Without any, nothing.
+    const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
+    expect(plain.trace.toString()).not.toContain("have no effect");
+    nothingLeft();
+  });
+
   taskTest("without AllowedTaskDefinitions prepare says at debug that a job may name any", async () => {
     const says = "debug: AllowedTaskDefinitions is not set: a job's variable may name any task definition";
     const env = byHand();
@@ -3465,6 +4190,93 @@ describe("the compiled program", () => {
   });
 });
 
+describe("an AWS endpoint with a certificate of a private CA", () => {
+  const authority = makeAuthority();
+  const files: Record<string, string> = {};
+  let world: World;
+  beforeAll(async () => {
+    const where = directory();
+    const file = (name: string, text: string) => {
+      files[name] = join(where, name);
+      fs.writeFileSync(files[name], text);
+    };
+    file("ca.pem", authority.pem);
+    file("other.pem", makeAuthority().pem);
+    file("two.pem", `# comment\n${makeAuthority().pem}${authority.pem}`);
+    file("broken.pem", authority.pem.replace(/\n[^-]{20}/, "\n"));
+    file("empty.pem", "");
+    file("config", `[default]\nca_bundle = ${files["ca.pem"]}\n[profile ci]\nca_bundle=${files["other.pem"]}\n`);
+    file("profiles", `[default]\nca_bundle = ${files["other.pem"]}\n[profile ci]\nca_bundle=${files["ca.pem"]}\n`);
+    world = await makeWorld({ embedded: true, tls: authority.issue() });
+  });
+  afterAll(() => world?.close());
+  /** Calls ListTasks. Where the tests themselves have been told what to trust does not count. */
+  const list = (env: Record<string, string | undefined> = {}, wrapper: string[] = []) =>
+    start([...wrapper, driver, "--config", world.configure(), "sweep"], { env: { ...world.aws.environment, ...env } })
+      .finished;
+
+  test.each([
+    ["AWS_CA_BUNDLE", () => ({ AWS_CA_BUNDLE: files["ca.pem"] })],
+    ["AWS_CA_BUNDLE, as the second certificate of a file", () => ({ AWS_CA_BUNDLE: files["two.pem"] })],
+    ["ca_bundle of the shared config file", () => ({ AWS_CONFIG_FILE: files.config })],
+    ["ca_bundle of a profile", () => ({ AWS_CONFIG_FILE: files.profiles, AWS_PROFILE: "ci" })],
+    [
+      "AWS_CA_BUNDLE, which overrides ca_bundle",
+      () => ({ AWS_CA_BUNDLE: files["ca.pem"], AWS_CONFIG_FILE: files.config, AWS_PROFILE: "ci" }),
+    ],
+    ["NODE_EXTRA_CA_CERTS", () => ({ NODE_EXTRA_CA_CERTS: files["ca.pem"] })],
+    [
+      "NODE_EXTRA_CA_CERTS, beside an AWS_CA_BUNDLE",
+      () => ({ NODE_EXTRA_CA_CERTS: files["ca.pem"], AWS_CA_BUNDLE: files["other.pem"] }),
+    ],
+    ["SSL_CERT_FILE", () => ({ SSL_CERT_FILE: files["ca.pem"] })],
+    [
+      "SSL_CERT_FILE, beside an AWS_CA_BUNDLE",
+      () => ({ SSL_CERT_FILE: files["ca.pem"], AWS_CA_BUNDLE: files["other.pem"] }),
+    ],
+  ])("is trusted through %s", async (_, env) => {
+    const finished = await list(env());
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+  });
+
+  for (const beside of [false, true])
+    test(`is trusted through the system's store${beside ? ", beside an AWS_CA_BUNDLE" : ""}`, async ({ skip }) => {
+      const store = join(directory(), "certs");
+      fs.mkdirSync(store);
+      fs.writeFileSync(join(store, "ca-certificates.crt"), authority.pem);
+      const script = 'mount --bind "$1" /etc/ssl && shift && exec "$@"';
+      const inNamespace = ["unshare", "--mount", "sh", "-c", script, "sh", join(store, "..")];
+      if (spawnSync(inNamespace[0] as string, [...inNamespace.slice(1), "true"]).status !== 0)
+        skip("this process may not mount a directory over /etc/ssl");
+      const finished = await list(beside ? { AWS_CA_BUNDLE: files["other.pem"] } : {}, inNamespace);
+      expect(finished).toMatchObject({ code: 0, stderr: "" });
+    });
+
+  test.each([
+    ["is not there", "none.pem", /: ENOENT: /],
+    ["is empty", "empty.pem", /: there is no certificate in it\n/],
+    ["holds a broken certificate", "broken.pem", /: .*\n/],
+  ])("an AWS_CA_BUNDLE that %s is a failure that names it", async (_, name, reason) => {
+    const calls = world.aws.calls.length;
+    const path = files[name] ?? "/none.pem";
+    const finished = await list({ AWS_CA_BUNDLE: path });
+    ended(finished, 2);
+    expect(finished.stderr).toMatch(/error: the CA bundle \/\S+ cannot be used: /);
+    expect(finished.stderr).toContain(path);
+    expect(finished.stderr).toMatch(reason);
+    expect(world.aws.calls.length).toBe(calls);
+  });
+
+  test("a whole job", async () => {
+    const scene = makeScene(world, {}, forever);
+    const env = { AWS_CA_BUNDLE: files["ca.pem"] };
+    ended(await scene.stage("prepare", { env }), 0);
+    ended(await scene.begin("run", { script: "true", env }).finished, 0);
+    ended(await scene.stage("cleanup", { env }), 0);
+    expect(world.aws.running()).toEqual([]);
+  });
+});
+
 // ---------------------------------------------------------------------------------------------------------
 // Faults: what each ends with, what the log says, and how many tasks are left
 // ---------------------------------------------------------------------------------------------------------
@@ -3478,6 +4290,8 @@ interface Scene {
   /** Resolves when the first command that the task is to execute is held, where `holdFirstCommand` asks for that. */
   readonly commandHeld: Promise<void>;
   configure(changes?: ConfigChanges): void;
+  /** Path of the configuration file. */
+  readonly config: string;
   /** Runs a stage of the compiled program to its end. */
   stage(name: string, options?: { env?: Record<string, string | undefined> }): Promise<Finished>;
   /** Begins one; `run` gets a script. */
@@ -3542,6 +4356,9 @@ function makeScene(world: World, { changes = {}, jobTimeout = 3600 }: FaultOptio
     commandHeld,
     configure: (more = {}) => {
       config = world.configure(more);
+    },
+    get config() {
+      return config;
     },
     begin,
     stage: (name, options) => begin(name, options).finished,
@@ -4203,7 +5020,17 @@ describe.concurrent("cleanup", () => {
     const finished = await scene.stage("prepare");
     ended(finished, 0);
     ended(await scene.run("true"), 0);
-    return { stage: "prepare", finished, says: /warning: .*chmod g-w / };
+    return { stage: "prepare", finished, says: /warning: TaskMetadata/ };
+  });
+  faultTest("the directory for records is shared by all users, as /tmp is", async (scene) => {
+    fs.mkdirSync(scene.world.records);
+    fs.chmodSync(scene.world.records, 0o1777);
+    scene.configure({ TaskMetadata: { Directory: `${scene.world.records}/` } });
+    const finished = await scene.stage("prepare");
+    ended(finished, 0);
+    expect(finished.stderr).not.toContain("chmod");
+    ended(await scene.run("true"), 0);
+    return { stage: "prepare", finished, says: /warning: / };
   });
 
   faultTest("the task has stopped before cleanup", async (scene) => {
@@ -4535,6 +5362,179 @@ describe.concurrent("sweep", () => {
     },
   );
 
+  /** Makes the last sign of a live process on any job so many seconds old, as a clock that is set forward does. */
+  const idle = (scene: Scene, seconds: number) => {
+    const then = Date.now() / 1000 - seconds;
+    for (const name of filesLeft(scene.world)) fs.utimesSync(join(scene.world.records, name), then, then);
+  };
+  const report = (finished: Finished) => ({ ...finished, stderr: finished.stdout.toString() });
+  const untouched = { code: 0, report: { stopped: [], removedRecords: [], problems: [] } };
+  /** Runs a script in a PID namespace of its own, as in another container that has the same directory of records. */
+  const runElsewhere = (scene: Scene, script: string) => {
+    const file = join(directory(), "script");
+    fs.writeFileSync(file, script);
+    const elsewhere = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"];
+    if (spawnSync(elsewhere[0] as string, [...elsewhere.slice(1), "true"]).status !== 0)
+      throw new SkipFault("unshare(1) is not permitted");
+    const run = [driver, "--config", scene.config, "custom", "run", file, "build_script"];
+    return start([...elsewhere, ...run], { env: scene.env });
+  };
+
+  faultTest(
+    "the process that plays the runner is killed (SIGKILL) during a script; sweep stops its task, and no other's",
+    async (scene) => {
+      const { aws } = scene.world;
+      const other = await prepared(scene);
+      const lasting = scene.begin("run", { script: "echo running; sleep 600" });
+      await lasting.shows("running");
+      const second = makeScene(scene.world, {}, forever);
+      ended(await second.stage("prepare"), 0);
+      const killed = aws.running().find(({ taskArn }) => taskArn !== other)?.taskArn;
+      const script = join(directory(), "script");
+      fs.writeFileSync(script, "echo begun; sleep 600");
+      const run = [driver, "--config", second.config, "custom", "run", script, "build_script"];
+      const runner = start(["sh", "-c", '"$@"; exit', "sh", ...run], { env: second.env });
+      await runner.shows("begun");
+      runner.process.kill("SIGKILL");
+      // Its output ends when the driver's process has ended, too.
+      expect((await runner.finished).stderr).toContain("the process that started this stage has ended");
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      idle(scene, 901);
+      const finished = await sweeping(scene, "--json");
+      expect(finished).toMatchObject({
+        code: 0,
+        report: { stopped: [{ taskArn: killed, why: "its job is abandoned" }] },
+      });
+      expect(aws.running().map(({ taskArn }) => taskArn)).toEqual([other]);
+      lasting.process.kill("SIGTERM");
+      await lasting.finished;
+      ended(await second.stage("cleanup"), 0);
+      return { stage: "sweep", finished: { ...finished, stderr: `${finished.report?.stopped[0]?.why}` } };
+    },
+  );
+
+  faultTest("a runner dies between two stages; sweep, AbandonedAfter later", async (scene) => {
+    const arn = await prepared(scene);
+    ended(await scene.run("true"), 0);
+    idle(scene, 890);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, 901);
+    scene.configure({ Fargate: { AbandonedAfter: 0 } });
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    scene.configure();
+    const finished = await sweeping(scene);
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    expect(scene.world.aws.running()).toEqual([]);
+    expect(scene.world.aws.callsTo("StopTask").at(-1)?.input).toMatchObject({
+      task: arn,
+      reason: "fargate sweep: its job is abandoned",
+    });
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
+
+  faultTest(
+    "a run is killed long after the stage before it; sweep waits for AbandonedAfter from its end",
+    async (scene) => {
+      await prepared(scene);
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      idle(scene, 1_800);
+      const [lock = ""] = filesLeft(scene.world).filter((name) => name.endsWith(".lock"));
+      run.process.kill("SIGKILL");
+      await run.finished;
+      const touched = (ago: number) => {
+        const then = Date.now() / 1000 - ago;
+        fs.utimesSync(join(scene.world.records, lock), then, then);
+      };
+      touched(890);
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      touched(901);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+    },
+  );
+
+  faultTest("the host is booted anew in the middle of a job; sweep need not wait", async (scene) => {
+    scene.configure({ Fargate: { AbandonedAfter: 604_800 } });
+    await prepared(scene);
+    const lock = `${basename(scene.record, ".json")}.run.4711.123.0123456789.lock`;
+    fs.writeFileSync(join(scene.world.records, lock), "", { mode: 0o600 });
+    idle(scene, uptime() - 5);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, uptime() + 5);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
+
+  faultTest(
+    "the manager's container is replaced in the middle of a script; its lock does not count for ever",
+    async (scene) => {
+      await prepared(scene);
+      const run = runElsewhere(scene, "echo running; sleep 600");
+      await run.shows("running");
+      // From here its process cannot be looked at, but it touches its lock.
+      idle(scene, 1_800);
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      run.process.kill("SIGKILL");
+      await run.finished;
+      idle(scene, 901);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+    },
+  );
+
+  faultTest("a script prints nothing for half an hour; sweep leaves its job", async (scene) => {
+    await prepared(scene);
+    const gate = join(directory(), "gate");
+    execFileSync("mkfifo", [gate]);
+    const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
+    await run.shows("running");
+    age(scene, 1_800);
+    ageRecord(scene.record, 1_800);
+    idle(scene, 1_800);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toHaveLength(1);
+    fs.writeFileSync(gate, "go on\n");
+    expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
+    return { stage: "sweep", finished: report(finished) };
+  });
+
+  faultTest(
+    "a driver process is stopped (SIGSTOP) for longer than AbandonedAfter; sweep leaves its job",
+    async (scene) => {
+      await prepared(scene);
+      const gate = join(directory(), "gate");
+      execFileSync("mkfifo", [gate]);
+      const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
+      await run.shows("running");
+      run.process.kill("SIGSTOP");
+      idle(scene, 1_800);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toHaveLength(1);
+      run.process.kill("SIGCONT");
+      fs.writeFileSync(gate, "go on\n");
+      expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
+      return { stage: "sweep", finished: report(finished) };
+    },
+  );
+
+  faultTest("the clock is set forward by an hour while a job is between two stages; sweep leaves it", async (scene) => {
+    await prepared(scene);
+    idle(scene, 3_600);
+    scene.configure({ top: { LogLevel: "debug" } });
+    const begun = scene.begin("sweep");
+    await begun.shows("looking again");
+    ended(await scene.run("true"), 0);
+    const finished = await begun.finished;
+    ended(finished, 0);
+    expect(scene.world.aws.running()).toHaveLength(1);
+    scene.configure();
+    return { stage: "sweep", finished: report(finished) };
+  });
+
   faultTest("records older than an hour whose tasks are gone, and what killed writers left; sweep", async (scene) => {
     const arn = await prepared(scene);
     await scene.world.aws.stopTask(arn, { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" });
@@ -4734,9 +5734,35 @@ describe.concurrent("RunTask is refused", () => {
       /ask AWS support/,
     ],
     [
+      "the network mode is not awsvpc",
+      {
+        error: "InvalidParameterException",
+        message: "Network Configuration is not valid for the given networkMode of this task definition.",
+      },
+      /set networkMode to awsvpc/,
+    ],
+    [
+      "ECS Exec without a task role",
+      {
+        error: "InvalidParameterException",
+        message:
+          "The execute command failed because a valid task role is not being used. Specify a valid task role in your " +
+          "task definition and try again.",
+      },
+      /give the task definition a taskRoleArn, or set EnableExecuteCommand = false/,
+    ],
+    [
+      "a platform version with EC2",
+      {
+        error: "InvalidParameterException",
+        message: "The platform version must be null when specifying an EC2 launch type.",
+      },
+      /remove PlatformVersion/,
+    ],
+    [
       "the task is larger than the account's limit",
       { failures: [{ reason: "The requested CPU configuration is above your limit." }] },
-      /ask AWS support/,
+      /make the task smaller, or ask AWS for a higher Fargate quota/,
     ],
   ];
   for (const [what, fault, advice] of refusals)
@@ -4766,6 +5792,11 @@ describe.concurrent("RunTask is refused", () => {
     ],
     ["no network interface", { failures: [{ reason: "RESOURCE:ENI" }] }, /more free addresses/],
     [
+      "the provisioning limit",
+      { error: "LimitExceededException", message: "Tasks provisioning capacity limit exceeded." },
+      /too many tasks wait for capacity/,
+    ],
+    [
       "EC2's own throttling",
       {
         error: "InvalidParameterException",
@@ -4777,13 +5808,13 @@ describe.concurrent("RunTask is refused", () => {
   for (const [what, fault, advice] of passing) {
     faultTest(`RunTask is refused for a moment: ${what}`, async (scene) => {
       const { aws } = scene.world;
-      aws.inject({ operation: "RunTask", times: 3, do: fault });
+      aws.inject({ operation: "RunTask", times: 2, do: fault });
       const finished = await scene.stage("prepare");
       ended(finished, 0);
       expect(aws.tasks()).toHaveLength(1);
       // Each was answered: another token each time, all of them in the record.
       const tokens = aws.callsTo("RunTask").map(({ input }) => input.clientToken);
-      expect(new Set(tokens).size).toBe(4);
+      expect(new Set(tokens).size).toBe(3);
       expect(readRecord(scene.record)?.ClientTokens).toEqual(tokens);
       return { stage: "prepare", finished, says: /trying again in/ };
     });
@@ -4799,7 +5830,7 @@ describe.concurrent("RunTask is refused", () => {
         expect(aws.callsTo("ListTasks")).toEqual([]);
         return { stage: "prepare", finished };
       },
-      { changes: { Fargate: { StartTimeout: 2 } } },
+      { changes: { Fargate: { StartTimeout: 10 } } },
     );
   }
 
@@ -4843,7 +5874,7 @@ describe.concurrent("RunTask is refused", () => {
       ended(finished, 0);
       expect(aws.callsTo("RunTask").map(({ input }) => onSpot(input))).toEqual([true, true, true, false]);
       expect(aws.running()[0]).toMatchObject({ capacityProviderName: "FARGATE" });
-      return { stage: "prepare", finished, says: /trying again in .* with FARGATE$/ };
+      return { stage: "prepare", finished, says: /trying again in/ };
     },
     {
       changes: {
@@ -4873,6 +5904,43 @@ describe.concurrent("RunTask is refused", () => {
     ended(finished, 2);
     expect(scene.world.aws.calls).toEqual([]);
     expect(finished.stderr).toContain("what to do: give the runner's host a role");
+    return { stage: "prepare", finished };
+  });
+
+  const sharedConfig = `[profile broken]\ncredential_process = /nonexistent/program --password ${["hidden", "words"].join("-")}\n`;
+  for (const [what, profile, says] of [
+    ["a profile that does not exist", "missing", "profile missing (AWS_PROFILE) is not in the shared config"],
+    [
+      "a profile whose credential_process fails",
+      "broken",
+      "the credential_process of profile broken gave no credentials",
+    ],
+  ] as const)
+    faultTest(`AWS_PROFILE names ${what}`, async (scene) => {
+      const file = join(directory(), "aws-config");
+      fs.writeFileSync(file, sharedConfig);
+      const none = { AWS_ACCESS_KEY_ID: undefined, AWS_SECRET_ACCESS_KEY: undefined };
+      const env = { ...none, AWS_PROFILE: profile, AWS_CONFIG_FILE: file, AWS_EC2_METADATA_DISABLED: "true" };
+      const finished = await scene.stage("prepare", { env });
+      ended(finished, 2);
+      expect(finished.stderr).toContain(`ecs:RunTask was not sent: ${says}`);
+      expect(finished.stderr).toContain("what to do: check AWS_PROFILE and credential_process");
+      expect(finished.stderr).not.toContain("hidden-words");
+      expect(scene.world.aws.calls).toEqual([]);
+      return { stage: "prepare", finished };
+    });
+
+  faultTest("IAM refuses a job's task definition whose name is one of AWS's errors", async (scene) => {
+    const name = "InterfaceLimitExceeded:1";
+    const message =
+      "User: arn:aws:sts::123456789012:assumed-role/x/i-0 is not authorized to perform: ecs:RunTask on resource: " +
+      `arn:aws:ecs:us-east-2:123456789012:task-definition/${name}`;
+    const { aws } = scene.world;
+    aws.inject({ operation: "RunTask", times: Infinity, do: { error: "AccessDeniedException", message } });
+    const finished = await scene.stage("prepare", { env: { CUSTOM_ENV_FARGATE_TASK_DEFINITION: name } });
+    ended(finished, 2);
+    expect(aws.callsTo("RunTask")).toHaveLength(1);
+    expect(finished.stderr).toContain("what to do: allow ecs:RunTask in the IAM policy of the runner's host");
     return { stage: "prepare", finished };
   });
 
@@ -4923,7 +5991,31 @@ describe.concurrent("the task stops", () => {
         stopCode: "TaskFailedToStart",
         stoppedReason: "ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout",
       },
-      /the subnet's route to Secrets Manager, ECR/,
+      /give the subnet a route to ECR, S3, Secrets Manager/,
+    ],
+    ...(
+      [
+        ['stderr: Failed to resolve "fs-1.efs.us-east-2.amazonaws.com"', /a mount target in each zone/],
+        ["stderr: b'mount.nfs4: Connection timed out'", /allow port 2049/],
+        ["stderr: b'mount.nfs4: access denied by server while mounting fs-1'", /elasticfilesystem:ClientMount/],
+      ] as const
+    ).map(([cause, advice]): [string, StopCause, RegExp] => [
+      `EFS cannot be mounted, ${cause}`,
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason: `ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: ${cause}`,
+      },
+      advice,
+    ]),
+    [
+      "its image is for another architecture",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason:
+          "CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task: OCI " +
+          "runtime create failed: exec /bin/sh: exec format error",
+      },
+      /build the image for the task definition's cpuArchitecture/,
     ],
     [
       "its container exits",
@@ -4937,7 +6029,7 @@ describe.concurrent("the task stops", () => {
     [
       "somebody stops it",
       { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" },
-      /CloudTrail shows who called StopTask/,
+      /look in CloudTrail for who called StopTask/,
     ],
   ];
   for (const [what, cause, advice] of causes)
@@ -4968,6 +6060,15 @@ describe.concurrent("the task stops", () => {
         stoppedReason: "Timeout waiting for network interface provisioning to complete.",
       },
     ],
+    [
+      "its network interface cannot be configured",
+      {
+        stopCode: "TaskFailedToStart",
+        stoppedReason:
+          "ResourceInitializationError: failed to configure ENI: failed to setup regular eni: netplugin failed with no " +
+          "error message",
+      },
+    ],
     ["Spot takes it back", { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." }],
   ] as const)
     faultTest(`the task stops before it is ready, for a cause that passes: ${what}`, async (scene) => {
@@ -4979,6 +6080,53 @@ describe.concurrent("the task stops", () => {
       expect(await scene.run("echo ready")).toMatchObject({ code: 0, stdout: Buffer.from("ready\n") });
       return { stage: "prepare", finished, says: /trying again in/ };
     });
+
+  const wait = { changes: { Fargate: { WaitForHealthy: true } } };
+  test.concurrent("with WaitForHealthy prepare logs in once ECS reports the container healthy", async () => {
+    const own = embeddedHosts();
+    const world = await makeWorld({ hosts: own });
+    try {
+      const scene = makeScene(world, wait, forever);
+      const { aws } = world;
+      aws.permissions = new Set(["ecs:RunTask", "ecs:DescribeTasks", "ecs:StopTask"]);
+      const prepare = scene.begin("prepare");
+      await prepare.shows("is RUNNING");
+      const calls = aws.callsTo("DescribeTasks").length;
+      await aws.waitFor(() => aws.callsTo("DescribeTasks").length > calls + 1);
+      expect(own.servers[0]?.connections).toBe(0);
+      Object.assign(aws.running()[0]?.containers[0] ?? {}, { healthStatus: "HEALTHY" });
+      ended(await prepare.finished, 0);
+      expect(new Set(aws.calls.map(({ operation }) => operation))).toEqual(new Set(["RunTask", "DescribeTasks"]));
+      ended(await scene.run("true"), 0);
+      ended(await scene.stage("cleanup"), 0);
+    } finally {
+      await world.close();
+      await own.close();
+    }
+  });
+  faultTest(
+    "the container becomes unhealthy, and prepare waits for its health",
+    async (scene) => {
+      const prepare = scene.begin("prepare");
+      await prepare.shows("is RUNNING");
+      Object.assign(scene.world.aws.running()[0]?.containers[0] ?? {}, { healthStatus: "UNHEALTHY" });
+      const finished = await prepare.finished;
+      ended(finished, 2);
+      expect(finished.stderr).toContain("what to do: correct the health check of ci-coordinator");
+      return { stage: "prepare", finished };
+    },
+    wait,
+  );
+  faultTest(
+    "the container has no health check, and prepare waits for its health",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      expect(finished.stderr).toContain("what to do: give ci-coordinator a healthCheck in the task definition");
+      return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { WaitForHealthy: true, StartTimeout: 2 } } },
+  );
 
   const under: [what: string, cause: StopCause, advice: RegExp][] = [
     [
@@ -5004,7 +6152,11 @@ describe.concurrent("the task stops", () => {
       { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." },
       /run it again, with on-demand capacity/,
     ],
-    ["somebody stops it", { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" }, /CloudTrail shows who/],
+    [
+      "somebody stops it",
+      { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" },
+      /look in CloudTrail for who/,
+    ],
   ];
   for (const [what, cause, advice] of under)
     faultTest(
@@ -5027,6 +6179,27 @@ describe.concurrent("the task stops", () => {
       // AWS needs a while from the end of the containers to STOPPED.
       { container: true, timing: { deprovisioning: 4_000 } },
     );
+
+  for (const [what, times, code] of [
+    ["once", 1, 0],
+    ["any more", Number.POSITIVE_INFINITY, 2],
+  ] as const)
+    faultTest(`ECS does not know the task ${what}, before a script is sent to it`, async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const before = new Date(Date.now() - 20_000); // the driver asks ECS only after some silence
+      fs.utimesSync(scene.record, before, before);
+      const arn = scene.world.aws.running()[0]?.taskArn as string;
+      const missing = scene.world.aws.inject({
+        operation: "DescribeTasks",
+        times,
+        do: { failures: [{ arn, reason: "MISSING" }] },
+      });
+      const finished = await scene.run("echo ran");
+      ended(finished, code);
+      expect(finished.stdout.toString()).toBe(code === 0 ? "ran\n" : "");
+      expect(missing.used).toBeGreaterThanOrEqual(times === 1 ? 1 : 3);
+      return { stage: "run", finished };
+    });
 
   faultTest(
     "a script is killed for want of memory, and the container lives on",
@@ -5111,13 +6284,20 @@ describe.concurrent("SSH fails", () => {
 
   faultTest(
     "Username is not the container's",
-    (scene) => prepareFails(scene, /refuses to let daemon in; .*the server refused the key/, /must let Username in/),
+    (scene) =>
+      prepareFails(scene, /refuses to let daemon in; .*the server refused the key/, /let Username in with the key/),
     { container: true, changes: { SSH: { Username: "daemon" } } },
   );
   faultTest(
     "the container refuses the key",
-    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /must let Username in/),
+    (scene) =>
+      prepareFails(scene, /refuses to let root in; .*the server refused the key/, /let Username in with the key/),
     { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY } },
+  );
+  faultTest(
+    "the container's sshd accepts no RSA key (KeyType = rsa)",
+    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /KeyType = "ed25519"/),
+    { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY }, changes: { SSH: { KeyType: "rsa" } } },
   );
   faultTest(
     "the container refuses the key at first",
@@ -5265,8 +6445,81 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       await closed.close();
       const finished = await scene.stage("prepare", { env: { AWS_ENDPOINT_URL: `http://127.0.0.1:${closed.port}` } });
       ended(finished, 2);
-      expect(finished.stderr).toContain("what to do: the runner's host must reach AWS");
+      expect(finished.stderr).toContain("what to do: let the runner's host reach AWS");
       return { stage: "prepare", finished };
+    },
+    { changes: { Fargate: { StartTimeout: 2 } } },
+  );
+  const authority = makeAuthority();
+  for (const [what, trusted, certificate] of [
+    ["that is not trusted", false, {}],
+    ["that has expired", true, { notAfter: new Date(Date.now() - 1_000) }],
+    ["of another host", true, { host: "other.example" }],
+  ] as const)
+    faultTest(
+      `the AWS endpoint shows a certificate ${what}`,
+      async (scene) => {
+        const ca = join(directory(), "ca.pem");
+        fs.writeFileSync(ca, authority.pem);
+        const finished = await scene.stage("prepare", { env: trusted ? { AWS_CA_BUNDLE: ca } : {} });
+        ended(finished, 2);
+        // Final, and nothing was sent: there is nothing to repeat, to look for or to leave behind.
+        expect(finished.stderr.match(/was not sent|got no answer|tried again/g)).toEqual(["was not sent"]);
+        expect(finished.stderr).toContain("what to do: set AWS_CA_BUNDLE");
+        expect(filesLeft(scene.world)).toEqual([]);
+        expect(scene.world.aws.calls).toEqual([]);
+        return { stage: "prepare", finished, keepsRecord: true }; // there is none, but cleanup cannot call AWS either
+      },
+      { tls: authority.issue(certificate) },
+    );
+  for (const status of [403, 407])
+    faultTest(`the proxy refuses a tunnel to AWS, with ${status}`, async (scene) => {
+      const proxy = await startConnectProxy(Array(100).fill(status));
+      try {
+        const env = { HTTPS_PROXY: proxy.url, AWS_ENDPOINT_URL: undefined };
+        const finished = await scene.stage("prepare", { env });
+        ended(finished, 2);
+        expect(proxy.asked).toEqual(["ecs.us-east-2.amazonaws.com:443"]);
+        expect(finished.stderr).toContain("what to do: check HTTPS_PROXY");
+        expect(filesLeft(scene.world)).toEqual([]);
+        return { stage: "prepare", finished };
+      } finally {
+        await proxy.close();
+      }
+    });
+  faultTest(
+    "the proxy refuses a tunnel to AWS for a moment, with 502",
+    async (scene) => {
+      const proxy = await startConnectProxy([502, 502]);
+      try {
+        const ca = join(directory(), "ca.pem");
+        fs.writeFileSync(ca, authority.pem);
+        scene.env.AWS_CA_BUNDLE = ca;
+        const finished = await scene.stage("prepare", { env: { HTTPS_PROXY: proxy.url } });
+        ended(finished, 0);
+        expect(proxy.asked.length).toBeGreaterThan(2);
+        expect(scene.world.aws.callsTo("RunTask")).toHaveLength(1);
+        return { stage: "prepare", finished };
+      } finally {
+        await proxy.close();
+      }
+    },
+    { tls: authority.issue() },
+  );
+  faultTest(
+    "the proxy refuses a tunnel to AWS until StartTimeout, with 502",
+    async (scene) => {
+      const proxy = await startConnectProxy(Array(1_000).fill(502));
+      try {
+        const env = { HTTPS_PROXY: proxy.url, AWS_ENDPOINT_URL: undefined };
+        const finished = await scene.stage("prepare", { env });
+        ended(finished, 2);
+        expect(proxy.asked.length).toBeGreaterThan(2);
+        expect(filesLeft(scene.world)).toEqual([]); // never sent: no task is looked for
+        return { stage: "prepare", finished };
+      } finally {
+        await proxy.close();
+      }
     },
     { changes: { Fargate: { StartTimeout: 2 } } },
   );
@@ -5279,6 +6532,18 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       return { stage: "prepare", finished };
     },
     { changes: { Fargate: { AllowedTaskDefinitions: ["test-*"] } } },
+  );
+  faultTest(
+    "the job's own variable names a platform version that it may not",
+    async (scene) => {
+      const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.3.0", BUILD_FAILURE_EXIT_CODE: "11" };
+      const finished = await scene.stage("prepare", { env });
+      ended(finished, 11);
+      expect(scene.world.aws.calls).toEqual([]);
+      ended(await scene.stage("prepare", { env: { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.4.0" } }), 0);
+      return { stage: "prepare (a build failure)", finished };
+    },
+    { changes: { Fargate: { AllowedPlatformVersions: ["1.4.0"] } } },
   );
   for (const [whose, operators] of [
     ["with the same keys (PrivateKeyPath, host keys of the image)", true],
@@ -5498,6 +6763,69 @@ describe.concurrent("the record cannot be kept", () => {
         spawnSync("umount", [path]);
       }
     });
+
+  faultTest("a network file system gives all files in the directory for records to another user", async (scene) => {
+    // The same from the driver's point of view: it runs as one user, and its new files belong to another.
+    const strace = [
+      "strace",
+      "-f",
+      "-qq",
+      "-o",
+      "/dev/null",
+      "-e",
+      "trace=geteuid",
+      "-e",
+      "inject=geteuid:retval=12345",
+    ];
+    if (!(await straceWorks())) throw new SkipFault("strace(1) does not work");
+    if (process.geteuid?.() !== 0) throw new SkipFault("the table of faults shows root's id");
+    fs.mkdirSync(scene.world.records, { mode: 0o700 });
+    const command = [...strace, driver, "--config", scene.world.configure(), "custom"];
+    const finished = await start([...command, "prepare"], { env: scene.env }).finished;
+    ended(finished, 2);
+    expect(scene.world.aws.calls).toEqual([]);
+    expect(finished.stderr).toContain("run GitLab Runner as it");
+    // No exception for it: whoever reaches such a directory writes as that user. A good record is not used, either.
+    ended(await scene.stage("prepare"), 0);
+    const script = join(directory(), "script");
+    fs.writeFileSync(script, "echo never");
+    const run = await start([...command, "run", script, "build_script"], { env: scene.env }).finished;
+    ended(run, 2);
+    expect(run.stdout.toString()).toBe("");
+    return { stage: "prepare", finished };
+  });
+
+  /** A script fails, its exit code cannot be kept: the job still fails as its author's, and no file says otherwise. */
+  const failsWithoutExitCode = async (scene: Scene, file: string) => {
+    ended(await scene.stage("prepare"), 0);
+    const env = { BUILD_EXIT_CODE_FILE: file, BUILD_FAILURE_EXIT_CODE: "11" };
+    const finished = await scene.begin("run", { script: "exit 42", env }).finished;
+    ended(finished, 11);
+    expect(fs.existsSync(file)).toBe(false);
+    return { stage: "run (a build failure)", finished, says: /warning: BUILD_EXIT_CODE_FILE / };
+  };
+  faultTest("a script fails, and the disk of BUILD_EXIT_CODE_FILE is full", async (scene) => {
+    const path = directory();
+    if (!mount("size=64k", path)) throw new SkipFault("mount(8) is not permitted");
+    try {
+      spawnSync("dd", ["if=/dev/zero", `of=${join(path, "fill")}`], { stdio: "ignore" });
+      return await failsWithoutExitCode(scene, join(path, "exit-code"));
+    } finally {
+      spawnSync("umount", [path]);
+    }
+  });
+  faultTest("a script fails, and the directory of BUILD_EXIT_CODE_FILE is gone", (scene) =>
+    failsWithoutExitCode(scene, join(directory(), "gone", "exit-code")),
+  );
+  faultTest("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const env = { BUILD_EXIT_CODE_FILE: join(directory(), "exit-code") };
+    fs.mkdirSync(env.BUILD_EXIT_CODE_FILE);
+    const finished = await scene.begin("run", { script: "echo never", env }).finished;
+    ended(finished, 2);
+    expect(finished.stdout.toString()).toBe("");
+    return { stage: "run", finished };
+  });
 
   faultTest("the disk is full when RunTask has answered", async (scene) => {
     const path = directory();
@@ -6056,7 +7384,7 @@ describe("any input", () => {
     const hash = "0123456789abcdef".repeat(4);
     const job: Job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
     const log = getLogger(["fargate", name]);
-    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now };
+    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now, wallTime: Date.now };
     return { context, lines, record: join(records, `${job.stem}.json`) };
   }
   const ownStartedBy = /^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/;
@@ -7405,6 +8733,16 @@ describe("the command line", () => {
   test.each([
     ["", "fargate: no command was given; known: custom, sweep"],
     ["custom", "fargate custom: no command was given; known: config, prepare, run, cleanup"],
+  ])("%j alone prints its help to standard error, then what is missing, and fails", async (line, message) => {
+    const words = line.split(" ").filter(Boolean);
+    const { code, stdout, stderr } = await fargate(words, { env: { SYSTEM_FAILURE_EXIT_CODE: "77" } });
+    const help = (await fargate([...words, "--help"])).stdout.toString();
+    expect({ code, stdout: stdout.toString() }).toEqual({ code: 77, stdout: "" });
+    expect(stderr.startsWith(help)).toBe(true);
+    expect(stderr.slice(help.length).replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
+  });
+
+  test.each([
     [
       "--log-level loud custom config",
       "fargate: option '--log-level <level>' argument 'loud' is invalid; known: trace, debug, info, warn, warning, " +

@@ -1,4 +1,4 @@
-#!/usr/bin/env -S bun --no-env-file --config=/dev/null
+#!/usr/bin/env -S bun --no-env-file --config=/dev/null --use-system-ca
 /**
  * fargate: runs each GitLab CI job in an AWS ECS task of its own on Fargate.
  *
@@ -15,8 +15,8 @@
  *
  * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks to sweep, and when a record is missing or names no task;
  *                EC2 DescribeNetworkInterfaces only to connect to public addresses. Nothing else.
- * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script and PrivateKeyPath; of the
- *                runner's config.toml, two time limits;
+ * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath, AWS_CA_BUNDLE,
+ *                and two time limits of the runner's config.toml;
  *                writes <Directory>/<stem>.json (0600, one for each running job), <Directory>/.manager-id,
  *                <Directory>/<stem>.*.lock (empty, while a process works on the job), BUILD_EXIT_CODE_FILE and LogFile.
  * Secrets        the job's private key: in memory and in the record. AWS credentials: in memory of the AWS
@@ -30,11 +30,11 @@
  * @module
  */
 
-import { createHash, generateKeyPairSync, randomBytes, randomUUID } from "node:crypto";
+import { createHash, generateKeyPairSync, randomBytes, randomUUID, X509Certificate } from "node:crypto";
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
-import { hostname, constants as osConstants } from "node:os";
-import { dirname, join, resolve } from "node:path";
+import { hostname, constants as osConstants, uptime } from "node:os";
+import { basename, dirname, join, resolve } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
@@ -69,6 +69,16 @@ export function printable(value: unknown): string {
   return text.length > LONGEST_TEXT ? `${line}...` : line;
 }
 
+/** What decisions depend on. Each field is filled in where the failure is first seen, and never from our own text. */
+export interface Cause {
+  readonly problem?: Problem | undefined; // selects the advice
+  readonly subject?: string | undefined; // the IAM action that AWS names, for the advice
+  readonly operation?: string; // the call that failed, such as ecs:RunTask; STOPPED if the task itself has ended
+  readonly error?: string; // AWS's name for the error
+  readonly isRetryable?: boolean; // the same call may succeed in a moment
+  readonly mayHaveStarted?: boolean; // RunTask may have started a task all the same
+}
+
 /**
  * Everything that ends a stage other than success, with whose fault it is: a `build` failure is the job's (the
  * runner does not try again), a `system` failure is ours, the operator's or AWS's. Its message is printable; only
@@ -79,6 +89,7 @@ export class Failure extends Error {
   constructor(
     readonly kind: "build" | "system",
     message: string,
+    override readonly cause: Cause = {},
     details: readonly string[] = [],
   ) {
     super([message, ...details].map(printable).join("\n  "));
@@ -98,118 +109,118 @@ export function reasonOf(error: unknown): string {
   return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
-/** What is known about a failure, by its text. */
-export interface Advice {
-  readonly advice: string;
-  readonly again?: true; // it may pass within minutes, elsewhere or by itself
-  readonly setting?: "TaskDefinition" | "PlatformVersion"; // the one that it speaks of
-}
+// What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. The texts are only
+// printed. The group of a problem decides: see PASSING, and where a variable of the job is at fault.
 
-const PASSES = { again: true } as const;
-const DEFINITION = { setting: "TaskDefinition" } as const;
-const PLATFORM = { setting: "PlatformVersion" } as const;
-const NEEDS = "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath";
-/** ECS's words for an override that the task definition does not bear: no such container, or a secret of that name. */
-const OVERRIDE_REFUSED = /not a container in the TaskDefinition|secret name must be unique/i;
+/** Another start may succeed: later, in another subnet or with other capacity. */
+const PASSING = {
+  throttled: "start fewer tasks at once, or ask AWS for higher API rates",
+  provisioning: "lower the runner's limit: too many tasks wait for capacity in this cluster",
+  capacity: "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy",
+  quota: "lower the runner's limit, or ask AWS for a higher Fargate quota",
+  instances: "give the cluster's instances more room, or lower the runner's limit",
+  addresses: "give Subnets with more free addresses",
+  interfaces: "ask AWS for more network interfaces in this region",
+  awsFault: "ask AWS if it happens again",
+  spot: "run it again, with on-demand capacity if it must not happen",
+  host: "run it again: AWS took the task's host away",
+};
+
+/** The task definition is at fault. */
+const OF_DEFINITION = {
+  definition: "name a task definition that is active in this region",
+  incompatible: "make the task definition compatible with LaunchType or the capacity provider",
+  networkMode: "set networkMode to awsvpc in the task definition",
+  container: "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath",
+  secret: "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath",
+  taskRole: "give the task definition a taskRoleArn, or set EnableExecuteCommand = false",
+  placement: "add instances that match the task definition's requirements and the zones of Subnets",
+  architecture: "build the image for the task definition's cpuArchitecture, or change that",
+};
+
+/** The platform version is at fault. */
+const OF_PLATFORM = {
+  platform: "set PlatformVersion to one that AWS lists and the task definition supports, or to LATEST",
+  fargateOnly: "remove PlatformVersion and EnablePublicIP: only Fargate tasks have them",
+};
+
+const ADVICE = {
+  ...PASSING,
+  ...OF_DEFINITION,
+  ...OF_PLATFORM,
+  // The runner's host and its way to AWS.
+  disk: "the runner's user must be able to write there, on a disk with room",
+  credentials: "give the runner's host a role (a container on EC2: hop limit 2), or AWS_* variables with a valid key",
+  profile: "check AWS_PROFILE and credential_process, and that the runner's user can read and run them",
+  clock: "set the clock of the runner's host right",
+  unreachable: "let the runner's host reach AWS in Region: a NAT gateway, a VPC endpoint for ECS, or HTTPS_PROXY",
+  certificate: "set AWS_CA_BUNDLE to the certificate authority of your proxy or endpoint",
+  proxy: "check HTTPS_PROXY: its address, user name and password, and what it allows",
+  accessDenied: "allow $1 in the IAM policy of the runner's host",
+  account: "ask AWS support to enable ECS and Fargate for this account and region",
+  // Settings.
+  cluster: "check Cluster and Region in the configuration file",
+  network: "check Subnet, SecurityGroup and Region: all must belong to one VPC",
+  launchType: 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy',
+  capacityProvider: "add it to the cluster: aws ecs put-cluster-capacity-providers",
+  taskSize: "make the task smaller, or ask AWS for a higher Fargate quota",
+  assumeRole: "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute",
+  linkedRole: "create it: aws iam create-service-linked-role --aws-service-name ecs.amazonaws.com",
+  // Tasks that do not start.
+  executionRole: "allow $1 to the task definition's execution role",
+  route: "give the subnet a route to ECR, S3, Secrets Manager and CloudWatch Logs: NAT or VPC endpoints",
+  missing: "create what the task definition names: a secret, a parameter, a file, a log group",
+  efsName: "give EFS a mount target in each zone of Subnets, and let the VPC resolve DNS host names",
+  efsPort: "allow port 2049 from the task's security group to the EFS mount targets",
+  efsAccess: "allow elasticfilesystem:ClientMount to the task role, and check the volume's directory",
+  volume: "check the task definition's volumes, and the disk space of the instance",
+  pullRate: "copy the image to ECR, or give the registry's credentials",
+  pullSpace: "give the task definition more ephemeralStorage",
+  pull: "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)",
+  command: "check the command and entry point in the image and the task definition, and memory",
+  // Tasks that stop.
+  memory: "give the task definition more memory, or the job less to do at once",
+  exited: "read the container's log: its SSH server must run until the task is stopped",
+  unhealthy: "correct the health check of ci-coordinator, or give it a longer startPeriod",
+  noHealth: "give ci-coordinator a healthCheck in the task definition, or set WaitForHealthy = false",
+  ownStop: "this driver did: see GitLab Runner's log, and what runs fargate sweep",
+  userStop: "look in CloudTrail for who called StopTask",
+  noTask: "look for the task in the ECS console",
+  // Logins.
+  key: 'let Username in with the key in SSH_PUBLIC_KEY; KeyType = "ed25519" works with any OpenSSH',
+  publicAddress: "set EnablePublicIP, and give the subnet a route to an internet gateway",
+  connection: "the task runs on: look at what the job did to sshd, at its load and memory",
+  refused: "the image must start an SSH server on Port",
+  algorithms: "the SSH server must offer curve25519 or ECDH, and AES, as OpenSSH does",
+  noServer: "Port must lead to an SSH server that lets this host in",
+  silent: "allow Port in the task's security group, from the runner's host; check routes",
+  hostKey: "nothing was sent; find out what answers at that address in place of the task",
+};
+export type Problem = keyof typeof ADVICE;
+
+/** @returns what to do about a failure; undefined if the driver does not know its cause */
+export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
+  problem && ADVICE[problem].replace("$1", subject ?? "this action");
+
+/** The cause of any thrown value. */
+export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
 /**
- * The words of AWS, of SSH and of this program for what has failed, and what to do about it; the first that fits counts,
- * and $1 stands for what it has matched. Texts: the ECS API reference, and the ECS developer guide's pages on
- * stopped tasks' errors and on API failure reasons.
+ * Runs `action`; rethrows its error as a Failure prefixed with `what`.
+ * @param problem what an error of the operating system means here
  */
-const KNOWN: readonly (readonly [RegExp, string, Omit<Advice, "advice">?])[] = [
-  [
-    /^(the record|the manager's|TaskMetadata).* cannot be (made|written|used: E[A-Z]+:)/,
-    "the runner's user must be able to write there, on a disk with room",
-  ],
-  // Whatever else is said beside them, these pass.
-  [/Rate (limit )?exceeded|RequestLimitExceeded/i, "start fewer tasks at once", PASSES],
-  [/SpotInterruption|Spot Task was interrupted/, "run it again, with on-demand capacity if it must not happen", PASSES],
-  // Images and roles, before the words that they share with RunTask: here it is the task's registry, and its own role.
-  [
-    /(?:CannotPull|ResourceInit|Fetching secret).* perform: ([\w-]+:\w+)/,
-    "allow $1 to the task definition's execution role",
-  ],
-  [/toomanyrequests|Too Many Requests|pull rate limit/i, "copy the image to ECR, or give the registry's credentials"],
-  [/CannotPull.*no space left/, "give the task definition more ephemeralStorage"],
-  [/CannotPull.*matching platform/, "build the image for the definition's cpuArchitecture, or change that"],
-  [/CannotPull/, "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)"],
-  [/CannotStartContainer/, "check the image's command and processor architecture, and memory"],
-  [
-    /Unexpected EC2 error.*(InvalidSubnet|InvalidGroup|InvalidSecurityGroup|Unauthorized)/,
-    "check Subnet, SecurityGroup and Region: all must be of one VPC",
-  ],
-  // Starts that may work a little later or elsewhere.
-  [/Capacity is unavailable/i, "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy", PASSES],
-  [/reached the limit on the number of/i, "lower the runner's limit, or ask AWS for a higher Fargate quota", PASSES],
-  [/InterfaceLimitExceeded/, "ask AWS for more network interfaces in this region", PASSES],
-  [/RESOURCE:ENI|InsufficientFreeAddresses|interface limit/i, "give Subnets with more free addresses", PASSES],
-  [/RESOURCE:\w/, "give the cluster's instances more room, or lower the runner's limit", PASSES],
-  [/Timeout waiting for|Unexpected EC2|InternalError|ContainerRuntime\w*Error/, "ask AWS if it happens again", PASSES],
-  [/ResourceNotFound/, "create what the task definition names: a secret, a parameter, a log group"],
-  [/ResourceInit/, "check the execution role, and the subnet's route to Secrets Manager, ECR and CloudWatch Logs"],
-  // Tasks that stopped.
-  [/OutOfMemory/, "give the task definition more memory, or the job less to do at once"],
-  [/EssentialContainerExited/, "read the container's log: its SSH server must run until the task is stopped"],
-  [/TerminationNotice|InfrastructureHealth|performing maintenance/, "run it again: AWS took the task's host away"],
-  [/UserInitiated: (fargate sweep|job )/, "this driver did: see GitLab Runner's log, and what runs fargate sweep"],
-  [/UserInitiated/, "CloudTrail shows who called StopTask"],
-  // Calls that were refused.
-  [/not authorized to perform: ([\w-]+:\w+)/, "allow $1 in the IAM policy of the runner's host"],
-  [/AccessDenied|UnauthorizedOperation/, "allow this action in the IAM policy of the runner's host"],
-  [/Signature (expired|not yet)|RequestExpired/, "set the clock of the runner's host right"],
-  [
-    /credential|security token|UnrecognizedClient|signature we calculated|AuthenticationToken/i,
-    "give the runner's host a role, or AWS_* variables with a valid key",
-  ],
-  [/ClusterNotFound/, "check Cluster and Region in the configuration file"],
-  [/No Container Instances/, 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy'],
-  [/capacity provider.*not (associated|found)/i, "add it to the cluster: aws ecs put-cluster-capacity-providers"],
-  [/TaskDefinition (not found|is inactive)/i, "name a task definition that is active in this region", DEFINITION],
-  [/not support launch_type/, "the task definition must be compatible with FARGATE, or LaunchType with it", DEFINITION],
-  [OVERRIDE_REFUSED, NEEDS, DEFINITION],
-  [/PlatformUnknown|PlatformTaskDefinition/, "set PlatformVersion to one that AWS lists, or not at all", PLATFORM],
-  [/InvalidSubnet|InvalidGroup|same VPC/, "check Subnet, SecurityGroup and Region: all must belong to one VPC"],
-  [/configuration is above your limit|is currently blocked/, "ask AWS support to lift the account's limit"],
-  [/service linked role/, "create it: aws iam create-service-linked-role --aws-service-name ecs.amazonaws.com"],
-  [/assume the role/, "let ecs-tasks.amazonaws.com assume the definition's roles; a new role takes a minute"],
-  [/got no answer.*certificate/i, "trust the CA: NODE_EXTRA_CA_CERTS in the runner's environment"],
-  [/got no answer/, "the runner's host must reach AWS in Region: NAT gateway, VPC endpoint for ECS, or HTTPS_PROXY"],
-  // Logins.
-  [/refused? the key|refuses to let/, "the container must let Username in with the key in SSH_PUBLIC_KEY"],
-  [/no public address/, "set EnablePublicIP, and give the subnet a route to an internet gateway"],
-  [/(not begin|lost while).*RUNNING/, "the task runs on: look at what the job did to sshd, at its load and memory"],
-  [/connect.*ECONNREFUSED/, "the image must start an SSH server on Port"],
-  [/no matching .*algorithm/, "the SSH server must offer curve25519 or ECDH, and AES, as OpenSSH does"],
-  [/no login worked.*(closed the conn|handshake)/i, "Port must lead to an SSH server that lets this host in"],
-  [/no login worked|nothing answered/, "allow Port in the task's security group, from the runner's host; check routes"],
-  [/server's key is not the one/, "nothing was sent; find out what answers at that address in place of the task"],
-];
-
-/** @returns what is known about a failure; undefined where its text must speak for itself */
-export function adviceFor(text: string): Advice | undefined {
-  const known = text
-    .replaceAll("\u2019", "'") // AWS writes both apostrophes
-    .replace(/the server says "[^"]*"/g, "") // what others have chosen is nobody's failure
-    .replace(/of this job, .*, (?=is not allowed:|cannot be used:)/s, "");
-  for (const [pattern, advice, more] of KNOWN) {
-    const match = pattern.exec(known);
-    if (match) return { advice: advice.replace("$1", match[1] ?? ""), ...more };
-  }
-}
-
-/** Does something whose failure is told as `what`, with the reason. @throws {Failure} */
-function orFail<T>(what: string, action: () => T): T {
+function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   try {
     return action();
   } catch (error) {
-    throw new Failure("system", `${what}: ${reasonOf(error)}`);
+    const known = (error as NodeJS.ErrnoException).code === undefined ? undefined : problem;
+    throw new Failure("system", `${what}: ${reasonOf(error)}`, { problem: known, ...causeOf(error) });
   }
 }
 
 /** Reads a file that must be there. @throws {Failure} naming it as `what` */
 const readFile = (path: string, what: string): Buffer =>
-  orFail(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
+  withContext(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
 
 // 3. Configuration ----------------------------------------------------------------------------------------
 
@@ -239,6 +250,9 @@ const listOf = (item: string, most: number) =>
   v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
 const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
+const allowed = (item: v.GenericSchema<string>, what: string) =>
+  v.optional(v.pipe(v.array(item), v.maxLength(100), v.description(`what a job's variable may name, a list: ${what}`)));
+const PLATFORM_VERSION = "a Fargate platform version, such as 1.4.0 or LATEST";
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -252,14 +266,18 @@ const strategy = v.pipe(
   v.minLength(1),
   v.maxLength(20),
   v.check((providers) => providers.some((provider) => provider.Weight > 0)),
-  v.description(
-    "1 to 20 of {CapacityProvider, Weight, Base}, at least one with a Weight above 0, such as " +
-      '[{CapacityProvider = "FARGATE_SPOT", Weight = 1}]',
-  ),
+  v.description('1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0'),
 );
 
 /** Keys that valibot's `record` leaves out without a word. */
 const RESERVED = ["__proto__", "constructor", "prototype"];
+
+const tags = v.pipe(
+  v.custom<Record<string, string>>((tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key))),
+  v.record(v.string(), v.string()),
+  v.check((tags) => Object.keys(tags).length <= 50),
+  v.description("a table of at most 50 tags for the task, text = text"),
+);
 
 /** Every setting, as the configuration file spells it, with default, unit and meaning. */
 export const ConfigSchema = v.object({
@@ -275,33 +293,21 @@ export const ConfigSchema = v.object({
       SecurityGroup: v.optional(text("a security group ID, such as sg-0a1b2c3d")),
       SecurityGroups: v.optional(listOf("a security group ID", 5)),
       TaskDefinition: text("family, family:revision or ARN of the task definition"),
-      AllowedTaskDefinitions: v.optional(
-        v.pipe(v.array(pattern), v.maxLength(100), v.description(`what a job's variable may name, a list: ${PATTERN}`)),
-      ),
+      AllowedTaskDefinitions: allowed(pattern, PATTERN),
       EnablePublicIP: v.optional(flag("whether the task gets a public address"), false),
       UsePublicIP: v.optional(flag("whether to connect to the task's public address")),
-      PlatformVersion: v.optional(text("a Fargate platform version, such as 1.4.0 or LATEST")),
+      PlatformVersion: v.optional(text(PLATFORM_VERSION)),
+      AllowedPlatformVersions: allowed(text(PLATFORM_VERSION), PLATFORM_VERSION),
       LaunchType: v.optional(exactly(["FARGATE", "EC2"], "where the task runs")),
       CapacityProviderStrategy: v.optional(strategy),
       FallbackCapacityProviderStrategy: v.optional(strategy),
       EnableExecuteCommand: v.optional(flag("whether ECS Exec may enter the task"), false),
-      Tags: v.optional(
-        v.pipe(
-          v.custom<Record<string, string>>(
-            (tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key)),
-          ),
-          v.record(v.string(), v.string()),
-          v.check((tags) => Object.keys(tags).length <= 50),
-          v.description("a table of at most 50 tags for the task, text = text"),
-        ),
-        {},
-      ),
+      Tags: v.optional(tags, {}),
       PropagateTags: v.optional(exactly(["TASK_DEFINITION", "NONE"], "whose tags the task gets beside its own")),
       StartTimeout: v.optional(whole(1, 86_400, "seconds from the start of a task until it must be ready"), 600),
-      DeadlineMargin: v.optional(
-        whole(0, 604_800, "seconds a task may outlive StartTimeout and the job's timeout"),
-        3600,
-      ),
+      WaitForHealthy: v.optional(flag("whether prepare waits until ECS reports the container healthy"), false),
+      DeadlineMargin: v.optional(whole(0, 604_800, "seconds of grace after StartTimeout and job timeout"), 3600),
+      AbandonedAfter: v.optional(whole(0, 604_800, "seconds without a live stage until sweep stops a task"), 900),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
     v.rawCheck(({ dataset, addIssue }) => {
@@ -338,6 +344,9 @@ export type Options = Partial<
   Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>
 >;
 
+/** Settings that a job may choose, by a variable of this name. The runner passes it on as `CUSTOM_ENV_<name>`. */
+const VARIABLES = { TaskDefinition: "FARGATE_TASK_DEFINITION", PlatformVersion: "FARGATE_PLATFORM_VERSION" } as const;
+
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
   typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Date);
@@ -369,6 +378,16 @@ function nearestKey(unknown: string): string {
     return distance(wanted, name) / Math.max(wanted.length, name.length);
   };
   return [...knownKeys()].reduce((best, key) => (far(key) < far(best) ? key : best));
+}
+
+/** A job's variables that nothing reads: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
+export function unreadVariables(env: Environment) {
+  const read: string[] = Object.values(VARIABLES);
+  return Object.keys(env).flatMap((key) => {
+    const [, name = "", bare = ""] = /^CUSTOM_ENV_((?:CUSTOM_ENV_)?(.*))$/s.exec(key) ?? [];
+    const meant = read.find((known) => distance(bare, known) <= 2);
+    return !read.includes(name) && (meant || bare.startsWith("FARGATE_")) ? [{ name, meant }] : [];
+  });
 }
 
 /**
@@ -422,31 +441,35 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 }
 
 /**
- * Whether a job's variable may name the task definition that it names. A pattern without a revision allows any; an ARN
- * must also be of the configured region, and of the partition and account that an ARN in the configuration file says.
+ * Whether a job may choose what its variables name. A pattern without a revision allows any; an ARN must also be of the
+ * configured region, and of the partition and account that an ARN in the configuration file says.
+ * @param byJob the settings that a variable of the job decided
  * @param configured the file's own TaskDefinition, if it has one
  * @returns why not; undefined where it may
  */
-export function refusalOf(f: Config["Fargate"], configured: unknown): string | undefined {
-  if (!f.AllowedTaskDefinitions) return undefined;
-  const asked = f.TaskDefinition;
-  const refused = `FARGATE_TASK_DEFINITION of this job, ${asked.slice(0, 300)}, is not allowed:`;
+export function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
+  const refused = (key: keyof typeof VARIABLES, why: string) =>
+    `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
+  const { TaskDefinition: asked, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
+  if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
+    return refused("PlatformVersion", `AllowedPlatformVersions has ${versions.join(", ") || "none"}`);
+  if (!byJob.includes("TaskDefinition") || !patterns) return undefined;
   const [, partition, region, account, named] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
-    const arns = [f.Cluster, String(configured)].map((name) => /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/.exec(name));
-    const own = arns.filter((arn) => arn !== null);
+    const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
+    const own = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
-    if (!known || region !== f.Region)
-      return `${refused} an ARN must be of region ${f.Region}, and of the account that Cluster or TaskDefinition in the configuration file names by an ARN`;
+    const right = `region ${f.Region} and of the account in the ARN of Cluster or TaskDefinition in the file`;
+    if (!known || region !== f.Region) return refused("TaskDefinition", `an ARN must be of ${right}`);
   }
   const name = named ?? asked;
   const fits = (pattern: string) => {
     const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?");
     return new RegExp(`^${expression}$`).test(name);
   };
-  if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && f.AllowedTaskDefinitions.some(fits)) return undefined;
-  return `${refused} AllowedTaskDefinitions has ${f.AllowedTaskDefinitions.join(", ") || "none"}`;
+  if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && patterns.some(fits)) return undefined;
+  return refused("TaskDefinition", `AllowedTaskDefinitions has ${patterns.join(", ") || "none"}`);
 }
 
 /**
@@ -472,32 +495,27 @@ export function readConfig(file: string, path: string, options: Options, env: En
   const fargate = folded.Fargate ?? {}; // where it is no table, the schema says so
   const overrides: Table = {};
   const byJob: string[] = [];
-  for (const [key, variable] of [
-    ["TaskDefinition", env.CUSTOM_ENV_FARGATE_TASK_DEFINITION],
-    ["PlatformVersion", env.CUSTOM_ENV_FARGATE_PLATFORM_VERSION],
-  ] as const) {
+  for (const key of ["TaskDefinition", "PlatformVersion"] as const) {
+    const variable = env[`CUSTOM_ENV_${VARIABLES[key]}`];
     overrides[key] = given(options[key], variable, (fargate as Table)[key]);
     if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
   }
-  const merged: Table = {
-    LogLevel: given(options.LogLevel, folded.LogLevel),
-    LogFormat: given(options.LogFormat, folded.LogFormat),
-    LogFile: given(options.LogFile, folded.LogFile),
-    Fargate: isTable(fargate) ? { ...fargate, ...overrides } : fargate,
-    TaskMetadata: folded.TaskMetadata ?? {},
-    SSH: folded.SSH ?? {},
-  };
+  const merged: Table = { TaskMetadata: {}, SSH: {}, ...folded };
+  merged.Fargate = isTable(fargate) ? { ...fargate, ...overrides } : fargate;
+  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], folded[key]);
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
     const all = [...new Set(result.issues.map(describeProblem))];
     const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
-    throw new Failure("system", `${path} cannot be used:`, problems);
+    throw new Failure("system", `${path} cannot be used:`, {}, problems);
   }
-  // The runner calls each try in a directory of its own, which it removes.
-  result.output.TaskMetadata.Directory = resolve(dirname(path), result.output.TaskMetadata.Directory);
   const config = result.output;
-  const named = isTable(fargate) ? fargate.TaskDefinition : undefined;
-  const refusal = byJob.includes("TaskDefinition") ? refusalOf(config.Fargate, named) : undefined;
+  // Not relative to the working directory: the runner makes a new one for each attempt, and removes it.
+  const beside = (name: string) => resolve(dirname(path), name);
+  config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
+  if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
+  if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
+  const refusal = refusalOf(config.Fargate, byJob, (fargate as Table).TaskDefinition);
   return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
@@ -536,6 +554,19 @@ function writeWhole(file: number, text: string): void {
 }
 
 /**
+ * Follows the symbolic links of a path, those of its directories too; links of /proc are the kernel's, and stay.
+ * @throws at a link of another user than root and this one, who could have any file written to
+ */
+function followTrustedLinks(path: string): string {
+  const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
+  const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
+  if (!link?.isSymbolicLink()) return here;
+  if (link.uid !== 0 && link.uid !== process.geteuid?.())
+    throw new Error(`${here} is a symbolic link of another user, of id ${link.uid}`);
+  return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)));
+}
+
+/**
  * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
  * the job. What ends a stage is always shown on standard error too, so that the job log says why.
  */
@@ -545,8 +576,10 @@ export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFi
   let trouble: unknown;
   if (settings.LogFile) {
     try {
-      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK } = fs.constants; // a pipe must not hold up a stage
-      const file = fs.openSync(settings.LogFile, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK, 0o600);
+      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants; // a pipe must not hold up a stage
+      const path = followTrustedLinks(resolve(settings.LogFile));
+      const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one; /dev/stderr leads to /proc
+      const file = fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
       write = (line) => writeWhole(file, line);
     } catch (error) {
       trouble = error;
@@ -584,18 +617,22 @@ export interface Job {
   readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
   readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
   readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
+  readonly unused?: readonly string[]; // image and services that its author asks for, only to be logged
 }
 
 const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
 const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
 const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
+const named = v.fallback(v.object({ name: v.string() }), { name: "" });
 const JobResponseSchema = v.object({
   id: v.pipe(v.number(), v.safeInteger()),
   token: v.optional(v.string(), ""),
   job_info: v.object({ project_id: v.pipe(v.number(), v.safeInteger()) }),
   git_info: v.object({ repo_url: v.pipe(v.string(), v.url()) }),
   runner_info: v.fallback(v.object({ timeout: v.optional(v.number()) }), {}),
+  image: named,
+  services: v.fallback(v.array(named), []),
 });
 
 /** Reads JSON by a schema. Errors name the key and never the value: it holds tokens and keys. */
@@ -619,7 +656,7 @@ export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
     const what = `JOB_RESPONSE_FILE ${path} cannot be used`;
-    const response = orFail(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
+    const response = withContext(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
     const { protocol, host, pathname } = new URL(response.git_info.repo_url); // and none of its token
     const project = response.job_info.project_id;
     // The job's token is what nobody can guess, nor a second GitLab of this runner give out once more.
@@ -631,6 +668,7 @@ export function readJob(env: Environment): Job | undefined {
       hash,
       title: `job ${response.id} of project ${project}`,
       timeout: timeout > 0 ? Math.min(timeout, LONGEST_TIMEOUT) : DEFAULT_TIMEOUT,
+      unused: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
@@ -644,6 +682,7 @@ export function readJob(env: Environment): Job | undefined {
 // 6. Task record ------------------------------------------------------------------------------------------
 
 const RECORD_VERSION = 1;
+const MANAGER = /^[0-9a-f]{12}$/;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
 const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
 
@@ -671,22 +710,22 @@ export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 /** Makes the directory of records, for its owner alone, unless it is there. @returns and @throws as `checkDirectory` */
 export function openDirectory(directory: string): string | undefined {
   const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
-  orFail(`TaskMetadata.Directory ${directory} cannot be made`, make);
+  withContext(`TaskMetadata.Directory ${directory} cannot be made`, make, "disk");
   return checkDirectory(directory);
 }
 
 /**
- * @returns a warning where the directory's group, or another user who owns it, may write to it
+ * @returns a warning where others may write to the directory, or another user owns it; it never advises to change the
+ *   mode, because other programs may need a directory such as /tmp as it is
  * @throws {Failure} where anybody may put one record in another's place
  */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
+  const use = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
-  if ((mode & 0o1002) === 0o002)
-    throw new Failure("system", `${what} cannot be used: anybody may write to it; chmod o-w ${directory}`);
-  const own = process.geteuid?.();
-  if (uid !== 0 && uid !== own) return `${what} belongs to another user, of id ${uid}; chown ${own} ${directory}`;
-  return mode & 0o020 ? `${what} can be written to by its group; chmod g-w ${directory}` : undefined;
+  if ((mode & 0o1002) === 0o002) throw new Failure("system", `${what} cannot be used: anybody may write to it; ${use}`);
+  if (uid !== 0 && uid !== process.geteuid?.()) return `${what} belongs to another user, of id ${uid}; ${use}`;
+  return mode & 0o022 ? `${what} can be written to by others; ${use}` : undefined;
 }
 
 /**
@@ -700,7 +739,12 @@ function readOwn(path: string, others = 0o077): string {
   try {
     const stat = fs.fstatSync(file);
     if (!stat.isFile()) throw new Error("it is not a regular file");
-    if (stat.uid !== process.geteuid?.()) throw new Error(`it belongs to another user, of id ${stat.uid}`);
+    if (stat.uid !== process.geteuid?.()) {
+      // Also where a file system gives all files to one user: whoever reaches it can have written them.
+      const fixed = "; if the file system gives all files to that user (an EFS access point), run GitLab Runner as it";
+      const like = fs.statSync(dirname(path)).uid === stat.uid ? fixed : "";
+      throw new Error(`it belongs to another user, of id ${stat.uid}${like}`);
+    }
     if (stat.mode & others) throw new Error(`its mode is ${(stat.mode & 0o777).toString(8)}, and should be 600`);
     return fs.readFileSync(file, "utf8");
   } finally {
@@ -732,7 +776,7 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
 /** @throws {Failure} when the record cannot be kept safe; the caller must not go on to start a task */
 export function writeRecord(path: string, record: TaskRecord): void {
   const content = `${JSON.stringify(record, null, 2)}\n`;
-  orFail(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync));
+  withContext(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync), "disk");
 }
 
 /** Whether a text that holds a `startedBy` holds another than that of the job in a record's file name. */
@@ -743,7 +787,7 @@ const isOfAnother = (path: string, text: string): boolean => {
 
 /** @returns undefined where there is none. @throws {Failure} when there is one that cannot be understood, or trusted */
 export function readRecord(path: string): TaskRecord | undefined {
-  return orFail(`the record ${path} cannot be used`, () => {
+  return withContext(`the record ${path} cannot be used`, () => {
     try {
       const record = readJson(readOwn(path), RecordSchema);
       if (isOfAnother(path, record.StartedBy)) throw new Error("it is of another job");
@@ -775,58 +819,59 @@ export function remainsOf(
   return UpdatedAt;
 }
 
-/** What tells a live process from a later one of the same id: its start, from /proc; "" where there is no /proc. */
-function startOf(pid: number): string | undefined {
+/** Tells a process from all others: its start, a dot, and this boot and PID namespace; "." if it has ended, or no /proc. */
+function identityOf(pid: number | "self"): string {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
     const stat = fs.readFileSync(`/proc/${pid}/stat`, "latin1");
     const [state = "", ...fields] = stat.replace(/^.*\) /s, "").split(" ");
-    return /[ZX]/.test(state) ? undefined : fields[18];
-  } catch {}
-  try {
-    process.kill(pid, 0);
-    return "";
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === "EPERM" ? "" : undefined;
+    const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "latin1").slice(0, 8);
+    return /[ZX]/.test(state) ? "." : `${fields[18]}.${boot}${fs.statSync("/proc/self/ns/pid").ino}`;
+  } catch {
+    return ".";
   }
 }
 
-/** Where this process's id holds: the processes of another host or container cannot be looked at. */
-function pidNamespace(): string {
-  try {
-    const boot = fs.readFileSync("/proc/sys/kernel/random/boot_id", "latin1").slice(0, 8);
-    return boot + fs.readlinkSync("/proc/self/ns/pid").replace(/\D/g, "");
-  } catch {
-    return "";
-  }
+const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
+const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
+
+/**
+ * Makes a lock, an empty file whose name identifies this process: `sweep` leaves the job alone, `cleanup` waits for it.
+ * Touches it regularly, for those who cannot look at this process.
+ * @returns removes the lock
+ */
+export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
+  const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
+  const beat = () => {
+    try {
+      if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
+      else fs.closeSync(fs.openSync(path, "wx", 0o600));
+    } catch {} // a record that can be read is enough for a run; a full disk may have room later
+  };
+  beat();
+  const timer = setInterval(beat, BEAT).unref();
+  return () => {
+    clearInterval(timer);
+    removeQuietly(path);
+  };
 }
 
 /**
- * Says, by the name of an empty file, that this process works on a job: `sweep` leaves it alone, `cleanup` waits for it.
- * @returns takes that back
+ * Who works on records in a directory. /proc shows whether a lock's process lives, also one that is stopped. For a process
+ * elsewhere (another host or container, or before a reboot), the last touch decides. The locks of dead processes are
+ * kept with the record, since they show when the job was last worked on, and removed without one.
  */
-export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
-  const name = [stem, stage, process.pid, startOf(process.pid), pidNamespace(), "lock"].join(".");
-  const path = join(Directory, name);
-  try {
-    fs.closeSync(fs.openSync(path, "wx", 0o600));
-  } catch {
-    return () => {}; // a record that can be read is enough for a run
-  }
-  return () => removeQuietly(path);
-}
-
-/** Who works on records in a directory. What dead processes left is removed: their file names are theirs alone. */
-export function usersOf({ Directory }: Config["TaskMetadata"]) {
+export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
-    const [, stem, stage, pid, start, namespace] =
-      /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*)\.(\w*)\.lock$/.exec(name) ?? [];
+    const [, stem, stage, pid, identity = "", place] =
+      /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
     if (!stem || !stage) return [];
-    if (fs.lstatSync(join(Directory, name), { throwIfNoEntry: false })?.uid !== process.geteuid?.()) return [];
-    // Undefined where that cannot be known: the process is of another host or container, or of one before a reboot.
-    const lives = namespace === pidNamespace() ? startOf(Number(pid)) === start : undefined;
-    if (lives === false) removeQuietly(join(Directory, name));
-    return lives === false ? [] : [{ name, stem, stage, pid: Number(pid), lives }];
+    const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    if (uid !== process.geteuid?.()) return [];
+    const isHere = place && identityOf("self").endsWith(`.${place}`);
+    const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
+    if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
+    return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
 }
 
@@ -837,14 +882,14 @@ export function usersOf({ Directory }: Config["TaskMetadata"]) {
  */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
-  return orFail(`the manager's identity ${path} cannot be used`, () => {
+  return withContext(`the manager's identity ${path} cannot be used`, () => {
     try {
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
     const id = readOwn(path).trim();
-    if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
+    if (!MANAGER.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
 }
@@ -888,7 +933,9 @@ export interface Operator {
   readonly config: Config;
   readonly log: Logger;
   readonly stop: AbortSignal; // aborted by SIGTERM or SIGINT; the reason is a Failure that says so
-  readonly now: () => number; // milliseconds since the epoch
+  readonly now: () => number; // milliseconds of a clock that nobody sets: for durations, within this process
+  readonly wallTime: () => number; // milliseconds since the epoch: only to compare with other processes and machines
+  readonly env: Environment;
 }
 
 /** What every stage works with. */
@@ -896,7 +943,7 @@ export interface Context extends Operator {
   readonly job: Job;
   readonly byJob: readonly string[]; // the settings that a variable of the job decided
   readonly refusal?: string | undefined; // why these are not allowed, where they are not
-  readonly env: Environment;
+  readonly warned?: Set<string>; // what has been warned of, in a stage that repeats itself
 }
 
 /** Where the output of a script goes. */
@@ -934,7 +981,7 @@ export function runTaskInput(
 
 /** How something is bounded that may be repeated. */
 export interface Limits {
-  readonly until: number; // epoch ms after which it is not tried again
+  readonly until: number; // ms, as of `now`, after which it is not tried again
   readonly signal?: AbortSignal | undefined; // ends it with the signal's reason
   readonly again?: (error: unknown) => boolean; // which failures may pass; `isTransient` unless given
 }
@@ -962,57 +1009,150 @@ async function sleep(ms: number, signal?: AbortSignal): Promise<void> {
   await delay(ms, undefined, { signal }).catch(() => signal?.throwIfAborted());
 }
 
-/** What the SDK throws; without a status no answer came. */
-type AwsError = { name?: string; $metadata?: { httpStatusCode?: number } };
-const statusOf = (error: unknown): number => (error as AwsError | undefined)?.$metadata?.httpStatusCode ?? 0;
-
-/** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
-const isThrottling = (error: unknown): boolean =>
-  /Throttl|TooManyRequests|RequestLimitExceeded|SlowDown/.test((error as AwsError | undefined)?.name ?? "");
-
-/** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
-export function isTransient(error: unknown): boolean {
-  const { name = "", $metadata } = (error ?? {}) as AwsError;
-  const status = statusOf(error);
-  if (isThrottling(error)) return true;
-  // Without a status, request or answer was lost; with one of success, it broke off. Missing credentials look alike.
-  if (status < 300) return $metadata !== undefined && !/Credential/.test(name);
-  return status >= 500 || status === 429;
-}
-
-/** The same where a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
-const mayPass = (error: unknown): boolean => isTransient(error) || /Credential/.test((error as Error).name);
+/** AWS's names for errors, and two stop codes. A name decides, whatever the text beside it. */
+const BY_NAME: readonly (readonly [Problem, RegExp])[] = [
+  ["throttled", /^(Throttling(Exception)?|RequestLimitExceeded|TooManyRequestsException|RequestThrottled|SlowDown)$/],
+  ["provisioning", /^LimitExceededException$/],
+  ["accessDenied", /^(AccessDenied(Exception)?|UnauthorizedOperation|NotAuthorized)$/],
+  ["credentials", /^(CredentialsProviderError|InvalidClientTokenId|AuthFailure)$/],
+  ["credentials", /^(ExpiredToken|UnrecognizedClient|MissingAuthenticationToken|IncompleteSignature)(Exception)?$/],
+  ["clock", /^(RequestExpired|RequestTimeTooSkewed|RequestInTheFuture)$/],
+  ["account", /^(BlockedException|OptInRequired|SubscriptionRequiredException)$/],
+  ["cluster", /^ClusterNotFoundException$/],
+  ["platform", /^Platform(Unknown|TaskDefinitionIncompatibility)Exception$/],
+  ["incompatible", /^UnsupportedFeatureException$/],
+  ["spot", /^SpotInterruption$/],
+  ["userStop", /^UserInitiated$/],
+];
 
 /**
- * Whether a RunTask that failed may have started a task: it reached AWS, and what came back does not deny it. A
- * conflict means that the token, which is nobody else's, has started one.
+ * AWS's prose, for what AWS has no name for: how the message of an error, a failure's reason, a stoppedReason or a
+ * container's reason begins. The first that fits counts. The texts are those of the ECS API reference, of the ECS
+ * developer guide's pages on stopped tasks' errors and API failure reasons, and of public reports.
  */
-export function mayHaveWorked(error: unknown): boolean {
-  const status = statusOf(error);
-  if (status >= 300) return status >= 500 || (error as Error).name === "ConflictException";
-  const { name = "", code = "", message = "" } = error as NodeJS.ErrnoException;
-  return !/Credential|ECONNREFUSED|ConnectionRefused|ENOTFOUND|EAI_AGAIN/.test(`${name} ${code} ${message}`);
+const BY_TEXT: readonly (readonly [Problem, RegExp])[] = [
+  // Messages of RunTask and StopTask.
+  ["clock", /^Signature (expired|not yet current)/],
+  ["credentials", /^The (request signature we calculated|security token included in the request)/],
+  ["noTask", /^The referenced task was not found/],
+  ["definition", /^TaskDefinition (not found|is inactive)/],
+  ["incompatible", /^(Task definition does not support launch_type|The selected task definition is not compatible)/],
+  ["networkMode", /^Network Configuration is not valid for the given networkMode/],
+  ["container", /^Override for container named \S+ is not a container in the TaskDefinition/],
+  ["secret", /^The secret name must be unique/],
+  ["fargateOnly", /^(The platform version must be null|Assign public IP is not supported)/],
+  ["taskRole", /^The execute command failed because a valid task role/],
+  ["capacityProvider", /^The specified capacity provider/],
+  ["launchType", /^(No Container Instances were found|NO ACTIVE INSTANCES|EMPTY CAPACITY PROVIDER)/],
+  ["assumeRole", /^(ResourceInitializationError: )?ECS was unable to assume the role/],
+  ["linkedRole", /^Unable to assume the service linked role/],
+  ["taskSize", /^(The requested \w+ configuration is above your limit|No Fargate configuration exists)/],
+  // Load, capacity and limits: of RunTask, and of tasks that stop before they are ready.
+  ["provisioning", /^Tasks provisioning capacity limit exceeded/],
+  ["capacity", /^Capacity is unavailable at this time/],
+  ["quota", /^You've reached the limit on the number of/],
+  ["addresses", /^RESOURCE:ENI/],
+  ["instances", /^(RESOURCE:|AGENT\b|Unable to attach network interface to unused device index)/],
+  ["placement", /^(LOCATION|ATTRIBUTE|MemberOf placement constraint)/],
+  ["throttled", /^(Error retrieving|Unexpected EC2 error).*\b(RequestLimitExceeded|Throttling|Rate exceeded)/],
+  ["addresses", /^Unexpected EC2 error.*\bInsufficientFreeAddressesInSubnet/],
+  ["interfaces", /^Unexpected EC2 error.*InterfaceLimitExceeded/],
+  ["network", /^(Error retrieving|Unexpected EC2 error).*\b(Invalid(Subnet|Group|Security|Param)|Unauthorized)/],
+  ["awsFault", /^(Error retrieving|Unexpected EC2 error|Timeout waiting for|Network interface provision)/],
+  ["awsFault", /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeoutError|CannotInspectContainerError)/],
+  ["awsFault", /^ResourceInitializationError: failed to configure ENI/],
+  // Tasks that do not start. AWS's word at the beginning decides; the rest of the text only chooses the advice.
+  ["executionRole", /^(ResourceInit|Fetching|CannotPull).*(AccessDenied|not authorized|KMS is not allowed)/],
+  ["efsName", /^ResourceInit.*invoke EFS utils.*Failed to resolve/],
+  ["efsAccess", /^ResourceInit.*invoke EFS utils.*(access denied|No such file)/],
+  ["efsPort", /^ResourceInit.*invoke EFS utils/],
+  ["missing", /^(ResourceInit|Fetching).*(NotFound|not found|invalid ssm|did not contain|failed to initialize)/],
+  ["route", /^ResourceInit/],
+  ["pullRate", /^CannotPull.*(toomanyrequests|Too Many Requests|pull rate limit)/],
+  ["pullSpace", /^CannotPull.*no space left/],
+  ["architecture", /^(CannotPull.*(matching platform|no matching manifest)|CannotStart.*exec format error)/],
+  ["pull", /^CannotPull/],
+  ["command", /^CannotStartContainerError/],
+  ["volume", /^CannotCreate(Volume|Container)Error/],
+  ["spot", /^Your Spot Task was interrupted/],
+  ["host", /^(Host EC2 |ECS is performing maintenance|Container instance deregistration)/],
+  ["unhealthy", /^Task failed container health checks/],
+  ["memory", /^OutOfMemory/],
+  // Stop codes, if no text says more.
+  ["exited", /^EssentialContainerExited$/],
+  ["host", /^(TerminationNotice|InfrastructureHealth)$/],
+];
+
+const firstFit = (rows: typeof BY_TEXT, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
+
+/** Recognizes a problem by AWS's name for it, else by how one of AWS's texts begins. */
+export function recognize(name: string, ...texts: (string | undefined)[]): Pick<Cause, "problem" | "subject"> {
+  const known = texts.flatMap((text) => text?.replaceAll("\u2019", "'") ?? []); // AWS writes both apostrophes
+  const problem = firstFit(BY_NAME, name) ?? known.map((text) => firstFit(BY_TEXT, text)).find(Boolean);
+  const subject = known.map((text) => / is not authorized to perform: ([\w-]+:\w+)/.exec(text)?.[1]).find(Boolean);
+  return { problem, subject };
 }
 
-/** Why a call to AWS failed, without the hints for programmers that the SDK and bun add. */
-function awsReason(error: unknown): string {
-  const { name = "" } = error as AwsError;
-  const status = statusOf(error);
-  // The SDK stumbles over a body that it does not expect: a proxy's page, or anything else.
-  if (status > 0 && /^(Type|Syntax|Range)Error$/.test(name) && !/ECONN|socket/i.test(reasonOf(error)))
-    return `HTTP ${status} with a body that is none of AWS's`;
-  return reasonOf(error).replace(/(?: For more information, pass `verbose|\n)[\s\S]*/, "");
+/** What the SDK throws. Its fields come from the answer, where they may be of any type. */
+type AwsError = { [field: string]: unknown; $metadata?: { httpStatusCode?: number } };
+
+/** Codes of errors with which no request left this host: bun's, which has them from Node and OpenSSL. */
+const NOT_SENT: readonly (readonly [Problem, RegExp])[] = [
+  ["unreachable", /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN)$/],
+  ["certificate", /CERT|^(CRL|HOSTNAME|PATH_LENGTH)_|^UNABLE_TO_(GET|VERIFY|DE)|^INVALID_(CA|PURPOSE)$/],
+  ["proxy", /^ERR_PROXY_TUNNEL$/], // its answer to CONNECT, whose status is the error's
+];
+
+/**
+ * What a call to AWS came to, as a Failure that names the call and the error.
+ * @param profileProblem why there are no credentials, if a profile is to blame
+ */
+export function awsFailure(operation: string, thrown: unknown, profileProblem?: string): Failure {
+  const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
+  const status = $metadata?.httpStatusCode ?? 0;
+  const error = typeof name === "string" && name ? name : "UnknownError";
+  const refused = status >= 300;
+  const known = recognize(error, refused && typeof message === "string" ? message : undefined);
+  const notSent = status > 0 ? undefined : firstFit(NOT_SENT, String(code)); // in an answer, each field is the endpoint's
+  const isFinal = notSent === "certificate" || (notSent === "proxy" && Number(proxyStatus) < 500);
+  const cause = {
+    operation,
+    error,
+    ...known,
+    // Without a status, the request or its answer was lost; with one of success, the answer broke off.
+    isRetryable:
+      firstFit(BY_NAME, error) === "throttled" ||
+      (refused ? status >= 500 || status === 429 : $metadata !== undefined && !isFinal),
+    // A conflict means that the token, which is nobody else's, has started a task.
+    mayHaveStarted: refused ? status >= 500 || error === "ConflictException" : $metadata !== undefined && !notSent,
+  };
+  // The hints for programmers that the SDK and bun add are left out.
+  let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(
+    /(?: For more information, pass `verbose|\n)[\s\S]*/,
+    "",
+  );
+  if (notSent === "certificate") text = `the endpoint's certificate is not accepted: ${code}`;
+  // The SDK stumbles over a body that it does not expect, such as a proxy's page.
+  const isForeign = status > 0 && /^(Type|Syntax|Range)Error$/.test(error) && !/ECONN|socket/i.test(text);
+  if (isForeign) text = `HTTP ${status} with a body that is none of AWS's`;
+  if (refused)
+    return new Failure("system", `${operation} was refused: ${isForeign ? text : `${error}: ${text}`}`, cause);
+  if (profileProblem)
+    return new Failure("system", `${operation} was not sent: ${profileProblem}`, { ...cause, problem: "profile" });
+  const problem = known.problem === "credentials" ? known.problem : (notSent ?? "unreachable");
+  const what = problem === "unreachable" ? "got no answer" : "was not sent";
+  return new Failure("system", `${operation} ${what}: ${text}`, { ...cause, problem });
 }
 
-/** What a call to AWS came to, as a Failure that names the call and the error. */
-export function awsFailure(action: string, error: unknown): Failure {
-  const { name = "Error" } = error as AwsError;
-  const answered = statusOf(error) >= 300;
-  const reason = awsReason(error);
-  const detail = answered && !reason.startsWith("HTTP ") ? `${name}: ${reason}` : reason;
-  const what = answered ? "was refused" : /Credential/.test(name) ? "was not sent" : "got no answer";
-  return new Failure("system", `${action} ${what}: ${detail}`);
-}
+/** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
+const isTransient = (error: unknown): boolean => causeOf(error).isRetryable === true;
+
+/** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
+const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
+
+/** The same if a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
+const mayPass = (error: unknown): boolean =>
+  isTransient(error) || /^(credentials|profile)$/.test(causeOf(error).problem ?? "");
 
 const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
 /** For how long a call may fail and be tried again before the log says so, in ms; throttled, longer than a rush lasts. */
@@ -1028,6 +1168,8 @@ const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(sch
 const givenText = given(v.string());
 const listed = <T extends v.ObjectEntries>(entries: T) => given(v.array(v.fallback(v.object(entries), {} as never)));
 const pairs = listed({ name: givenText, value: givenText });
+const end = { name: givenText, exitCode: given(v.number()), reason: givenText };
+const addresses = listed({ privateIpv4Address: givenText, ipv6Address: givenText });
 /** What this driver looks at in ECS's answers; the SDK passes on whatever has come. */
 const AnswerSchema = v.object({
   tasks: listed({
@@ -1039,7 +1181,7 @@ const AnswerSchema = v.object({
     stoppedReason: givenText,
     createdAt: given(v.date()),
     attachments: listed({ type: givenText, details: pairs }),
-    containers: listed({ name: givenText, exitCode: given(v.number()), reason: givenText }),
+    containers: listed({ ...end, healthStatus: givenText, networkInterfaces: addresses }),
     overrides: given(v.object({ containerOverrides: listed({ environment: pairs }) })),
   }),
   failures: listed({ reason: givenText, detail: givenText }),
@@ -1059,6 +1201,29 @@ const IS_WHOLE = {
 /** What the SDK takes to end a call. */
 type Abort = { abortSignal: AbortSignal };
 
+/** The certificates of the CAs that are trusted by default, and of those in a PEM file. @throws {Failure} */
+async function trustedCas(path: string): Promise<string[]> {
+  const { getCACertificates } = await import("node:tls");
+  return withContext(`the CA bundle ${path} cannot be used`, () => {
+    const found = fs.readFileSync(path, "utf8").match(/-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g);
+    if (!found) throw new Error("there is no certificate in it");
+    for (const pem of found) new X509Certificate(pem); // else each connection would fail without a reason
+    return [...getCACertificates("default"), ...found];
+  });
+}
+
+/** Why a profile gives no credentials. The SDK does not say, and what it logs may hold a credential_process's output. */
+async function explainProfile({ AWS_PROFILE: name = "default" }: Environment): Promise<string | undefined> {
+  const { loadSharedConfigFiles } = await import("@smithy/core/config");
+  const { configFile, credentialsFile } = await loadSharedConfigFiles();
+  const profile = { ...configFile[name], ...credentialsFile[name] };
+  if (profile.credential_process) return `the credential_process of profile ${name} gave no credentials`;
+  if (Object.keys(profile).length > 0) return `profile ${name} gave no credentials`;
+  return name === "default"
+    ? undefined
+    : `profile ${name} (AWS_PROFILE) is not in the shared config and credentials files`;
+}
+
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
 export class Aws {
   #ecsClient: Promise<ECS> | undefined;
@@ -1067,7 +1232,7 @@ export class Aws {
 
   constructor(
     private readonly region: string,
-    private readonly context: Pick<Operator, "log" | "now">,
+    private readonly context: Pick<Operator, "log" | "now" | "env">,
   ) {}
 
   /**
@@ -1076,10 +1241,23 @@ export class Aws {
    */
   async #settings() {
     const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
+    const { loadConfig } = await import("@smithy/core/config");
+    const bundle = await loadConfig({
+      environmentVariableSelector: (env) => env.AWS_CA_BUNDLE || undefined,
+      configFileSelector: (profile) => profile.ca_bundle || undefined,
+      default: "",
+    })();
+    const init: BunFetchRequestInit = { redirect: "manual", ...(bundle && { tls: { ca: await trustedCas(bundle) } }) };
+    const customFetch = ((request: Request) => fetch(request, init)) as typeof fetch;
+    const { env } = this.context;
+    const { AWS_ACCESS_KEY_ID: accessKeyId = "", AWS_SECRET_ACCESS_KEY: secretAccessKey = "" } = env;
+    const keys = { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN };
     return {
       region: this.region,
       maxAttempts: 1,
-      requestHandler: new FetchHttpHandler({ requestInit: () => ({ redirect: "manual" }) }),
+      requestHandler: new FetchHttpHandler({ customFetch }),
+      // As in the Go SDK, keys override a profile. This SDK would use the profile.
+      ...(env.AWS_PROFILE && accessKeyId && secretAccessKey && { credentials: keys }),
     };
   }
 
@@ -1088,7 +1266,7 @@ export class Aws {
     { until, signal, again = isTransient, onSend = () => {}, grace = 0 }: CallLimits,
     call: (abort: Abort) => Promise<T>,
   ): Promise<T> {
-    const { log, now } = this.context;
+    const { log, now, env } = this.context;
     const first = now();
     let warned = false;
     const once = async () => {
@@ -1110,17 +1288,15 @@ export class Aws {
       try {
         return await Promise.race([call({ abortSignal: sdk.signal }), cut.promise]);
       } catch (error) {
-        // The SDK takes them from the answer, where they may be of any type.
-        const told = error as Error;
-        if (typeof told.name !== "string" || told.name === "") told.name = "UnknownError";
-        if (typeof told.message !== "string") told.message = "";
-        log.debug("{action} failed after {ms} ms: {reason}", { action, ms: now() - begun, reason: awsReason(error) });
-        const patience = isThrottling(error) ? PATIENCE.throttled : PATIENCE.other;
-        if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(error)) {
+        const isWithout = (error as AwsError).name === "CredentialsProviderError";
+        const failure = awsFailure(action, error, isWithout ? await explainProfile(env) : undefined);
+        log.debug("{reason} (after {ms} ms)", { reason: failure.message, ms: now() - begun });
+        const patience = isThrottling(failure) ? PATIENCE.throttled : PATIENCE.other;
+        if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(failure)) {
           warned = true;
-          log.warn("{action} still fails, and is tried again: {reason}", { action, reason: awsReason(error) });
+          log.warn("{reason}; it is tried again", { reason: failure.message });
         }
-        throw error;
+        throw failure;
       } finally {
         timers.forEach(clearTimeout);
         signal?.removeEventListener("abort", onSignal);
@@ -1128,11 +1304,11 @@ export class Aws {
     };
     // A call that was throttled must not come again sooner than the one that it stands for.
     const least = (error: unknown) => (isThrottling(error) ? Math.min(500 * 2 ** ++this.throttled, 5_000) : 0);
+    const isOfCall = (error: unknown) => causeOf(error).operation === action; // else nothing was sent
     try {
-      return await retry(once, { until, again: (e) => !(e instanceof Failure) && again(e), now, signal, least });
+      return await retry(once, { until, again: (error) => isOfCall(error) && again(error), now, signal, least });
     } catch (error) {
-      if (error instanceof Failure) throw error; // of onSend: nothing was sent
-      throw signal?.aborted ? signal.reason : awsFailure(action, error);
+      throw signal?.aborted && isOfCall(error) ? signal.reason : error;
     }
   }
 
@@ -1151,11 +1327,14 @@ export class Aws {
     });
   }
 
-  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why not */
-  async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<{ arn?: string | undefined; why: string }> {
-    const { tasks, failures } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
-    const reasons = (failures ?? []).map((f) => [f.reason, f.detail].filter(Boolean).join(" "));
-    return { arn: tasks?.[0]?.taskArn, why: reasons.join("; ") || "AWS gave no reason" };
+  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why there is none */
+  async runTask(input: RunTaskCommandInput, limits: CallLimits): Promise<string | Failure> {
+    const { tasks, failures = [] } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
+    const arn = tasks?.[0]?.taskArn;
+    if (arn) return arn;
+    const reasons = failures.map((f) => [f.reason, f.detail].filter(Boolean).join(" ")).join("; ");
+    const cause = { operation: "ecs:RunTask", ...recognize("", ...failures.map(({ reason }) => reason)) };
+    return new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`, cause);
   }
 
   /** @returns what ECS knows of these tasks, in calls of 100; those that it does not know (yet, or no more) are missing */
@@ -1169,18 +1348,27 @@ export class Aws {
     return found;
   }
 
+  /** The same for one task that has been seen before. A single MISSING proves nothing: ECS is eventually consistent. */
+  async describeTask(cluster: string, arn: string, limits: CallLimits): Promise<Task | undefined> {
+    for (let calls = 1; ; calls++) {
+      const [task] = await this.describeTasks(cluster, [arn], limits);
+      if (task || calls === 4) return task;
+      await sleep(1_500, limits.signal);
+    }
+  }
+
   /**
    * Stops a task; one that is gone counts as stopped. `reason` holds ids only.
-   * @param young until when, in epoch ms, ECS may not know the task yet
+   * @param young until when, in ms as of `now`, ECS may not know the task yet
    */
   async stopTask(cluster: string, task: string, reason: string, limits: Limits, young = 0): Promise<void> {
-    const again = (error: unknown) =>
-      mayPass(error) || (/task was not found/i.test(reasonOf(error)) && this.context.now() < young);
+    const isGone = (error: unknown) => causeOf(error).problem === "noTask";
+    const again = (error: unknown) => mayPass(error) || (isGone(error) && this.context.now() < young);
     const stop = (ecs: ECS, abort: Abort) => ecs.stopTask({ cluster, task, reason }, abort);
     await this.#ecs("StopTask", { ...limits, again }, stop).catch((error) => {
-      if (/task was not found/i.test(reasonOf(error))) return;
+      if (isGone(error)) return;
       if (error === limits.signal?.reason) throw error;
-      throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`);
+      throw new Failure("system", `${task} may still run, stop it by hand: ${reasonOf(error)}`, causeOf(error));
     });
   }
 
@@ -1208,17 +1396,21 @@ export class Aws {
       ec2.describeNetworkInterfaces(asked, abort),
     ).catch((failure: Failure) => {
       // EC2 may learn of the interface a moment after ECS.
-      if (/InvalidNetworkInterfaceID\.NotFound/.test(failure.message)) return { NetworkInterfaces: [] };
+      if (failure.cause.error === "InvalidNetworkInterfaceID.NotFound") return { NetworkInterfaces: [] };
       throw failure;
     });
     return NetworkInterfaces?.[0]?.Association?.PublicIp;
   }
 }
 
-/** A detail of the task's network interface, undefined until it is attached. */
-export function interfaceDetail(task: Task, name: "privateIPv4Address" | "networkInterfaceId"): string | undefined {
+/** A task's network interface, undefined until it is attached; the address is IPv4 if it has one, else IPv6. */
+export function interfaceOf(task: Task): Record<"id" | "address", string | undefined> {
   const eni = task.attachments?.find((attachment) => attachment.type === "ElasticNetworkInterface");
-  return eni?.details?.find((detail) => detail.name === name)?.value;
+  const detail = (wanted: string) => eni?.details?.find(({ name }) => name === wanted)?.value;
+  // All containers share it. Nothing else names the IPv6 address.
+  const shared = task.containers?.flatMap((container) => container.networkInterfaces ?? [])[0];
+  const address = detail("privateIPv4Address") || shared?.privateIpv4Address || shared?.ipv6Address;
+  return { id: detail("networkInterfaceId"), address };
 }
 
 /** While a start is awaited, desiredStatus STOPPED is the end already, whatever lastStatus says. */
@@ -1236,6 +1428,17 @@ export function explainStop(task: Task): string {
     });
   const stopped = [task.stopCode, task.stoppedReason].filter(Boolean).join(": ") || "ECS gave no reason";
   return `${stopped}${containers.join("")}`;
+}
+
+const STOPPED = "task"; // the operation of a Cause: the task itself has ended
+const OWN_STOP = /^(fargate sweep: |job )/; // reasons that this driver gives to StopTask
+
+/** Why a task stopped, for decisions. */
+export function stopCause({ stopCode, stoppedReason = "", containers = [] }: Task): Cause {
+  const reasons = containers.map((container) => container.reason);
+  const { problem, subject } = recognize(stopCode ?? "", stoppedReason, ...reasons, stopCode);
+  const isOwn = problem === "userStop" && OWN_STOP.test(stoppedReason);
+  return { operation: STOPPED, problem: isOwn ? "ownStop" : problem, subject };
 }
 
 /**
@@ -1263,15 +1466,27 @@ export interface SshTarget
 /** `target` is for a second connection to the same server. */
 export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket; target: SshTarget }>;
 
-/** Why no connection came about; `unreachable` may pass, the others are final. */
+/** Why no connection came about. `unreachable` and `unverified` (ECS did not answer) may pass, the others are final. */
 export class SshFailure extends Failure {
   constructor(
-    readonly why: "unreachable" | "login" | "host-key",
+    readonly why: "unreachable" | "unverified" | "login" | "host-key",
     message: string,
+    cause: Cause = {},
   ) {
-    super("system", message);
+    super("system", message, cause);
   }
 }
+
+/** The level that ssh2 gives its errors, and the operating system's code. */
+type SshError = Error & { level?: string; code?: unknown };
+const sshProblem = ({ level, code }: SshError): Problem =>
+  code === "ECONNREFUSED"
+    ? "refused"
+    : level === "handshake"
+      ? "algorithms"
+      : code === undefined
+        ? "noServer"
+        : "silent";
 
 // What a server that keeps to the protocol does not come near, in bytes; ssh2 has no bounds of its own.
 const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, beside the script: each of 36 bytes takes 1.5 KB
@@ -1328,7 +1543,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   const client = new Client();
   const socket = new Socket();
   socket.setNoDelay(true); // else each short packet may wait 40 ms for the last one's acknowledgement
-  const where = `${target.Username}@${target.host}:${target.Port}`;
+  const where = `${target.Username}@${target.host.replace(/.*:.*/, "[$&]")}:${target.Port}`; // as IPv6 is written in URLs
   let hostKey: Buffer | undefined;
   let changed = false;
   const done = Promise.withResolvers<Connection>();
@@ -1338,9 +1553,11 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     client.destroy();
     socket.destroy();
   };
-  const fail = (why: SshFailure["why"], text: string) => end(new SshFailure(why, `${where}: ${text}`));
-  const late = (ms: number, what: string) => setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`), ms);
-  let timer = late(silence, "nothing answered");
+  const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
+    end(new SshFailure(why, `${where}: ${text}`, { problem }));
+  const late = (ms: number, what: string, problem: Problem) =>
+    setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
+  let timer = late(silence, "nothing answered", "silent");
   const abort = () => end(signal.reason);
   signal.addEventListener("abort", abort);
   const { toSend = 0 } = target;
@@ -1358,19 +1575,19 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   socket.once("data", () => {
     onAnswer();
     clearTimeout(timer);
-    timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in");
+    timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in", "noServer");
   });
   client.on("ready", () => {
     if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
-    else fail("host-key", "the server let us in before it had shown its key");
+    else fail("host-key", "the server let us in before it had shown its key", "hostKey");
   });
   // Stays for the connection's life: an error event without a listener would end the process.
-  client.on("error", (error: Error & { level?: string }) => {
-    if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared");
-    else if (error.level === "client-authentication") fail("login", "the server refused the key");
-    else fail("unreachable", sshReason(error));
+  client.on("error", (error: SshError) => {
+    if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared", "hostKey");
+    else if (error.level === "client-authentication") fail("login", "the server refused the key", "key");
+    else fail("unreachable", sshReason(error), sshProblem(error));
   });
-  client.on("close", () => fail("unreachable", "the server closed the connection"));
+  client.on("close", () => fail("unreachable", "the server closed the connection", "noServer"));
   try {
     client.connect({
       sock: socket.connect({ host: target.host, port: target.Port }),
@@ -1682,7 +1899,8 @@ async function terminate(connection: Connection, shell: RemoteShell) {
 /** How a script ended. */
 export type Outcome =
   | { readonly ended: "exited"; readonly code: number }
-  | { readonly ended: "lost"; readonly begun: boolean; readonly reason: string }; // begun: some of it may have run
+  // begun: some of it may have run; wasSilent: the server answered no keep-alive
+  | { readonly ended: "lost"; readonly begun: boolean; readonly wasSilent: boolean; readonly reason: string };
 
 /**
  * Runs a script over a connection and passes its output on. Aborting `stop` ends the script and its processes first.
@@ -1698,8 +1916,10 @@ export async function runScript(
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
   const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
   let reason: string | undefined;
-  connection.client.on("error", (error) => {
+  let wasSilent = false;
+  connection.client.on("error", (error: SshError) => {
     reason = sshReason(error);
+    wasSilent = error.level === "client-timeout";
   });
   connection.client.on("close", () => {
     reason ??= "the server closed the connection";
@@ -1790,7 +2010,7 @@ export async function runScript(
       await over;
       await sleep(50); // the end of the connection, where that is the cause, is told after the channel's
       reason ??= "the server closed the script's channel without an exit status";
-      return { ended: "lost", begun: preamble.shell !== undefined, reason };
+      return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
     }
     await drain();
     if (!preamble.shell)
@@ -1833,9 +2053,13 @@ const recordPath = ({ config, job }: Context): string => join(config.TaskMetadat
 const startedBy = ({ config, job }: Context): string =>
   `fargate-${managerId(config.TaskMetadata.Directory)}-${job.hash.slice(0, 32)}`;
 
-/** The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. */
-export function configAnswer(job: Job | undefined): string {
-  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: job?.stem ?? "" });
+/**
+ * The `config` stage's answer. builds_dir and cache_dir are left to the runner's config.toml. The runner puts the host
+ * name into a script, between double quotes: only characters that mean nothing to a shell are kept.
+ */
+export function configAnswer(job: Job | undefined, host = hostname()): string {
+  const name = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : "";
+  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: name });
 }
 
 /** The operator's own key, where it can be read. */
@@ -1882,6 +2106,12 @@ const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 export async function prepare(context: Context): Promise<void> {
   const { config, job, log, now, stop, refusal } = context;
   if (refusal) throw new Failure("build", refusal);
+  const noEffect = "image: and services: have no effect, choose a task definition by FARGATE_TASK_DEFINITION instead";
+  if (job.unused?.length) log.warn(`${noEffect}: {names}`, { names: job.unused.join(", ") });
+  const unread = unreadVariables(context.env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
+  for (const { name, meant } of unread.slice(0, 20))
+    if (meant) log.warn("nothing reads the job's variable {name}; did you mean {meant}?", { name, meant });
+    else log.debug("nothing reads the job's variable {name}", { name });
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
   checkRunner(context);
@@ -1930,13 +2160,13 @@ export async function prepare(context: Context): Promise<void> {
 }
 
 /** Another process that prepares the same job, and lives. */
-const prepareOf = ({ config, job }: Context) =>
-  usersOf(config.TaskMetadata).find(
+const prepareOf = ({ config, job, wallTime }: Context) =>
+  usersOf(config.TaskMetadata, wallTime()).find(
     ({ stem, stage, pid, lives }) => stem === job.stem && stage === "prepare" && lives && pid !== process.pid,
   );
 
 function newRecord(context: Context, privateKey: string): TaskRecord {
-  const { config, now } = context;
+  const { config, wallTime } = context;
   return {
     Version: RECORD_VERSION,
     TaskARN: "",
@@ -1951,7 +2181,7 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
     Interpreter: "sh",
     LoginShell: "",
     Deadline: 0,
-    UpdatedAt: Math.floor(now() / 1000),
+    UpdatedAt: Math.floor(wallTime() / 1000),
   };
 }
 
@@ -1982,6 +2212,10 @@ export function placements(f: Config["Fargate"]) {
   return how.flatMap((strategy) => where.map((Subnets) => ({ ...strategy, Subnets })));
 }
 
+/** Pause after a number of failed attempts, in ms: 2 s until each placement has been tried, then doubled every round. */
+export const pauseAfter = (attempts: number, placements: number): number =>
+  Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
+
 /**
  * Starts a task and follows it until a login works. A start that fails for want of capacity is tried again, elsewhere
  * first, for as long as StartTimeout allows.
@@ -1991,27 +2225,38 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   const until = begun + config.Fargate.StartTimeout * 1000;
   const places = placements(config.Fargate);
   let tries = 0;
+  let reported = Number.NEGATIVE_INFINITY; // ms, as of `now`
   const placed = () => ({ ...config.Fargate, ...places[tries % places.length] });
+  const { TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
+  log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
   const once = async () => {
     const Fargate = placed();
     tries++;
     await startTask({ ...context, config: { ...config, Fargate } }, aws, record, key, until);
-    return untilReady(context, aws, record, key, begun);
+    const login = await untilReady(context, aws, record, key, begun);
+    if (tries > 1) log.info("Attempt {tries} to start a task has succeeded", { tries });
+    return login;
   };
   const again = (error: unknown) => {
-    const reason = reasonOf(error);
-    // With a start unanswered, or any other failure, there may be a task already.
-    const noTask = !record.Unanswered && /^(ecs:RunTask |the task stopped before it was ready)/.test(reason);
-    const passes = !stop.aborted && noTask && adviceFor(reason)?.again === true;
+    const { operation, problem } = causeOf(error);
+    // After an unanswered start, or any other failure, there may be a task already.
+    const noTask = !record.Unanswered && (operation === "ecs:RunTask" || operation === STOPPED);
+    const passes = !stop.aborted && noTask && problem !== undefined && problem in PASSING;
     if (passes && now() < until) {
+      const reason = reasonOf(error);
       const { Subnets, CapacityProviderStrategy } = placed();
       const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
       const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
-      log.warn("{reason}; trying again in {where}", { reason, where });
+      const due = now() >= reported + 60_000;
+      if (due) reported = now();
+      log[due ? "warn" : "debug"]("{reason}; trying again in {where}", { reason, where });
     }
     return passes;
   };
-  return retry(once, { until, again, now, signal: stop, most: 20_000 });
+  const least = () => pauseAfter(tries, places.length);
+  return retry(once, { until, again, now, signal: stop, most: 0, least }).catch((error) => {
+    throw blame(context, error);
+  });
 }
 
 /**
@@ -2019,46 +2264,49 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
  * record says so before each call and after its answer, so that a task whose answer is lost can be found.
  */
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
-  const { config, job, byJob, log, now, stop } = context;
-  const { StartTimeout, DeadlineMargin, TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
+  const { config, job, log, wallTime, stop } = context;
+  const { StartTimeout, DeadlineMargin } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
     const clientToken = randomUUID();
     record.TaskARN = "";
     record.ClientTokens.push(clientToken);
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
     const onSend = () => {
-      record.UpdatedAt = Math.floor(now() / 1000);
+      record.UpdatedAt = Math.floor(wallTime() / 1000);
       keepRecord(context, { ...record, Unanswered: true });
     };
     const again = (error: unknown) => {
-      record.Unanswered ||= mayHaveWorked(error);
+      record.Unanswered ||= causeOf(error).mayHaveStarted === true;
       return isTransient(error);
     };
-    const { arn, why } = await aws.runTask(input, { until, again, onSend, signal: stop, grace: ANSWER_GRACE });
+    const arn = await aws.runTask(input, { until, again, onSend, signal: stop, grace: ANSWER_GRACE });
     record.Unanswered = false;
-    if (!arn) throw new Failure("system", `ecs:RunTask started no task: ${why}`);
+    if (arn instanceof Failure) throw arn;
     record.TaskARN = arn;
     keepRecord(context, record);
   };
 
   stop.throwIfAborted();
-  log.info("Starting a task of {definition} on cluster {cluster} in {region}", { definition, cluster, region });
-  record.Deadline = Math.ceil(now() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
+  record.Deadline = Math.ceil(wallTime() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
-  try {
-    await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).catch((failure: Error) => {
-      const [refused] = OVERRIDE_REFUSED.exec(failure.message) ?? [];
-      if (!refused || record.PrivateKey || record.Unanswered) throw failure;
-      log.info("The task definition does not take SSH_PUBLIC_KEY from here; starting it without");
-      return runTask(/secret/i.test(refused) ? deadline : undefined);
-    });
-  } catch (error) {
-    const { setting } = adviceFor(reasonOf(error)) ?? {};
-    if (!setting || !byJob.includes(setting)) throw error;
-    const variable = setting === "TaskDefinition" ? "FARGATE_TASK_DEFINITION" : "FARGATE_PLATFORM_VERSION";
-    const choice = `${variable} of this job, ${config.Fargate[setting]},`;
-    throw new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`);
-  }
+  const shared = "with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY";
+  const accepted = () => record.PrivateKey || log.warn(shared);
+  await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).then(accepted, (error) => {
+    const { problem } = causeOf(error);
+    const isRefused = problem === "container" || problem === "secret";
+    if (!isRefused || record.PrivateKey || record.Unanswered) throw error;
+    log.info("The task definition does not accept SSH_PUBLIC_KEY from the driver; starting the task without it");
+    return runTask(problem === "secret" ? deadline : undefined);
+  });
+}
+
+/** If a variable of the job has decided the setting that is at fault, the failure is the job's. */
+function blame({ config, byJob }: Context, error: unknown): unknown {
+  const { problem = "" } = causeOf(error);
+  const setting = problem in OF_DEFINITION ? "TaskDefinition" : problem in OF_PLATFORM ? "PlatformVersion" : undefined;
+  if (!setting || !byJob.includes(setting)) return error;
+  const choice = `${VARIABLES[setting]} of this job, ${config.Fargate[setting]},`;
+  return new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`, causeOf(error));
 }
 
 // For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
@@ -2077,7 +2325,7 @@ const FRESH = 10_000;
  */
 async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
-  const { StartTimeout } = config.Fargate;
+  const { StartTimeout, WaitForHealthy } = config.Fargate;
   const { ConnectTimeout } = config.SSH;
   const deadline = begun + StartTimeout * 1000;
   const id = record.TaskARN.split("/").at(-1);
@@ -2087,16 +2335,17 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   const usePublic = config.Fargate.UsePublicIP ?? config.Fargate.EnablePublicIP;
   let host: string | undefined;
   let status: string | undefined;
-  let runningSince: number | undefined;
+  let runningSince: number | undefined; // and healthy, if that is awaited
   let refusedSince: number | undefined;
   let refusedFor = 0;
-  let lastFailure = "";
+  let lastFailure: SshFailure | undefined;
   let lastTold = "";
-  let alive = 0;
+  let alive = Number.NEGATIVE_INFINITY;
 
   const beginLogins = (address: string) => {
     log.debug("the task's address is {address}", { address });
-    logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, ({ why, message }) => {
+    logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, (failure) => {
+      const { why, message } = failure;
       if (message !== lastTold) log.debug("no login yet: {message}", { message });
       lastTold = message;
       if (why === "login") {
@@ -2104,7 +2353,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
         refusedFor = now() - refusedSince;
       }
       // A refused key says more than the connections that sshd then refuses for a while.
-      if (why === "login" || refusedSince === undefined) lastFailure = message;
+      if (why === "login" || refusedSince === undefined) lastFailure = failure;
     }).then((connection) => ready.resolve({ host: address, connection }), ready.reject);
   };
   const describe = async () => {
@@ -2117,7 +2366,8 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
     if (task) alive = asked;
     return task;
   };
-  const stopped = (why: string) => new Failure("system", `the task stopped before it was ready: ${why}`);
+  const stopped = (why: string, cause: Cause) =>
+    new Failure("system", `the task stopped before it was ready: ${why}`, cause);
   const tooLong = () => {
     if (runningSince !== undefined && refusedFor > REFUSAL_PATIENCE)
       return `the task runs, but its SSH server refuses to let ${config.SSH.Username} in`;
@@ -2132,22 +2382,32 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
       mustBeKept(context);
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
-        log.info("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
+        // Every attempt goes through these two states, also while there is no capacity.
+        const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info";
+        log[level]("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
-      if (task && isEnding(task)) throw stopped(explainStop(task));
-      if (status === "RUNNING") runningSince ??= now();
-      if (task && !host) {
-        const eni = interfaceDetail(task, "networkInterfaceId");
-        host = usePublic
-          ? eni && (await aws.publicAddress(eni, { until: deadline, signal }))
-          : interfaceDetail(task, "privateIPv4Address");
+      if (task && isEnding(task)) throw stopped(explainStop(task), stopCause(task));
+      const container = task?.containers?.find(({ name }) => name === CONTAINER);
+      const health = WaitForHealthy ? (container?.healthStatus ?? "UNKNOWN") : "HEALTHY";
+      if (health === "UNHEALTHY")
+        throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
+      if (status === "RUNNING" && health === "HEALTHY") runningSince ??= now();
+      if (task && !host && health === "HEALTHY") {
+        const { id: eni, address } = interfaceOf(task);
+        const isPublic = usePublic && !address?.includes(":"); // IPv6 addresses have no public counterparts
+        host = isPublic ? eni && (await aws.publicAddress(eni, { until: deadline, signal })) : address;
         if (host) beginLogins(host);
       }
       const late = tooLong();
       if (late) {
-        const tried = lastFailure && `; the last attempt to log in: ${lastFailure}`;
+        const tried = lastFailure ? `; the last attempt to log in: ${lastFailure.message}` : "";
         const noAddress = `; it has no ${usePublic ? "public address" : "address"}`;
-        throw new Failure("system", `${late}${host ? tried : noAddress}`);
+        const notTried = health === "HEALTHY" ? noAddress : `; the health of ${CONTAINER} is ${health}`;
+        // Without an address, no login was tried. A task that is not RUNNING has no SSH server yet.
+        const tooLate = runningSince === undefined ? undefined : (lastFailure?.cause.problem ?? "silent");
+        const unready = health === "HEALTHY" ? usePublic && "publicAddress" : status === "RUNNING" && "noHealth";
+        const problem = host ? tooLate : unready || undefined;
+        throw new Failure("system", `${late}${host ? tried : notTried}`, { problem });
       }
       await sleep(pollPause(polls, host !== undefined, Math.random(), aws.throttled), signal);
     }
@@ -2155,10 +2415,10 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   try {
     const login = await Promise.race([ready.promise, watch()]);
     if (record.PrivateKey && now() < alive + FRESH) return login;
-    const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], { until: deadline, signal: stop });
+    const task = await aws.describeTask(record.Cluster, record.TaskARN, { until: deadline, signal: stop });
     if (task && !isEnding(task)) return login;
     login.connection.client.destroy();
-    throw stopped(task ? explainStop(task) : "ECS no longer knows it");
+    throw task ? stopped(explainStop(task), stopCause(task)) : stopped("ECS no longer knows it", {});
   } finally {
     over.abort(new Failure("system", "the task is no longer awaited"));
   }
@@ -2168,9 +2428,10 @@ const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped 
 
 /** The `run` stage: runs a script of the job in its task, which says itself why it fails. @returns the exit code */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
-  const { env, log } = context;
+  const { env, log, now, wallTime } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
-  if (exitCodeFile) fs.rmSync(exitCodeFile, { force: true }); // else this stage could answer with another's
+  const forget = () => exitCodeFile && fs.rmSync(exitCodeFile, { force: true });
+  withContext("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", forget); // this stage would answer with its code
   const script = readFile(scriptPath, `the script of ${stage},`);
   const path = recordPath(context);
   checkDirectory(context.config.TaskMetadata.Directory);
@@ -2179,14 +2440,15 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
     throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
   // A run that nobody ends any more, because its runner has died, would hold its task for ever.
   const late = new AbortController();
-  const left = Math.max(record.Deadline * 1000 - context.now(), 60_000);
-  const end = () => late.abort(new Failure("system", "the job is past its deadline"));
-  const timer = setTimeout(end, Math.min(left, 2 ** 31 - 1));
+  const last = now() + Math.max(record.Deadline * 1000 - wallTime(), 60_000);
+  const end = () => now() > last && late.abort(new Failure("system", "the job is past its deadline"));
+  const timer = setInterval(end, 1_000); // one timer until then would fire early if that is more than 24.8 days away
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
   const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the stage before ended
-  const code = await runInTask({ ...context, stop }, record, mtimeMs, script, stage).finally(() => {
-    clearTimeout(timer);
+  const seen = now() + mtimeMs - wallTime();
+  const code = await runInTask({ ...context, stop }, record, seen, script, stage).finally(() => {
+    clearInterval(timer);
     done();
   });
   try {
@@ -2194,13 +2456,18 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   } catch {} // cleaned up meanwhile; or the next stage asks ECS
   log.debug("{stage} ended with exit code {code}", { stage, code });
   if (code === 0) return 0;
-  if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
+  try {
+    if (exitCodeFile) fs.writeFileSync(exitCodeFile, String(code));
+  } catch (error) {
+    removeQuietly(exitCodeFile as string); // the runner takes an empty file for a system failure
+    log.warn("BUILD_EXIT_CODE_FILE cannot be written; the runner sees 1: {reason}", { reason: reasonOf(error) });
+  }
   return exitCode("build", env);
 }
 
 /**
  * Connects and runs the script; one of which no command can have run is sent again, any other never.
- * @param seen epoch ms of the task's last sign of life
+ * @param seen ms, as of `now`, of the task's last sign of life
  * @returns the script's exit code
  * @throws {Failure} for anything but an exit of the script
  */
@@ -2218,28 +2485,28 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     toSend: script.length,
   };
   let tries = 0;
-  let asked = 0;
+  let asked = Number.NEGATIVE_INFINITY;
   const attempt = async (): Promise<number> => {
     if (++tries > 2 && now() > asked + 5_000) {
       // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
       asked = now();
-      const fate = await fateOf(context, record, 0);
-      if (fate.ended) throw new Failure("system", `${stage} did not begin: ${fate.says}`);
+      const { ended, says, cause } = await fateOf(context, record, 0);
+      if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
     }
     const connection = await connect(target, CONNECT_CUT, stop);
     try {
       if (!record.PrivateKey || Math.abs(now() - seen) > FRESH) {
-        const { known, ended, says } = await fateOf(context, record, 0);
-        if (ended) throw new Failure("system", `${stage} did not begin: ${says}`);
-        if (!known) throw new SshFailure("unreachable", says);
+        const { ended, says, cause } = await fateOf(context, record, 0);
+        if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
+        if (ended === undefined) throw new SshFailure("unverified", says, cause);
       }
       const outcome = await runScript(connection, script, shells, context);
       if (outcome.ended === "lost") {
         if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
         // ECS may learn of an end some seconds after the connection; after a silence of keep-alives it has had them.
-        const { says } = await fateOf(context, record, /keepalive/i.test(outcome.reason) ? 0 : 10_000);
+        const { says, cause } = await fateOf(context, record, outcome.wasSilent ? 0 : 10_000);
         const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${says}`;
-        throw new Failure("system", lost);
+        throw new Failure("system", lost, cause);
       }
       if (outcome.code === 137) await explainKill(context, record, connection, stage);
       return outcome.code;
@@ -2248,7 +2515,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     }
   };
   const again = (error: unknown) => {
-    const passes = error instanceof SshFailure && error.why === "unreachable";
+    const passes = error instanceof SshFailure && (error.why === "unreachable" || error.why === "unverified");
     if (passes) log.debug("{stage}: {reason}; trying again", { stage, reason: reasonOf(error) });
     return passes;
   };
@@ -2256,9 +2523,10 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
     return await retry(attempt, { until: now() + config.SSH.ConnectTimeout * 1000, again, now, signal: stop });
   } catch (error) {
     if (stop.aborted || !(error instanceof SshFailure)) throw error;
-    const asked = error.why !== "unreachable" || /^what became of the task/.test(error.message);
-    const why = asked ? "" : `; ${(await fateOf(context, record, 10_000)).says}`;
-    throw new Failure("system", `${stage} did not begin: ${reasonOf(error)}${why}`);
+    const did = `${stage} did not begin: ${reasonOf(error)}`;
+    if (error.why !== "unreachable") throw new Failure("system", did, error.cause);
+    const { says, cause } = await fateOf(context, record, 10_000);
+    throw new Failure("system", `${did}; ${says}`, { problem: cause.problem ?? error.cause.problem });
   }
 }
 
@@ -2270,17 +2538,19 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
     ask(connection, `exec sh -c '${counters}'`, context.stop).catch(() => ""),
     fateOf(context, record, 0),
   ]);
-  const says = /OutOfMemory/.test(fate.says)
-    ? fate.says
-    : /oom_kill [1-9]/.test(counted) && "the kernel has killed processes of this container for want of memory";
+  const says =
+    fate.cause.problem === "memory"
+      ? fate.says
+      : /oom_kill [1-9]/.test(counted) && "the kernel has killed processes of this container for want of memory";
   if (!says) return;
   context.log.error("{stage} ended with exit code 137: {says}", { stage, says });
-  context.log.error("what to do: {advice}", { advice: adviceFor("OutOfMemory")?.advice });
+  context.log.error("what to do: {advice}", { advice: ADVICE.memory });
 }
 
 /**
  * What ECS says about a record's task. Of one that has ended, it may learn the exit codes up to 10 s later.
  * @param patience ms for which it is asked again about one that has not
+ * @returns `ended`: undefined if that is not known
  */
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
@@ -2289,17 +2559,19 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
   try {
     for (;;) {
       const limits = { until: now() + 5_000, signal: stop };
-      const [task] = await aws.describeTasks(record.Cluster, [record.TaskARN], limits);
-      if (!task) return { known: true, ended: true, says: "ECS no longer knows the task" };
+      const task = await aws.describeTask(record.Cluster, record.TaskARN, limits);
+      if (!task) return { ended: true, says: "ECS no longer knows the task", cause: {} };
       const ended = isEnding(task);
       const told = task.lastStatus === "STOPPED" || task.containers?.every((c) => c.exitCode !== undefined || c.reason);
-      const says = ended ? `the task stopped: ${explainStop(task)}` : `ECS says that the task is ${task.lastStatus}`;
-      if ((ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500) return { known: true, ended, says };
+      const enough = (ended && told) || now() > begun + (ended ? 10_000 : patience) - 1_500;
+      if (enough && ended) return { ended, says: `the task stopped: ${explainStop(task)}`, cause: stopCause(task) };
+      const problem = task.lastStatus === "RUNNING" ? ("connection" as const) : undefined;
+      if (enough) return { ended, says: `ECS says that the task is ${task.lastStatus}`, cause: { problem } };
       await sleep(1_500, stop);
     }
   } catch (error) {
     stop.throwIfAborted();
-    return { known: false, ended: false, says: `what became of the task is not known: ${reasonOf(error)}` };
+    return { ended: undefined, says: `the task's state is unknown: ${reasonOf(error)}`, cause: causeOf(error) };
   }
 }
 
@@ -2312,7 +2584,8 @@ const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of
  * by its startedBy), when called twice, and beside a prepare that still runs, which ends when it finds its record gone.
  * In a directory that `checkDirectory` refuses, too: nobody else can write a record that is believed, and a task costs money.
  */
-export async function cleanup(context: Context): Promise<void> {
+export async function cleanup(given: Context): Promise<void> {
+  const context: Context = { ...given, warned: new Set() };
   const { job, log, now } = context;
   const { Directory } = context.config.TaskMetadata;
   if (!fs.existsSync(Directory)) {
@@ -2329,12 +2602,13 @@ export async function cleanup(context: Context): Promise<void> {
     if (!busy) {
       const { Region, Cluster } = context.config.Fargate;
       if ((!known || beside) && fs.existsSync(join(Directory, ".manager-id")))
-        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: 0 });
+        await stopByName(context, new Aws(Region, context), Cluster, startedBy(context), { until: now() });
       break;
     }
     const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
     if (now() > until) throw new Failure("system", still);
   }
+  usersOf(context.config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
   for (const name of fs.readdirSync(Directory))
     if (name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp"))
@@ -2372,7 +2646,7 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     trace = { ...named, TaskARN: "", StartedBy: startedBy(context) };
   }
   const left = `its task is stopped, but the record ${path} cannot be removed`;
-  if (await stop(trace)) orFail(left, () => fs.rmSync(path, { force: true }));
+  if (await stop(trace)) withContext(left, () => fs.rmSync(path, { force: true }));
   return true;
 }
 
@@ -2381,14 +2655,14 @@ async function isClaimed(context: Context, { TaskARN, Region, Cluster }: Partial
   const { job, now } = context;
   if (!TaskARN || !Region || !Cluster) return false;
   const limits = { until: now() + 5_000, signal };
-  const [task] = await new Aws(Region, context).describeTasks(Cluster, [TaskARN], limits);
+  const task = await new Aws(Region, context).describeTask(Cluster, TaskARN, limits);
   return task?.startedBy?.endsWith(`-${job.hash.slice(0, 32)}`) ?? false;
 }
 
 /** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
 async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
-  const { job, now } = context;
-  const young = record.UpdatedAt * 1000 + LIST_LAG;
+  const { job, now, wallTime } = context;
+  const young = now() + record.UpdatedAt * 1000 - wallTime() + LIST_LAG;
   if (record.TaskARN)
     await aws.stopTask(record.Cluster, record.TaskARN, job.title, { until: now() + STOP_FOR, signal }, young);
   return !record.Unanswered || stopByName(context, aws, record.Cluster, record.StartedBy, { until: young, signal });
@@ -2399,14 +2673,16 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
  * @returns false, with a warning, where the host may not look: the official driver's permissions lack ecs:ListTasks
  */
 async function stopByName(context: Context, aws: Aws, cluster: string, name: string, { until, signal }: Limits) {
-  const { job, log, now } = context;
+  const { job, log, now, warned } = context;
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
   for (;;) {
     const limits = { until: now() + STOP_FOR, signal };
     const tasks = await aws.listTasks(cluster, name, limits).catch((error) => {
       const reason = reasonOf(error);
-      if (!/AccessDenied/.test(reason)) throw error;
+      if (causeOf(error).problem !== "accessDenied") throw error;
+      if (warned?.has(name)) return;
       log.warn("whether a task started by {name} is left could not be looked up: {reason}", { name, reason });
+      warned?.add(name);
     });
     if (!tasks) return false;
     // Lists may go on showing a task of an earlier try that has been stopped.
@@ -2421,6 +2697,7 @@ async function stopByName(context: Context, aws: Aws, cluster: string, name: str
 
 const SWEEP_TASKS_AFTER = 600; // seconds; a task's record may just be being written or removed
 const SWEEP_RECORDS_AFTER = 3_600; // seconds; a record may be of a task that ECS does not show yet
+const ABANDONED = "its job is abandoned";
 
 /** How `sweep` is called; see the help of the command line. */
 export interface SweepOptions {
@@ -2452,9 +2729,8 @@ export interface SweepReport {
 /** A file of the directory of records, as far as it can be understood. */
 interface Found extends Partial<TaskTrace> {
   readonly name: string;
-  readonly stem: string;
   readonly job: string; // as in `startedBy`, where the record cannot say
-  readonly content: string;
+  readonly mtimeMs: number; // the end of the last stage
   readonly Deadline?: number;
 }
 
@@ -2462,12 +2738,13 @@ interface Found extends Partial<TaskTrace> {
 function readRecords(directory: string): Found[] {
   return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry): Found[] => {
     const name = entry.isFile() ? entry.name : "";
-    const [, stem, job] = /^([\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32})\.json$/.exec(name) ?? [];
-    if (!stem || !job) return [];
+    const [, job] = /^[\w-]{1,32}-([0-9a-f]{32})[0-9a-f]{32}\.json$/.exec(name) ?? [];
+    if (!job) return [];
     const path = join(directory, name);
-    const file = { name, stem, job, content: "" };
+    const { mtimeMs = Infinity } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {};
+    const file = { name, job, mtimeMs };
     try {
-      return [{ ...file, content: readOwn(path), ...(readRecord(path) ?? {}) }];
+      return [{ ...file, ...(readRecord(path) ?? {}) }];
     } catch {
       return [{ ...file, ...remainsOf(path, 0) }]; // enough to ask whether the task runs
     }
@@ -2482,17 +2759,18 @@ function deadlineOf(task: Task): number | undefined {
 }
 
 /**
- * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone; of any manager, tasks past
- * their deadline. Then removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a
- * live prepare or run works on, are never touched.
+ * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
+ * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
+ * removes old records whose tasks are gone. Tasks that this driver did not start, and jobs that a live prepare or run
+ * works on, are never touched. A clock that was set forward makes every sign of work look old. So sweep looks twice: in
+ * between, a live process touches its lock, or the next stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
-  const { config, log, now, stop } = context;
-  const { Cluster, Region, MaxTaskAge } = config.Fargate;
+  const { config, log, now, wallTime, stop } = context;
+  const { Cluster, Region, MaxTaskAge, AbandonedAfter } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
-  const seconds = now() / 1000;
   const limits = () => ({ until: now() + STOP_FOR, signal: stop });
   const aws = new Aws(Region, context);
   const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
@@ -2508,36 +2786,51 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const listed = await aws.describeTasks(Cluster, await aws.listTasks(Cluster, undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const here = fs.existsSync(Directory);
-  const records = here ? readRecords(Directory) : [];
-  const users = here ? usersOf(config.TaskMetadata) : [];
   const own = [manager, here && fs.existsSync(join(Directory, ".manager-id")) ? managerId(Directory) : undefined];
-  const jobOf = (stem: string) => stem.slice(-64, -32);
-  /** Another container's process cannot be looked at; it counts until the deadline. */
-  const inUse = (job: string, deadline = 0) =>
-    users.some(({ stem, lives }) => jobOf(stem) === job && (lives ?? seconds < deadline));
-  const hasRecord = (job: string) => here && readRecords(Directory).some((record) => record.job === job);
+  const look = () => ({
+    seconds: wallTime() / 1000,
+    records: here ? readRecords(Directory) : [],
+    users: here ? usersOf(config.TaskMetadata, wallTime()) : [],
+  });
+  let { seconds, records, users } = look();
+  const usersOfJob = (job: string) => users.filter(({ stem }) => stem.slice(-64, -32) === job);
+  const inUse = (job: string) => usersOfJob(job).some(({ lives }) => lives);
 
-  for (const task of tasks.filter((task) => !isEnding(task))) {
-    const { taskArn, startedBy } = task as { taskArn: string; startedBy: string };
-    const [, starter, job] = startedBy.split("-") as [string, string, string];
-    const mine = own.includes(starter);
+  const judge = ({ taskArn = "", startedBy = "", ...task }: Task): SweptTask => {
+    const job = startedBy.slice(-32);
+    const mine = own.includes(startedBy.split("-")[1]);
     const record = mine ? records.find((record) => record.job === job) : undefined;
-    const createdAt = (task.createdAt?.getTime() ?? now()) / 1000;
+    const createdAt = Math.floor((task.createdAt?.getTime() ?? wallTime()) / 1000);
     const known = Math.min(deadlineOf(task) ?? Infinity, record?.Deadline || Infinity);
-    const deadline = Number.isFinite(known) ? known : createdAt + MaxTaskAge;
-    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER;
-    const why = lost ? "its record is gone" : seconds > deadline ? "it is past its deadline" : undefined;
-    const swept = { taskArn, startedBy, createdAt: Math.floor(createdAt), deadline: Math.floor(deadline) };
-    if (!why || (mine && inUse(job, deadline)) || (lost && hasRecord(job))) report.left.push(swept);
-    else
-      await attempt(async () => {
-        if (!dryRun) await aws.stopTask(Cluster, taskArn, `fargate sweep: ${why}`, limits());
-        report.stopped.push({ ...swept, why });
-      });
+    const deadline = Math.floor(Number.isFinite(known) ? known : createdAt + MaxTaskAge);
+    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER && "its record is gone";
+    const late = seconds > deadline && "it is past its deadline";
+    const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...usersOfJob(job).map(({ mtimeMs }) => mtimeMs)) / 1000;
+    const isIdle = lastSign < seconds - uptime() || lastSign < seconds - AbandonedAfter;
+    const why = !(mine && inUse(job)) && (lost || late || (isIdle && AbandonedAfter > 0 && ABANDONED));
+    return { taskArn, startedBy, createdAt, deadline, ...(why && { why }) };
+  };
+  const end = async (aws: Aws, cluster: string, task: SweptTask) => {
+    if (!dryRun) await aws.stopTask(cluster, task.taskArn, `fargate sweep: ${task.why}`, limits());
+    report.stopped.push(task);
+  };
+
+  const judged = tasks.filter((task) => !isEnding(task)).map((task) => ({ task, first: judge(task) }));
+  const isDoubtful = ({ why, startedBy }: SweptTask) =>
+    why === ABANDONED || (why && usersOfJob(startedBy.slice(-32)).length > 0);
+  if (judged.some(({ first }) => isDoubtful(first))) {
+    log.debug("looking again at what may be abandoned, {seconds} s later", { seconds: DEAD_AFTER / 1000 });
+    await sleep(DEAD_AFTER, stop);
+  }
+  for (const { task, first } of judged) {
+    if (first.why) ({ seconds, records, users } = look());
+    const { why, ...swept } = judge(task);
+    if (why && why === first.why) await attempt(() => end(aws, Cluster, { ...swept, why }));
+    else report.left.push(swept);
   }
 
   for (const record of records) {
-    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job, record.Deadline)) continue;
+    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job)) continue;
     await attempt(async () => {
       const { TaskARN, StartedBy, Cluster: cluster = Cluster } = record;
       const there = new Aws(record.Region ?? Region, context);
@@ -2546,53 +2839,28 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
         (task) => !isEnding(task) && !report.stopped.some(({ taskArn }) => taskArn === task.taskArn),
       );
-      for (const { taskArn = "" } of running) {
-        // One of the configured cluster has been looked at above. Of one elsewhere, its record is all that tells.
-        if (!record.Deadline || seconds <= record.Deadline || tasks.some((task) => task.taskArn === taskArn)) continue;
-        const why = "it is past its deadline";
-        if (!dryRun) await there.stopTask(cluster, taskArn, `fargate sweep: ${why}`, limits());
-        const { StartedBy: startedBy = "", UpdatedAt: createdAt = 0, Deadline: deadline } = record;
-        report.stopped.push({ taskArn, startedBy, createdAt, deadline, why });
+      for (const swept of running.map(judge)) {
+        // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
+        const isElsewhere = !tasks.some(({ taskArn }) => taskArn === swept.taskArn);
+        if (isElsewhere && swept.why && swept.why !== ABANDONED) await end(there, cluster, swept);
       }
-      if (running.length > 0) return;
-      if (dryRun || removeUnchanged(join(Directory, record.name), record.content))
-        report.removedRecords.push(record.name);
+      // A prepare makes its lock before its record. Should it lose that here, it finds out, and stops its task.
+      ({ seconds, records, users } = look());
+      const { UpdatedAt } = records.find(({ name }) => name === record.name) ?? {};
+      if (running.length > 0 || inUse(record.job) || UpdatedAt !== record.UpdatedAt) return;
+      if (!dryRun) fs.rmSync(join(Directory, record.name), { force: true });
+      report.removedRecords.push(record.name);
     });
   }
   for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
     if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
-    const { mtimeMs = now() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    // A write that was cut off.
-    if (now() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
+    const { mtimeMs = wallTime() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    // A write that was cut off, or a removal by an earlier version.
+    if (wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
-  // Of a host or container that is gone, in all likelihood.
-  for (const { name, stem, lives } of dryRun ? [] : users)
-    if (lives === undefined && !inUse(jobOf(stem), records.find((record) => record.stem === stem)?.Deadline))
-      removeQuietly(join(Directory, name));
+  look(); // removes the locks of dead processes
   log.debug("sweep left {left} tasks alone", { left: report.left.length });
   return report;
-}
-
-/**
- * Removes a record unless it has been written anew since it was read: it is taken away first, so that it cannot change
- * any more, and put back if it is not the same.
- * @returns whether it was removed
- */
-function removeUnchanged(path: string, content: string): boolean {
-  const taken = `${path}.${randomBytes(6).toString("hex")}.swept`;
-  fs.renameSync(path, taken);
-  let same = content === "";
-  try {
-    same ||= readOwn(taken) === content;
-  } catch {} // another has put something else there
-  try {
-    if (!same) fs.linkSync(taken, path);
-  } catch (error) {
-    // Where there is a newer one by now, that is as good.
-    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
-  }
-  removeQuietly(taken);
-  return same;
 }
 
 /** What a sweep has done, for a person's or a program's eyes. */
@@ -2634,24 +2902,22 @@ class Cli extends Command {
     throw new Failure("system", `${path}: ${what}; known: ${known}`);
   }
 
-  /** Help that nobody asked for stands for a missing command; a runner must not take it for a stage that went well. */
+  /** commander shows help as an error if a command is missing; a runner must not take that for a successful stage. */
   override help(context?: unknown): never {
-    if ((context as { error?: boolean } | undefined)?.error) this.error("no command was given");
-    return super.help(context as never);
+    if (!(context as { error?: boolean } | undefined)?.error) super.help();
+    this.outputHelp({ error: true });
+    this.error("no command was given");
   }
 }
 
-/** Takes one of some words, in any case. */
-const oneOfWords = (words: readonly string[]) => (value: string) => {
-  if (words.includes(value.trim().toLowerCase())) return value;
-  throw new InvalidArgumentError(`known: ${words.join(", ")}`);
+/** Takes a value that fits; `known` says in words what does. */
+const only = (known: string, fits: (value: string) => boolean) => (value: string) => {
+  if (fits(value)) return value;
+  throw new InvalidArgumentError(`known: ${known}`);
 };
-
-/** Takes the id of a manager, as it stands in `startedBy`. */
-const managerIdOf = (value: string) => {
-  if (/^[0-9a-f]{12}$/.test(value)) return value;
-  throw new InvalidArgumentError("known: 12 hex digits, as in the task's startedBy: fargate-<id>-<job>");
-};
+const oneOfWords = (words: readonly string[]) =>
+  only(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
+const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id>-<job>", (id) => MANAGER.test(id));
 
 /**
  * @param argv the arguments, without the program's own name
@@ -2710,7 +2976,7 @@ export function parseCommandLine(argv: readonly string[]) {
   }
   const command = asked.name() as "config" | "prepare" | "run" | "cleanup" | "sweep";
   const sweep: SweepOptions = { dryRun: false, json: false, ...asked.opts<Partial<SweepOptions>>() };
-  const given = program.opts<Record<string, string | undefined>>();
+  const { config = "", ...given } = program.opts<Record<string, string | undefined>>();
   const options: Options = {
     LogLevel: given.debug ? "debug" : given.logLevel,
     LogFormat: given.logFormat,
@@ -2718,13 +2984,7 @@ export function parseCommandLine(argv: readonly string[]) {
     TaskDefinition: given.taskDef,
     PlatformVersion: given.platformVersion,
   };
-  return {
-    command,
-    operands: asked.args,
-    config: given.config as string,
-    options,
-    ...(command === "sweep" && { sweep }),
-  };
+  return { command, operands: asked.args, config, options, ...(command === "sweep" && { sweep }) };
 }
 
 /** Runs one invocation. @returns the process's exit code */
@@ -2751,10 +3011,11 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
       writeWhole(1, `${configAnswer(readJob(env))}\n`);
       return 0;
     }
-    const file = readFile(request.config, "the configuration file");
+    const file = readFile(resolve(request.config), "the configuration file");
     const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
     log = openLog(config);
-    const operator: Operator = { config, log, stop: stopping.signal, now: Date.now };
+    const now = () => Math.floor(performance.now());
+    const operator: Operator = { config, log, stop: stopping.signal, now, wallTime: Date.now, env };
     if (request.sweep) {
       const report = await sweep(operator, request.sweep);
       writeWhole(1, formatSweep(report, request.sweep.json));
@@ -2765,7 +3026,10 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     if (command === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
     const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
     if (!job) throw new Failure("system", none);
-    const context: Context = { ...operator, job, byJob, refusal, env };
+    const context: Context = { ...operator, job, byJob, refusal };
+    const parent = process.ppid; // once it has ended, nobody takes this stage's result, nor goes on with the job
+    const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
+    if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
     if (command === "prepare") await prepare(context);
     else if (command === "cleanup") await cleanup(context);
     else {
@@ -2777,7 +3041,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     return 0;
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
-    const advice = adviceFor(failure.message)?.advice;
+    const advice = adviceFor(failure.cause);
     const lines = [...failure.message.split("\n"), ...(advice ? [`what to do: ${advice}`] : [])];
     for (const line of lines) log.fatal(line.replace(/[{}]/g, "$&$&")); // no placeholders
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });

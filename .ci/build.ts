@@ -84,6 +84,8 @@ async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executa
       autoloadBunfig: false,
       autoloadTsconfig: false,
       autoloadPackageJson: false,
+      // Trusts the CAs of the host as well as bun's own; they are read at the first TLS connection.
+      execArgv: ["--use-system-ca"],
     },
     // Bytecode, which needs the cjs format, makes start-up several times as fast.
     bytecode: true,
