@@ -545,6 +545,7 @@ describe("configuration", () => {
         WaitForHealthy: true,
         DeadlineMargin: 600,
         MaxTaskAge: 43_200,
+        AbandonedAfter: 1800,
         Tags: { team: "ci", "cost centre": "42" },
       },
       TaskMetadata: { Directory: "/var/lib/fargate" },
@@ -3109,7 +3110,8 @@ describe("scripts over SSH", () => {
     try {
       Object.assign(process.memoryUsage, { rss: () => rss() + 2 ** 30 }); // as if what came had taken that much
       const { outcome } = await runIn(connection, "head -c 20000000 /dev/zero");
-      expect(outcome).toEqual({ ended: "lost", begun: true, reason: "the server makes this process too large" });
+      const reason = "the server makes this process too large";
+      expect(outcome).toEqual({ ended: "lost", begun: true, wasSilent: false, reason });
     } finally {
       Object.assign(process.memoryUsage, { rss });
       connection.client.destroy();
