@@ -1852,10 +1852,6 @@ export function holdersOf(listing: string, pipes: readonly string[]) {
   return { filter: writers.some(({ pid }) => readers.includes(pid)), paths: [...paths.values()] };
 }
 
-/** Reads pipes until their writers have ended: with no reader left, SIGPIPE would end a process in the background. */
-const keepReading = (paths: readonly string[]) =>
-  `exec sh -c 'for f in ${paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done'`;
-
 /**
  * Terminates a script: TERM to its process group and to what left the group but not the session (`timeout` and `set -m`
  * do), KILL to what is left after `grace` seconds. By a command, because OpenSSH ignores signal requests for root. Prints
@@ -1887,9 +1883,8 @@ async function terminate(connection: Connection, shell: RemoteShell) {
   const grace = connection.target.CancelGracePeriod;
   const command = `exec sh -c '${terminateProgram(shell, grace)}'`;
   const apart = shell.pid !== shell.session; // under dropbear, all channels of a connection are of one session
-  const within = grace * 1000 + TERMINATE.command;
-  const never = new AbortController().signal;
-  const answer = await ask(connection, command, never, { within, apart }).catch(() => "");
+  const asking = { within: grace * 1000 + TERMINATE.command, apart };
+  const answer = await ask(connection, command, new AbortController().signal, asking).catch(() => "");
   const [, found, left] = /^fargate-terminated (\d+) left(.*)$/m.exec(answer) ?? [];
   if (found === undefined) return "no answer";
   if (left?.trim()) return "not ended";
@@ -2000,8 +1995,10 @@ export async function runScript(
     }
     for (const stream of [channel, errors]) stream.removeAllListeners("data");
     await Promise.all(writing);
-    if (holders?.paths.length)
-      await ask(connection, keepReading(holders.paths), stop, { within: DRAIN.background }).catch(() => {});
+    if (!holders?.paths.length) return;
+    // With no reader left, SIGPIPE would end a process in the background.
+    const keepReading = `for f in ${holders.paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done`;
+    await ask(connection, `exec sh -c '${keepReading}'`, stop, { within: DRAIN.background }).catch(() => {});
   };
 
   const end = async (): Promise<Outcome> => {
@@ -2076,26 +2073,24 @@ async function ownKey({ config, log }: Context): Promise<KeyPair | undefined> {
 /** Warns if the runner does not wait for a cancelled script. It names its config.toml in CONFIG_FILE. */
 function checkRunner({ config, env, log }: Context): void {
   const needed = config.SSH.CancelGracePeriod + 10;
-  const check = (name: string, given = 0, standard: number) => {
-    const value = given > 0 ? given : standard;
-    if (value < needed)
-      log.warn("{name} = {value} in the runner's config.toml: it should be {needed} s or more", {
-        name,
-        value,
-        needed,
-      });
+  type RunnerConfig = {
+    shutdown_timeout?: number;
+    runners: { custom?: { run_exec: string; graceful_kill_timeout?: number } }[];
   };
-  type Runner = { custom?: { run_exec?: string; graceful_kill_timeout?: number } };
   try {
-    const file = parseToml(fs.readFileSync(`${env.CONFIG_FILE}`, "utf8")) as {
-      shutdown_timeout?: number;
-      runners: Runner[];
-    };
-    const own = file.runners.filter(({ custom: { run_exec = "" } = {} }) => {
-      return fs.existsSync(run_exec) && fs.realpathSync(run_exec) === process.execPath;
-    });
-    for (const { custom } of own) check("graceful_kill_timeout", custom?.graceful_kill_timeout, 600);
-    if (own.length > 0) check("shutdown_timeout", file.shutdown_timeout, 30);
+    const { runners, shutdown_timeout } = parseToml(fs.readFileSync(`${env.CONFIG_FILE}`, "utf8")) as RunnerConfig;
+    for (const { custom } of runners) {
+      if (!custom || !fs.existsSync(custom.run_exec) || fs.realpathSync(custom.run_exec) !== process.execPath) continue;
+      const limits = {
+        graceful_kill_timeout: custom.graceful_kill_timeout || 600,
+        shutdown_timeout: shutdown_timeout || 30,
+      };
+      for (const [name, value] of Object.entries(limits)) {
+        const limit = `${name} = ${value}`;
+        if (value < needed)
+          log.warn("{limit} in the runner's config.toml: it should be {needed} s or more", { limit, needed });
+      }
+    }
   } catch {} // not this user's to read, or of another runner, which was started with --config
 }
 
