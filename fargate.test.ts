@@ -166,6 +166,8 @@ import {
   type WorldOptions,
 } from "./fixtures/world.ts";
 
+/** Debian packages that the tests need in the worker image. */
+const PACKAGES = ["busybox", "tini"];
 const scratch = scratchDirectory("test");
 const repository = makeRepository(scratch.path);
 let hosts: TaskHosts;
@@ -176,7 +178,7 @@ let endSearch = () => {};
 
 beforeAll(async () => {
   endSearch = wholeRun.begin();
-  const made = await taskHosts({ mounts: [scratch.path], packages: ["busybox"] });
+  const made = await taskHosts({ mounts: [scratch.path], packages: PACKAGES });
   hosts = made.hosts;
   if (made.fallback) console.log(`the tests of containers run against the embedded SSH server: ${made.fallback}`);
 });
@@ -2367,16 +2369,17 @@ interface Ran {
 const never = new AbortController().signal;
 
 /** A task without ECS: a container, or the embedded server, with a key of its own, and how to log in to it. */
-async function startTask(where = hosts) {
+async function startTask(on: TaskHosts = hosts, environment: Record<string, string> = {}, Username = "root") {
   const key = await makeKeyPair("ed25519");
   // The address is this test process's own; containers of several tests may run at once.
   const address = `127.78.${(process.pid >> 8) & 255}.${(directories++ % 250) + 1}`;
   const port = 2222;
-  const host = await where.start({ name: "test", address, port, environment: { SSH_PUBLIC_KEY: key.publicKey } });
+  const own = { SSH_PUBLIC_KEY: key.publicKey, ...environment };
+  const host = await on.start({ name: "test", address, port, environment: own });
   const target: SshTarget = {
     host: address,
     Port: port,
-    Username: "root",
+    Username,
     privateKey: key.privateKey,
     KeepAliveInterval: 15,
     CancelGracePeriod: 5,
@@ -2469,7 +2472,7 @@ test("a server may say all that a command has to say in the packet that opens it
       CancelGracePeriod: 1,
     };
     const connection = await connect(target, 3_000, signal);
-    expect(await findShells(connection, signal)).toEqual({ Interpreter: "bash", LoginShell: "bash" });
+    expect(await findShells(connection, signal)).toMatchObject({ Interpreter: "bash", LoginShell: "bash" });
     connection.client.destroy();
   }
   server.close();
@@ -2653,7 +2656,7 @@ describe("scripts over SSH", () => {
 
   taskTest("the shells of a container are found", async () => {
     const connection = await task.logIn();
-    expect(await findShells(connection, never)).toEqual({ Interpreter: "bash", LoginShell: "bash" });
+    expect(await findShells(connection, never)).toMatchObject({ Interpreter: "bash", LoginShell: "bash" });
     connection.client.end();
   });
 
@@ -3075,7 +3078,7 @@ describe("scripts over SSH", () => {
 
   taskTest("both types of key log in", async () => {
     const rsa = await makeKeyPair("rsa");
-    const file = hosts.kind === "container" ? "/root/.ssh/authorized_keys" : undefined;
+    const file = hosts.kind === "container" ? "/run/sshd/authorized_keys" : undefined;
     if (file) await task.host.exec(`echo '${rsa.publicKey}' >>${file}`);
     const server = file
       ? undefined
@@ -3133,6 +3136,144 @@ describe("scripts over SSH", () => {
     expect(await running).toMatchObject({ ended: "lost", begun: true });
     await proxy.close();
   });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// The worker image
+// ---------------------------------------------------------------------------------------------------------
+
+describe("the worker image", () => {
+  /** Runs a script in a new container of the image, and ends it. */
+  async function runWith(
+    options: ContainerHostsOptions,
+    script: string,
+    { environment = {} as Record<string, string>, Username = "root" } = {},
+  ): Promise<{ stdout: string; outcome: Outcome; log?: string }> {
+    const own = await containerHosts({ packages: PACKAGES, ...options });
+    try {
+      const { host, logIn } = await startTask(own, environment, Username);
+      const connection = await logIn();
+      const out = collect();
+      const outcome = await runScript(
+        connection,
+        Buffer.from(script),
+        { interpreter: "bash", loginShell: "bash" },
+        { stop: never, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+      );
+      connection.client.end();
+      await host.stop(0);
+      return { stdout: out.bytes().toString(), outcome, ...(await host.exited) };
+    } finally {
+      await own.close();
+    }
+  }
+
+  for (const [what, options, Username, environment] of [
+    ["as root", {}, "root", {}],
+    ["as root, for another user", {}, "worker", { SSH_USER: "worker" }],
+    ["on a read-only root file system", { readOnly: true }, "root", {}],
+    ["as user 1000", { user: "1000" }, "worker", {}],
+    [
+      "as user 1000, on a read-only root file system, at port 2022",
+      { user: "1000", readOnly: true, containerPort: 2022 },
+      "worker",
+      { SSH_PORT: "2022" },
+    ],
+  ] as const)
+    taskTest(
+      `works ${what}`,
+      async () => {
+        // The configuration holds the container's environment.
+        const script = "id -un; touch /tmp/here && stat -c %a /run/sshd/config /tmp/sshd.*/config 2>/dev/null; exit 3";
+        const ran = await runWith(options, script, { environment, Username });
+        expect(ran.stdout).toBe(`${Username}\n600\n`);
+        expect(ran.outcome).toEqual({ ended: "exited", code: 3 });
+      },
+      { containerOnly: true, timeout: 300_000 },
+    );
+
+  for (const [what, sentence, options, environment] of [
+    ["it runs as a user that the image does not know", "this image has no such user: add one", { user: "1234" }, {}],
+    [
+      "it runs as user 1000 and is to let root in",
+      "who cannot start a session for anybody else",
+      { user: "1000" },
+      { SSH_USER: "root" },
+    ],
+    [
+      "the root file system is read-only and the account is locked",
+      "the account worker is locked, and /etc/shadow cannot be written",
+      { readOnly: true },
+      { SSH_USER: "worker" },
+    ],
+    [
+      "nothing can be written to",
+      "neither /run/sshd nor /tmp can be written to",
+      { readOnly: true, user: "1000", lines: ["RUN chmod 700 /run/sshd && mv /bin/mktemp /bin/mktemp.off"] },
+      {},
+    ],
+  ] as const)
+    taskTest(
+      `says in one sentence that ${what}`,
+      async () => {
+        const own = await containerHosts({
+          packages: PACKAGES,
+          ...options,
+          lines: [...("lines" in options ? options.lines : [])],
+        });
+        try {
+          const { publicKey } = await makeKeyPair("ed25519");
+          const address = `127.78.${(process.pid >> 8) & 255}.${(directories++ % 250) + 1}`;
+          const all = { SSH_PUBLIC_KEY: publicKey, ...environment };
+          const host = await own.start({ name: "test", address, port: 2222, environment: all });
+          const { exitCode, log } = await host.exited;
+          expect(exitCode).toBe(64);
+          expect(log?.trimEnd().split("\n")).toEqual([expect.stringMatching(/^worker-entrypoint: /)]);
+          expect(log).toContain(sentence);
+        } finally {
+          await own.close();
+        }
+      },
+      { containerOnly: true, timeout: 300_000 },
+    );
+
+  taskTest(
+    "passes its environment and the task definition's to the job, but nothing of a login or a shell",
+    async () => {
+      const environment = {
+        FROM_DEFINITION: 'a "b" \\c $d `e` #f\ttab  ',
+        EMPTY: "",
+        "with.dot": "x",
+        SEVERAL_LINES: "one\ntwo=2",
+        FARGATE_DEADLINE: "9999999999",
+        HOME: "/nowhere",
+        USER: "nobody",
+        SHLVL: "7",
+        BASH_ENV: "/dev/null",
+        UID: "5",
+        IFS: "x",
+        PS4: "$(echo evil)",
+        "BASH_FUNC_cat%%": "() { echo evil; }",
+      };
+      const lines = ["ENV FROM_IMAGE=image PATH=/opt/tools/bin:/usr/local/bin:/usr/bin:/bin"];
+      const ran = await runWith({ lines }, "tr '\\0' '\\n' </proc/$$/environ | sort", { environment });
+      const seen = ran.stdout.split("\n").filter((line) => line && !/^(SSH_C|HOSTNAME|LANG|MOTD)/.test(line));
+      expect(seen).toEqual([
+        "EMPTY=",
+        "FARGATE_ENVIRONMENT=passed",
+        `FROM_DEFINITION=${environment.FROM_DEFINITION}`,
+        "FROM_IMAGE=image",
+        "HOME=/root",
+        "LOGNAME=root",
+        "MAIL=/var/mail/root",
+        "PATH=/opt/tools/bin:/usr/local/bin:/usr/bin:/bin",
+        "SHELL=/bin/bash",
+        "USER=root",
+      ]);
+      expect(ran.log).toContain("not passed to sessions, because they hold line breaks: SEVERAL_LINES \n");
+    },
+    { containerOnly: true, timeout: 300_000 },
+  );
 });
 
 // ---------------------------------------------------------------------------------------------------------
