@@ -2353,10 +2353,18 @@ test.each([
   expect(interpreterOf(Buffer.from(script), "sh")).toBe("sh");
 });
 
-test("a script for another interpreter is refused", () => {
-  expect(thrown(() => interpreterOf(Buffer.from("#!/usr/bin/env pwsh\n"), "bash")).message).toContain(
-    'the script is for pwsh, but only bash and sh can be used; set shell = "bash"',
-  );
+test.each([
+  ["#!/usr/bin/env pwsh\n", "pwsh"],
+  ["#!/usr/bin/env pwsh\r\n& {\r\n", "pwsh"],
+  ["& {\r\n\r\n$ErrorActionPreference = 'Stop'\r\n", "PowerShell or cmd.exe"],
+  ["\ufeff& {\r\n", "PowerShell or cmd.exe"],
+  ["\ufeff#!/usr/bin/env bash\n", "PowerShell or cmd.exe"],
+  [Buffer.from("\ufeffecho", "utf16le"), "PowerShell or cmd.exe"],
+  ["@echo off\r\nsetlocal\r\n", "PowerShell or cmd.exe"],
+])("the script %j is refused: it is for %s", (script, name) => {
+  const failure = thrown(() => interpreterOf(Buffer.from(script as string), "bash"));
+  expect(failure).toMatchObject({ kind: "system" });
+  expect(failure.message).toContain(`the script is for ${name}, but only bash and sh can be used; set shell = "bash"`);
 });
 
 /** What a script of a job left, seen from the driver. */
@@ -4550,7 +4558,7 @@ function faultTest(name: string, body: (scene: Scene) => Promise<Met>, options: 
         container === true
           ? hosts
           : container
-            ? await containerHosts(container)
+            ? await containerHosts({ packages: PACKAGES, ...container })
             : embeddedHosts({ misbehaviour: { holdExec, ...misbehaviour } });
       const world = await makeWorld({ hosts: own, ...worldOptions });
       task.meta.hosts = world.hosts.kind;
@@ -6401,7 +6409,7 @@ describe.concurrent("SSH fails", () => {
   for (const [address, last, advice] of [
     [
       "silent",
-      /no login worked within ConnectTimeout \(5 s\); .*nothing answered for 3 s/,
+      /no login worked within ConnectTimeout \(5 s\); .*nothing answered for \d+ s/,
       /allow Port in the task's security group/,
     ],
     ["refusing", /no login worked within ConnectTimeout \(5 s\); .*ECONNREFUSED/, /the image must start an SSH server/],
@@ -6459,6 +6467,54 @@ describe.concurrent("SSH fails", () => {
       return { stage: "prepare", finished };
     },
     { misbehaviour: { loginDelay: 6_000 } },
+  );
+
+  faultTest(
+    "the server needs 3.5 s for its first bytes",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      ended(await scene.run("true"), 0);
+      return { stage: "prepare", finished };
+    },
+    { misbehaviour: { handshakeDelay: 3_500 } },
+  );
+
+  for (const [fault, line, code, said] of [
+    ["nologin", "RUN usermod --shell /usr/sbin/nologin root", 1, ["This account is currently not available."]],
+    ["false", "RUN usermod --shell /bin/false root", 1, []],
+    ["missing", "RUN usermod --shell /bin/missing root", undefined, []],
+    ["ended by a start-up file (exit 3)", "RUN echo 'echo some words; exit 3' >/root/.bashrc", 3, ["some words"]],
+  ] as const)
+    faultTest(
+      `the login shell is ${fault}`,
+      async (scene) => {
+        const finished = await scene.stage("prepare");
+        ended(finished, 2);
+        if (code === undefined) return { stage: "prepare", finished };
+        const how = said.length > 0 ? ":" : " and said nothing";
+        const text = `error: the container's login shell runs no commands: it ended with ${code}${how}`;
+        const lines = finished.stderr.split("\n").map((line) => line.replace(/^\S+Z /, ""));
+        const at = lines.indexOf(text);
+        expect(at).toBeGreaterThan(0);
+        expect(lines.slice(at + 1, at + 1 + said.length)).toEqual(said.map((line) => `error:   ${line}`));
+        return { stage: "prepare", finished, says: /runs no commands/ };
+      },
+      { container: { lines: [line] } },
+    );
+
+  faultTest(
+    "a start-up file breaks PATH",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      const script = "echo $PATH; type cat || PATH=/usr/bin:/bin; cat /etc/hostname >/dev/null && echo runs";
+      const ran = await scene.run(script);
+      ended(ran, 0);
+      expect(ran.stdout.toString()).toBe("/nowhere\nruns\n");
+      return { stage: "prepare", finished };
+    },
+    { container: { lines: ["RUN echo 'PATH=/nowhere' >/root/.bashrc"] } },
   );
 
   faultTest(

@@ -187,6 +187,9 @@ const ADVICE = {
   userStop: "look in CloudTrail for who called StopTask",
   noTask: "look for the task in the ECS console",
   // Logins.
+  noShell: "install bash or sh in the image",
+  loginShell: "give Username a login shell such as bash, not nologin or false; its start-up files must not exit",
+  startUpFile: "let the start-up files of Username, such as ~/.bashrc, return instead of exit",
   key: 'let Username in with the key in SSH_PUBLIC_KEY; KeyType = "ed25519" works with any OpenSSH',
   publicAddress: "set EnablePublicIP, and give the subnet a route to an internet gateway",
   connection: "the task runs on: look at what the job did to sshd, at its load and memory",
@@ -253,6 +256,8 @@ const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d
 const allowed = (item: v.GenericSchema<string>, what: string) =>
   v.optional(v.pipe(v.array(item), v.maxLength(100), v.description(`what a job's variable may name, a list: ${what}`)));
 const PLATFORM_VERSION = "a Fargate platform version, such as 1.4.0 or LATEST";
+const VARIABLE = "the name of an environment variable, with up to three * for any characters";
+const variable = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})(?!\d)[\w*]+$/), v.description(VARIABLE));
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -333,6 +338,14 @@ export const ConfigSchema = v.object({
     ConnectTimeout: v.optional(whole(1, 3600, "seconds in which the SSH server must accept a login"), 120),
     KeepAliveInterval: v.optional(whole(0, 3600, "seconds between signs of life on an idle connection"), 15),
     CancelGracePeriod: v.optional(whole(0, 240, "seconds from SIGTERM to SIGKILL for a script that is cancelled"), 10),
+    PassEnvironment: v.optional(
+      v.pipe(
+        v.array(variable),
+        v.maxLength(100),
+        v.description(`what a job gets of its container, a list: ${VARIABLE}`),
+      ),
+      ["AWS_CONTAINER_*", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_EXECUTION_ENV", "ECS_CONTAINER_METADATA_URI*"],
+    ),
   }),
 });
 
@@ -1521,10 +1534,13 @@ function sshReason(error: Error): string {
 
 const LOGIN_TIMEOUT = 30_000; // ms from the first packet to the login: busy hosts, name look-ups and PAM take long
 
+const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt finds out sooner than TCP's own repetitions
+const LONGEST_SILENCE = 15_000; // ms from the TCP connection to the server's first bytes, at most
+
 /**
  * Logs in once.
- * @param silence ms in which the server must say its first word; a dropped packet is not waited for
- * @param onAnswer called when it has
+ * @param silence ms from the TCP connection to the server's first bytes
+ * @param onAnswer called when these have come
  * @throws {SshFailure}
  */
 export async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
@@ -1557,7 +1573,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     end(new SshFailure(why, `${where}: ${text}`, { problem }));
   const late = (ms: number, what: string, problem: Problem) =>
     setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
-  let timer = late(silence, "nothing answered", "silent");
+  let timer = late(Math.min(silence, CONNECT_TIMEOUT), "nothing answered", "silent");
   const abort = () => end(signal.reason);
   signal.addEventListener("abort", abort);
   const { toSend = 0 } = target;
@@ -1571,6 +1587,10 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     // Of many small packets, bun collects the garbage late.
     if (process.memoryUsage.rss() > most - MOST_GROWTH / 2) Bun.gc(true);
     if (process.memoryUsage.rss() > most) socket.destroy(new Error("the server makes this process too large"));
+  });
+  socket.once("connect", () => {
+    clearTimeout(timer);
+    timer = late(silence, "nothing answered", "silent");
   });
   socket.once("data", () => {
     onAnswer();
@@ -1620,9 +1640,10 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   }
 }
 
-// In ms. Attempts overlap until one is answered: packets to an address that is not up yet may be dropped. A login that
+// In ms, but for `open`. Attempts overlap until one is answered: packets to an address that is not up yet may be
+// dropped. After each silent attempt, the next waits longer for the first bytes: a busy server may need that. A login that
 // the server refused makes a pause: the key may come later, and OpenSSH 9.8 bars an address that failed for 5 s.
-const LOGIN = { every: 250, cut: 3_000, open: 4, pauseAfterRefusal: 5_000 } as const;
+const LOGIN = { every: 250, silence: 3_000, open: 4, pauseAfterRefusal: 5_000 } as const;
 
 /**
  * Tries to log in until it works.
@@ -1635,12 +1656,14 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
   let open = 0;
   let answered = 0;
   let pause = 0;
+  let silence: number = LOGIN.silence;
   const attempt = async () => {
     if (--pause > 0 || open >= LOGIN.open || answered > 0) return;
     open++;
     let answers = 0;
+    const begun = performance.now();
     try {
-      const connection = await connect(target, LOGIN.cut, over.signal, () => {
+      const connection = await connect(target, silence, over.signal, () => {
         answers = 1;
         answered++;
       });
@@ -1650,6 +1673,7 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
     } catch (error) {
       if (over.signal.aborted) return;
       const failure = error as SshFailure;
+      if (performance.now() - begun >= silence) silence = Math.min(Math.round(silence / 800) * 1_000, LONGEST_SILENCE);
       if (failure.why === "login") pause = LOGIN.pauseAfterRefusal / LOGIN.every;
       onFailure(failure);
     } finally {
@@ -1710,6 +1734,7 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
 interface Asking {
   readonly within?: number; // ms
   readonly apart?: boolean; // over a connection of its own
+  readonly report?: { errors: string; ended: Exit }; // gets its standard error and how it ended
 }
 
 /**
@@ -1717,7 +1742,7 @@ interface Asking {
  * it, as with `MaxSessions 1` beside a script, it gets a connection of its own.
  */
 async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
-  const { within = 10_000, apart } = asking;
+  const { within = 10_000, apart, report = { errors: "", ended: undefined } } = asking;
   const begun = performance.now();
   const late = new AbortController();
   const failure = new SshFailure("unreachable", `the container did not answer for ${Math.round(within / 1000)} s`);
@@ -1728,38 +1753,77 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     if (apart) own = await connect(connection.target, within, bound);
     const { channel, exit } = await execute(own ?? connection, command, bound);
     let output = "";
-    channel.stderr.resume();
+    channel.stderr.on("data", (chunk: Buffer) => {
+      if (report.errors.length < 2 ** 20) report.errors += chunk.toString();
+    });
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 2 ** 20) output += chunk.toString();
     });
-    return await new Promise<string>((resolve, reject) => {
-      const lost = new SshFailure("unreachable", "the connection was lost");
-      channel.on("close", async () => ((await exit) === undefined ? reject(lost) : resolve(output)));
+    report.ended = await new Promise<Exit>((resolve, reject) => {
+      channel.on("close", () => resolve(exit));
       bound.addEventListener("abort", () => reject(bound.reason));
     });
+    if (report.ended === undefined) throw new SshFailure("unreachable", "the connection was lost");
+    return output;
   } catch (error) {
     if (apart || bound.aborted || connection.socket.destroyed) throw error;
-    return await ask(connection, command, signal, { within: within - (performance.now() - begun), apart: true });
+    const left = within - (performance.now() - begun);
+    return await ask(connection, command, signal, { ...asking, within: left, apart: true });
   } finally {
     clearTimeout(timer);
     own?.client.end();
   }
 }
 
-/** Which shells a container has. `sh -c` so that the question is understood by any login shell. */
-export async function findShells(connection: Connection, signal: AbortSignal) {
-  const question = 'echo "fargate-shells $SHELL $(command -v bash || command -v sh)"';
-  const answer = await ask(connection, `exec sh -c '${question}'`, signal);
-  const [, login, best] = /fargate-shells (\S*) (\S+)/.exec(answer) ?? [];
-  if (!best) throw new Failure("system", "the container has neither bash nor sh for the user that logs in");
+/** Names that a login sets by itself: to see one proves nothing about the container's environment. */
+const SET_BY_LOGIN = /^(HOME|USER|LOGNAME|SHELL|MAIL|PATH|PWD|OLDPWD|SHLVL|TERM|LANG|_|SSH_\w*)$/;
+
+/**
+ * Which shells a container has, and whether sessions can be given variables of its environment.
+ * @param patterns the variables' names (PassEnvironment)
+ * @returns `hidden`: why its first process's environment cannot be read, unless the image passes it by itself
+ * @throws {Failure} with the login shell's own output when it runs no command
+ */
+export async function findShells(connection: Connection, signal: AbortSignal, patterns: readonly string[] = []) {
+  // Absolute paths, because a start-up file may have broken PATH; `sh -c`, so that any login shell understands it.
+  const question = [
+    'PATH=$PATH:/usr/local/bin:/usr/bin:/bin; echo "fargate-shells $SHELL $(command -v bash || command -v sh)";',
+    "name=; { read -r name </proc/1/comm; } 2>/dev/null; state=closed; { true </proc/1/environ; } 2>/dev/null && state=open;",
+    // OpenSSH overwrites its own environment with its title.
+    '[ "$name" = sshd ] && state=sshd; echo "fargate-environment $state"; [ $state = open ] || env | sed "s/=.*//"',
+  ].join(" ");
+  const report: Asking["report"] = { errors: "", ended: undefined };
+  const output = await ask(connection, `exec /bin/sh -c '${question}'`, signal, { report });
+  const [, login, best] = /fargate-shells (\S*) (\S+)/.exec(output) ?? [];
+  if (!best) {
+    const said = `${output}\n${report.errors}`.split("\n").filter((line) => line.trim() !== "");
+    const how = `it ended with ${report.ended}${said.length > 0 ? ":" : " and said nothing"}`;
+    const problem =
+      ({ 1: "loginShell", 126: "noShell", 127: "noShell" } as const)[Number(report.ended)] ?? "startUpFile";
+    throw new Failure("system", `the container's login shell runs no commands: ${how}`, { problem }, said.slice(-20));
+  }
   const Interpreter: TaskRecord["Interpreter"] = /bash$/.test(best) ? "bash" : "sh";
-  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "" };
+  const [, state, names = ""] = /fargate-environment (closed|sshd)\n(.*)/s.exec(output) ?? [];
+  const wanted = new RegExp(`^(FARGATE_ENVIRONMENT|${patterns.join("|").replaceAll("*", "\\w*")})$`);
+  const passed = names.split("\n").some((name) => wanted.test(name) && !SET_BY_LOGIN.test(name));
+  const hidden = patterns.length > 0 && !passed ? (state as keyof typeof HIDDEN | undefined) : undefined;
+  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "", hidden };
 }
 
-/** What a script's first line asks for. @throws {Failure} for another than bash and sh: the wrong shell does harm */
+/** Why the environment of the container's first process cannot be read. */
+const HIDDEN = {
+  sshd: "sshd, which is the container's first process, has overwritten it",
+  closed: "Username may not read that of its first process",
+} as const;
+
+/** How PowerShell and cmd.exe scripts begin without `#!`: byte-order marks (as Latin-1), `& {`, `@echo off`. */
+const FOREIGN_START = /^(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff|\s*& ?\{|\s*@echo off)/i;
+
+/** The shell that a script's beginning asks for. @throws {Failure} for any but bash and sh: the wrong shell does harm */
 export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): "bash" | "sh" {
-  const [, named] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(script.subarray(0, 256).toString("latin1")) ?? [];
-  const name = named?.split("/").at(-1) ?? "bash";
+  const start = script.subarray(0, 256).toString("latin1");
+  const [, named = "bash"] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(start) ?? [];
+  const name = FOREIGN_START.test(start) ? "PowerShell or cmd.exe" : named.split("/").at(-1);
   if (name === "sh") return "sh";
   if (name === "bash") return best;
   const instead = `only bash and sh can be used; set shell = "bash" in the runner's config.toml`;
@@ -2130,7 +2194,13 @@ export async function prepare(context: Context): Promise<void> {
       const { host, connection } = await startUntilReady(context, aws, record, key, begun);
       record.ContainerIP = host;
       record.HostKey = connection.hostKey.toString("base64");
-      Object.assign(record, await findShells(connection, stop));
+      const { hidden, ...shells } = await findShells(connection, stop, config.SSH.PassEnvironment);
+      Object.assign(record, shells);
+      if (hidden)
+        log.warn(
+          "PassEnvironment passes nothing: {why}. Pass variables by SetEnv in sshd_config, or set PassEnvironment = []",
+          { why: HIDDEN[hidden] },
+        );
       connection.client.end();
       await sleep(0, stop); // signals are heard between turns of the event loop only
       stop.throwIfAborted();
@@ -2419,8 +2489,6 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   }
 }
 
-const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped packet is not waited for
-
 /** The `run` stage: runs a script of the job in its task, which says itself why it fails. @returns the exit code */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log, now, wallTime } = context;
@@ -2488,7 +2556,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
       const { ended, says, cause } = await fateOf(context, record, 0);
       if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
     }
-    const connection = await connect(target, CONNECT_CUT, stop);
+    const connection = await connect(target, LONGEST_SILENCE, stop);
     try {
       if (!record.PrivateKey || Math.abs(now() - seen) > FRESH) {
         const { ended, says, cause } = await fateOf(context, record, 0);
