@@ -559,6 +559,7 @@ describe("configuration", () => {
         ConnectTimeout: 60,
         KeepAliveInterval: 5,
         CancelGracePeriod: 30,
+        PassEnvironment: ["AWS_*", "JAVA_HOME"],
       },
     });
   });
@@ -637,6 +638,7 @@ describe("configuration", () => {
         "SSH.ConnectTimeout",
         "SSH.KeepAliveInterval",
         "SSH.CancelGracePeriod",
+        "SSH.PassEnvironment.1",
       ].sort(),
     );
     expect(problems).toContain("  Fargate.Cluster is missing; expected: the name or ARN of the ECS cluster");
@@ -644,6 +646,28 @@ describe("configuration", () => {
       "  SSH.Port is 70000; expected: the port of the task's SSH server, a whole number from 1 to 65535",
     );
     for (const line of problems) expect(line).toMatch(/; expected: \S|: give either|: cannot be given/);
+  });
+
+  test("PassEnvironment takes names and patterns of variables", () => {
+    const withList = (list: string) => `${configFile("guide")}\n  PassEnvironment = ${list}\n`;
+    for (const good of ['["*"]', "[]", '["_A1", "A*B*C*", " PATH "]'])
+      expect(readConfig(withList(good), "x", {}, {}).config.SSH.PassEnvironment).toHaveLength(JSON.parse(good).length);
+    for (const bad of [
+      '["1A"]',
+      '["A-B"]',
+      '["A B"]',
+      '[""]',
+      '["A=B"]',
+      '["*a*b*c*"]',
+      '["A\\nB"]',
+      '["$(x)"]',
+      '"*"',
+    ])
+      expect(thrown(() => readConfig(withList(bad), "x", {}, {})).message).toContain("SSH.PassEnvironment");
+    const { PassEnvironment } = readConfig(configFile("guide"), "x", {}, {}).config.SSH;
+    expect(PassEnvironment).toEqual([
+      ...["AWS_CONTAINER_*", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_EXECUTION_ENV", "ECS_CONTAINER_METADATA_URI*"],
+    ]);
   });
 
   test("LaunchType and CapacityProviderStrategy exclude each other", () => {
@@ -2768,6 +2792,55 @@ describe("scripts over SSH", () => {
     );
 
     taskTest(
+      "functions, aliases, options, IFS and PATH of a start-up file do not change what the driver runs",
+      async () => {
+        const words =
+          "cat tr sed readlink echo printf read command builtin eval exec exit export set unset unalias shopt";
+        const functions = [...words.split(" "), "trap", "test", "["];
+        const reserved = ["if", "then", "case", "esac", "for", "while", "do", "done", "{"];
+        await bashrc(
+          [
+            "IFS=,; PATH=/nowhere; set -aeufC; shopt -s expand_aliases inherit_errexit",
+            ...functions.map((name) => `${name}() { /usr/bin/printf "meddled "; }`),
+            ...[...reserved, ...functions].map((name) => `alias ${name}="/usr/bin/printf meddled"`),
+          ].join("\n"),
+        );
+        // `set -a` would export the script, and so no program could start: "Argument list too long".
+        const script = `#!/usr/bin/env bash
+: '${"x".repeat(200_000)}'
+/usr/bin/printf '%s\n' "flags $-" "options $BASHOPTS" "script $FARGATE_SCRIPT" "path $PATH"
+list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$word"; done
+/bin/false
+: >/tmp/same; : >/tmp/same
+/usr/bin/env | /usr/bin/wc -l >/dev/null && /usr/bin/printf 'programs start\n'
+/usr/bin/printf '%s' '  a line break at the end
+' `;
+        const ran = await runOnce(script);
+        expect(ran.stderr.toString()).toBe("");
+        const [flags, options, ...rest] = ran.stdout.toString().split("\n");
+        expect(flags).toBe("flags hBc");
+        expect(options).not.toMatch(/expand_aliases|inherit_errexit/);
+        expect(rest).toEqual([
+          ...["script ", "path /nowhere", "<a>", "<b,c>", "</etc/hostname>", "programs start"],
+          ...["  a line break at the end", ""],
+        ]);
+        expect(ran.outcome).toEqual(exited(0));
+      },
+      { containerOnly: true },
+    );
+
+    taskTest(
+      "variables, PATH and functions of a start-up file are there for the script",
+      async () => {
+        await bashrc("export OWN=value; plain=text; PATH=/opt/own:$PATH; greet() { echo hello; }");
+        const ran = await runOnce("echo $OWN $plain; greet; echo $PATH");
+        expect(ran.stdout.toString()).toMatch(/^value text\nhello\n\/opt\/own:\/usr/);
+        await bashrc("");
+      },
+      { containerOnly: true },
+    );
+
+    taskTest(
       "one that hangs ends with SIGTERM, also before the script",
       async () => {
         await bashrc("sleep 600");
@@ -2784,15 +2857,15 @@ describe("scripts over SSH", () => {
     );
 
     taskTest(
-      "a container without wc is told what it needs, at once",
+      "a container without cat is told what it needs, at once",
       async () => {
-        await task.host.exec("mv /usr/bin/wc /usr/bin/wc.off");
+        await task.host.exec("mv /usr/bin/cat /usr/bin/cat.off");
         try {
           await expect(runOnce("true")).rejects.toThrow(
-            "the container's shell could not take the script whole: it needs cat and wc",
+            "the container's shell could not take the script whole: it needs cat",
           );
         } finally {
-          await task.host.exec("mv /usr/bin/wc.off /usr/bin/wc");
+          await task.host.exec("mv /usr/bin/cat.off /usr/bin/cat");
         }
       },
       { containerOnly: true },
@@ -2995,14 +3068,16 @@ describe("scripts over SSH", () => {
           const whole = await over();
           expect(whole.outcome).toEqual(exited(0));
           expect(await began()).toBe("began\n");
+          // The marks of the shells that run: what other tests left in the background has some, too.
+          const shells = "cat /proc/[0-9]*/cmdline 2>/dev/null";
+          const marks = async () =>
+            new Set((await task.host.exec(shells)).output.match(/fargate-[0-9a-f]{32}(?= incomplete)/g));
+          const earlier = await marks();
           for (const part of [0.1, 0.5, 0.99]) {
             const cut = await over(Math.floor(whole.sent * part));
             expect(cut.outcome.ended).toBe("lost");
             // The remote shell has noticed when it has ended; it would have run the script by then.
-            const shells = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '";
-            await expect
-              .poll(async () => (await task.host.exec(shells)).output)
-              .not.toContain(`-eq ${Buffer.byteLength(script)} `);
+            await expect.poll(marks).toEqual(earlier);
             expect(await began()).toBe("");
           }
         },
@@ -3281,6 +3356,131 @@ describe("the worker image", () => {
       expect(ran.log).toContain("not passed to sessions, because they hold line breaks: SEVERAL_LINES \n");
     },
     { containerOnly: true, timeout: 300_000 },
+  );
+});
+
+/** Lines for a Dockerfile: a plain sshd, as in images that others have made, after what is to be process 1, if anything. */
+const plainSshd = (first: readonly string[] = [], options = "") => [
+  `RUN ssh-keygen -A && printf '%s\\n' \\
+  'for home in /root /home/worker; do mkdir -p $home/.ssh; echo "$SSH_PUBLIC_KEY" >$home/.ssh/authorized_keys; done' \\
+  'chown -R worker /home/worker/.ssh; exec /usr/sbin/sshd -D -e ${options}' >/start`,
+  `ENTRYPOINT ${JSON.stringify([...first, "/bin/sh", "/start"])}`,
+];
+const TINI = ["/usr/bin/tini", "--"];
+
+describe("the container's environment, of an image with a plain sshd under tini", () => {
+  const environment = {
+    AWS_REGION: "eu-west-1",
+    AWS_CONTAINER_CREDENTIALS_RELATIVE_URI: "/v2/credentials/0123",
+    QUOTES: 'a "b" \\c $d `e` $(f) * #g\ttab  ',
+    LINES: "one\ntwo=2\n\nfour\n",
+    EMPTY: "",
+    "with.dot": "x",
+    FROM_START_UP: "container",
+    SSH_OWN: "x",
+    FARGATE_DEADLINE: "9999999999",
+    UID: "5",
+    BASH_ENV: "/dev/null",
+    SHELLOPTS: "xtrace",
+    IFS: "x",
+    PS4: "$(echo evil)",
+    HOME: "/nowhere",
+    PATH: "/opt/tools/bin:/usr/local/bin:/usr/bin:/bin",
+    "BASH_FUNC_cat%%": "() { echo evil; }",
+  };
+  let own: TaskHosts;
+  let task: Awaited<ReturnType<typeof startTask>>;
+  beforeAll(async () => {
+    if (hosts.kind !== "container") return;
+    own = await containerHosts({ packages: PACKAGES, lines: plainSshd(TINI) });
+    task = await startTask(own, environment);
+  });
+  afterAll(() => own?.close());
+
+  /** Runs a script that prints its environment, of the login shell bash or of another. */
+  async function environmentOf(
+    patterns: readonly string[],
+    { interpreter = "bash" as "bash" | "sh", loginShell = "bash", script = "" } = {},
+  ) {
+    const connection = await task.logIn({ ...task.target, PassEnvironment: patterns });
+    const out = collect();
+    const err = collect();
+    const outcome = await runScript(
+      connection,
+      Buffer.from(`${script}\nexec env -0`),
+      { interpreter, loginShell },
+      { stop: never, log: getLogger("fargate"), stdout: out.sink, stderr: err.sink },
+    );
+    connection.client.end();
+    expect(outcome).toEqual({ ended: "exited", code: 0 });
+    const entries = out.bytes().toString().split("\0").filter(Boolean);
+    const variables = Object.fromEntries(entries.map((entry) => [entry.split("=", 1)[0], entry.replace(/^.*?=/s, "")]));
+    return { variables, errors: err.bytes().toString() };
+  }
+
+  const passed = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_REGION", "EMPTY", "FROM_START_UP", "LINES", "QUOTES"];
+  for (const shell of ["bash", "sh", "ash"] as const)
+    taskTest(
+      `["*"] passes all of it to ${shell}, but nothing of a login or a shell`,
+      async () => {
+        if (shell === "ash") await task.host.exec("mv /bin/sh /bin/sh.off; ln -s /bin/busybox /bin/sh");
+        const which = shell === "bash" ? {} : { interpreter: "sh" as const, loginShell: "bash" };
+        const { variables, errors } = await environmentOf(["*"], which);
+        if (shell === "ash") await task.host.exec("mv /bin/sh.off /bin/sh");
+        expect(errors).toBe("");
+        for (const name of [...passed, "PATH"])
+          expect({ [name]: variables[name] }).toEqual({ [name]: environment[name as keyof typeof environment] });
+        const others = Object.keys(variables).filter((name) => !passed.includes(name));
+        const login = /^(SSH_C\w+|HOME|HOSTNAME|LANG|LOGNAME|MAIL|MOTD_SHOWN|PATH|PWD|OLDPWD|SHELL|SHLVL|USER|_)$/;
+        expect(others.filter((name) => !login.test(name))).toEqual([]);
+        expect(variables.HOME).toBe("/root");
+        expect(variables.SSH_OWN).toBeUndefined();
+      },
+      { containerOnly: true },
+    );
+
+  taskTest(
+    "patterns choose, [] passes nothing",
+    async () => {
+      const namesWith = async (patterns: string[]) =>
+        Object.keys((await environmentOf(patterns)).variables)
+          .filter((name) => passed.includes(name))
+          .sort();
+      expect(await namesWith(["AWS_CONTAINER_*", "*TEX*", "LINE"])).toEqual(["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"]);
+      expect(await namesWith(["*IN*S"])).toEqual(["LINES"]);
+      expect(await namesWith([])).toEqual([]);
+      expect((await environmentOf(["AWS_*"])).variables.PATH).not.toContain("/opt/tools");
+    },
+    { containerOnly: true },
+  );
+
+  taskTest(
+    "a script sees it as if the session had begun with it: start-up files count, and no value is traced",
+    async () => {
+      const lines = "set -x; FROM_START_UP=changed; PATH=/opt/own:$PATH:/opt/last; readonly QUOTES=fixed";
+      await task.host.exec(`echo '${lines}' >/root/.bashrc`);
+      const { variables, errors } = await environmentOf(["*"]);
+      await task.host.exec("rm /root/.bashrc");
+      expect(variables).toMatchObject({
+        FROM_START_UP: "changed",
+        QUOTES: "fixed",
+        PATH: `/opt/own:${environment.PATH}:/opt/last`,
+      });
+      expect(errors).not.toMatch(/credentials|eu-west-1|two=2/);
+    },
+    { containerOnly: true },
+  );
+
+  taskTest(
+    "its values are in no argument",
+    async () => {
+      const { variables } = await environmentOf(["*"], {
+        script:
+          "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c 'credentials/012[3]' | { read -r n; export FOUND=$n; exec env -0; }; exit",
+      });
+      expect(variables.FOUND).toBe("0");
+    },
+    { containerOnly: true },
   );
 });
 
@@ -4111,7 +4311,7 @@ describe("the compiled program", () => {
     const config = join(projectRoot, "fixtures", "config", "bad.toml");
     const bad = await fargate(["--config", config, "custom", "prepare"], { env: byHand() });
     expect(bad.code).toBe(2);
-    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(21);
+    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(22);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
     // With its whole path: the runner starts each stage in a working directory of its own.
     expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml cannot be read: ENOENT/);
@@ -6480,28 +6680,121 @@ describe.concurrent("SSH fails", () => {
     { misbehaviour: { handshakeDelay: 3_500 } },
   );
 
-  for (const [fault, line, code, said] of [
-    ["nologin", "RUN usermod --shell /usr/sbin/nologin root", 1, ["This account is currently not available."]],
-    ["false", "RUN usermod --shell /bin/false root", 1, []],
-    ["missing", "RUN usermod --shell /bin/missing root", undefined, []],
-    ["ended by a start-up file (exit 3)", "RUN echo 'echo some words; exit 3' >/root/.bashrc", 3, ["some words"]],
-  ] as const)
+  const shellFaults: [fault: string, line: string, code: number, said: string[], advice: RegExp][] = [
+    [
+      "nologin",
+      "RUN usermod --shell /usr/sbin/nologin root",
+      1,
+      ["This account is currently not available."],
+      /give Username a login shell such as bash, not nologin or false/,
+    ],
+    ["false", "RUN usermod --shell /bin/false root", 1, [], /give Username a login shell/],
+    [
+      "ended by a start-up file (exit 3)",
+      "RUN echo 'echo some words; exit 3' >/root/.bashrc",
+      3,
+      ["some words"],
+      /let the start-up files of Username, such as ~\/.bashrc, return instead of exit/,
+    ],
+    [
+      "bash in an image without sh",
+      'ENTRYPOINT ["/bin/bash", "/usr/local/bin/worker-entrypoint"]\nRUN rm /bin/sh',
+      127,
+      ["bash: line 1: /bin/sh: No such file or directory"],
+      /install bash or sh in the image/,
+    ],
+  ];
+  for (const [fault, line, code, said, advice] of shellFaults)
     faultTest(
       `the login shell is ${fault}`,
       async (scene) => {
         const finished = await scene.stage("prepare");
         ended(finished, 2);
-        if (code === undefined) return { stage: "prepare", finished };
         const how = said.length > 0 ? ":" : " and said nothing";
         const text = `error: the container's login shell runs no commands: it ended with ${code}${how}`;
         const lines = finished.stderr.split("\n").map((line) => line.replace(/^\S+Z /, ""));
         const at = lines.indexOf(text);
         expect(at).toBeGreaterThan(0);
         expect(lines.slice(at + 1, at + 1 + said.length)).toEqual(said.map((line) => `error:   ${line}`));
+        expect(finished.stderr).toMatch(advice);
         return { stage: "prepare", finished, says: /runs no commands/ };
       },
       { container: { lines: [line] } },
     );
+
+  const definition = (environment: Record<string, string>) => ({
+    taskDefinitions: [
+      {
+        family: "test-task",
+        containerDefinitions: [
+          {
+            name: "ci-coordinator",
+            image: "sshd",
+            environment: Object.entries(environment).map(([name, value]) => ({ name, value })),
+          },
+        ],
+      },
+    ],
+  });
+  for (const [fault, image, Username, says, seen, patterns] of [
+    ["sshd is its first process", { lines: plainSshd() }, "root", /PassEnvironment.*overwritten/, ""],
+    ["another user owns it", { lines: plainSshd(TINI) }, "worker", /PassEnvironment.*may not read/, ""],
+    ["the image lacks tr", { lines: [...plainSshd(TINI), "RUN rm /usr/bin/tr"] }, "root", /PassEnvironment.*no tr/, ""],
+    [
+      "initProcessEnabled makes another process than sshd the first",
+      { lines: plainSshd(), init: true },
+      "root",
+      undefined,
+      "eu-west-1",
+    ],
+    ["tini is its first process", { lines: plainSshd(TINI) }, "root", undefined, "eu-west-1"],
+    [
+      "sshd is its first process and has SetEnv",
+      { lines: plainSshd([], "-o SetEnv=AWS_REGION=us") },
+      "root",
+      undefined,
+      "us",
+    ],
+    ["sshd is its first process, and PassEnvironment is []", { lines: plainSshd() }, "root", undefined, "", []],
+    ["the worker image passes it", {}, "root", undefined, "eu-west-1", ["OTHER"]],
+    ["the worker image passes it, under tini", { init: true }, "root", undefined, "eu-west-1"],
+  ] as const)
+    faultTest(
+      `the container's environment: ${fault}`,
+      async (scene) => {
+        const finished = await scene.stage("prepare");
+        ended(finished, 0);
+        if (!says) expect(finished.stderr).not.toContain("PassEnvironment");
+        const ran = await scene.run("echo $AWS_REGION");
+        ended(ran, 0);
+        expect(ran.stdout.toString()).toBe(`${seen}\n`);
+        return { stage: "prepare", finished, ...(says ? { says } : {}) };
+      },
+      {
+        container: image as ContainerHostsOptions,
+        changes: { SSH: { Username, ...(patterns ? { PassEnvironment: patterns } : {}) } },
+        ...definition({ AWS_REGION: "eu-west-1", UNRELATED: "x" }),
+      },
+    );
+
+  faultTest(
+    "the login shell does not exist",
+    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /let Username in/),
+    { container: { lines: ["RUN usermod --shell /bin/missing root"] } },
+  );
+
+  faultTest(
+    "a start-up file sets -a and replaces cat by a function",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      // Exported, the script would leave no room for the arguments of any program.
+      const finished = await scene.run(`: '${"x".repeat(200_000)}'\n/bin/echo runs\ncat`);
+      ended(finished, 0);
+      expect(finished.stdout.toString()).toBe("runs\nfunction\n");
+      return { stage: "run", finished };
+    },
+    { container: { lines: ["RUN echo 'set -a; cat() { echo function; }' >/root/.bashrc"] } },
+  );
 
   faultTest(
     "a start-up file breaks PATH",
@@ -8306,7 +8599,7 @@ describe("any input", () => {
                 ),
               );
               if ("failure" in outcome) {
-                expect(expectClear(outcome.failure)).toContain("without NUL characters");
+                expect(expectClear(outcome.failure)).toContain("the script has NUL characters");
                 expect(bytes.includes(0)).toBe(true);
                 expect(out.bytes().toString("latin1")).toBe("");
                 return;

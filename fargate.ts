@@ -253,11 +253,14 @@ const listOf = (item: string, most: number) =>
   v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
 const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
+const listOfUpTo100 = (item: v.GenericSchema<string>, what: string) =>
+  v.pipe(v.array(item), v.maxLength(100), v.description(what));
 const allowed = (item: v.GenericSchema<string>, what: string) =>
-  v.optional(v.pipe(v.array(item), v.maxLength(100), v.description(`what a job's variable may name, a list: ${what}`)));
+  v.optional(listOfUpTo100(item, `what a job's variable may name, a list: ${what}`));
 const PLATFORM_VERSION = "a Fargate platform version, such as 1.4.0 or LATEST";
-const VARIABLE = "the name of an environment variable, with up to three * for any characters";
+const VARIABLE = "a list of names of variables, with up to three * for any characters";
 const variable = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})(?!\d)[\w*]+$/), v.description(VARIABLE));
+const AWS_VARIABLES = "AWS_CONTAINER_* AWS_REGION AWS_DEFAULT_REGION AWS_EXECUTION_ENV ECS_CONTAINER_METADATA_URI*";
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -338,14 +341,7 @@ export const ConfigSchema = v.object({
     ConnectTimeout: v.optional(whole(1, 3600, "seconds in which the SSH server must accept a login"), 120),
     KeepAliveInterval: v.optional(whole(0, 3600, "seconds between signs of life on an idle connection"), 15),
     CancelGracePeriod: v.optional(whole(0, 240, "seconds from SIGTERM to SIGKILL for a script that is cancelled"), 10),
-    PassEnvironment: v.optional(
-      v.pipe(
-        v.array(variable),
-        v.maxLength(100),
-        v.description(`what a job gets of its container, a list: ${VARIABLE}`),
-      ),
-      ["AWS_CONTAINER_*", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_EXECUTION_ENV", "ECS_CONTAINER_METADATA_URI*"],
-    ),
+    PassEnvironment: v.optional(listOfUpTo100(variable, `what a job gets: ${VARIABLE}`), AWS_VARIABLES.split(" ")),
   }),
 });
 
@@ -1474,6 +1470,7 @@ export interface SshTarget
   readonly privateKey: string;
   readonly hostKey?: Buffer; // the only server key that is accepted; undefined on first use, which pins it
   readonly toSend?: number; // bytes that are to be sent at most, beside our own commands
+  readonly PassEnvironment?: readonly string[];
 }
 
 /** `target` is for a second connection to the same server. */
@@ -1571,9 +1568,12 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   };
   const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
     end(new SshFailure(why, `${where}: ${text}`, { problem }));
-  const late = (ms: number, what: string, problem: Problem) =>
-    setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
-  let timer = late(Math.min(silence, CONNECT_TIMEOUT), "nothing answered", "silent");
+  let timer: NodeJS.Timeout | undefined;
+  const limit = (ms: number, what: string, problem: Problem) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
+  };
+  limit(Math.min(silence, CONNECT_TIMEOUT), "nothing answered", "silent");
   const abort = () => end(signal.reason);
   signal.addEventListener("abort", abort);
   const { toSend = 0 } = target;
@@ -1588,14 +1588,10 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     if (process.memoryUsage.rss() > most - MOST_GROWTH / 2) Bun.gc(true);
     if (process.memoryUsage.rss() > most) socket.destroy(new Error("the server makes this process too large"));
   });
-  socket.once("connect", () => {
-    clearTimeout(timer);
-    timer = late(silence, "nothing answered", "silent");
-  });
+  socket.once("connect", () => limit(silence, "nothing answered", "silent"));
   socket.once("data", () => {
     onAnswer();
-    clearTimeout(timer);
-    timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in", "noServer");
+    limit(LOGIN_TIMEOUT, "the server answered, but let nobody in", "noServer");
   });
   client.on("ready", () => {
     if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
@@ -1643,7 +1639,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
 // In ms, but for `open`. Attempts overlap until one is answered: packets to an address that is not up yet may be
 // dropped. After each silent attempt, the next waits longer for the first bytes: a busy server may need that. A login that
 // the server refused makes a pause: the key may come later, and OpenSSH 9.8 bars an address that failed for 5 s.
-const LOGIN = { every: 250, silence: 3_000, open: 4, pauseAfterRefusal: 5_000 } as const;
+const LOGIN = { every: 250, open: 4, pauseAfterRefusal: 5_000 } as const;
 
 /**
  * Tries to log in until it works.
@@ -1656,7 +1652,7 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
   let open = 0;
   let answered = 0;
   let pause = 0;
-  let silence: number = LOGIN.silence;
+  let silence = CONNECT_TIMEOUT;
   const attempt = async () => {
     if (--pause > 0 || open >= LOGIN.open || answered > 0) return;
     open++;
@@ -1753,11 +1749,11 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     if (apart) own = await connect(connection.target, within, bound);
     const { channel, exit } = await execute(own ?? connection, command, bound);
     let output = "";
-    channel.stderr.on("data", (chunk: Buffer) => {
-      if (report.errors.length < 2 ** 20) report.errors += chunk.toString();
-    });
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 2 ** 20) output += chunk.toString();
+    });
+    channel.stderr.on("data", (chunk: Buffer) => {
+      if (report.errors.length < 65_536) report.errors += chunk.toString();
     });
     report.ended = await new Promise<Exit>((resolve, reject) => {
       channel.on("close", () => resolve(exit));
@@ -1775,22 +1771,19 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
   }
 }
 
-/** Names that a login sets by itself: to see one proves nothing about the container's environment. */
-const SET_BY_LOGIN = /^(HOME|USER|LOGNAME|SHELL|MAIL|PATH|PWD|OLDPWD|SHLVL|TERM|LANG|_|SSH_\w*)$/;
-
 /**
- * Which shells a container has, and whether sessions can be given variables of its environment.
- * @param patterns the variables' names (PassEnvironment)
- * @returns `hidden`: why its first process's environment cannot be read, unless the image passes it by itself
+ * Which shells a container has.
+ * @returns `warning`: PassEnvironment has no effect, and the image does not pass those variables by itself either
  * @throws {Failure} with the login shell's own output when it runs no command
  */
-export async function findShells(connection: Connection, signal: AbortSignal, patterns: readonly string[] = []) {
+export async function findShells(connection: Connection, signal: AbortSignal) {
   // Absolute paths, because a start-up file may have broken PATH; `sh -c`, so that any login shell understands it.
   const question = [
     'PATH=$PATH:/usr/local/bin:/usr/bin:/bin; echo "fargate-shells $SHELL $(command -v bash || command -v sh)";',
-    "name=; { read -r name </proc/1/comm; } 2>/dev/null; state=closed; { true </proc/1/environ; } 2>/dev/null && state=open;",
-    // OpenSSH overwrites its own environment with its title.
-    '[ "$name" = sshd ] && state=sshd; echo "fargate-environment $state"; [ $state = open ] || env | sed "s/=.*//"',
+    "n=; { read -r n </proc/1/comm; } 2>/dev/null; s=closed; { true </proc/1/environ; } 2>/dev/null && s=open;",
+    'command -v tr >/dev/null || s=tr; [ "$n" = sshd ] && s=sshd;', // sshd overwrites its own with its title
+    // ECS sets AWS_* and ECS_* in every container: an image that passes them knows how to.
+    'env | grep -Eq "^(FARGATE_ENVIRONMENT|(AWS|ECS)_[A-Z0-9_]+)=" && s=passed; echo "fargate-environment $s"',
   ].join(" ");
   const report: Asking["report"] = { errors: "", ended: undefined };
   const output = await ask(connection, `exec /bin/sh -c '${question}'`, signal, { report });
@@ -1803,49 +1796,83 @@ export async function findShells(connection: Connection, signal: AbortSignal, pa
     throw new Failure("system", `the container's login shell runs no commands: ${how}`, { problem }, said.slice(-20));
   }
   const Interpreter: TaskRecord["Interpreter"] = /bash$/.test(best) ? "bash" : "sh";
-  const [, state, names = ""] = /fargate-environment (closed|sshd)\n(.*)/s.exec(output) ?? [];
-  const wanted = new RegExp(`^(FARGATE_ENVIRONMENT|${patterns.join("|").replaceAll("*", "\\w*")})$`);
-  const passed = names.split("\n").some((name) => wanted.test(name) && !SET_BY_LOGIN.test(name));
-  const hidden = patterns.length > 0 && !passed ? (state as keyof typeof HIDDEN | undefined) : undefined;
-  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "", hidden };
+  const reasons: Record<string, string> = {
+    sshd: "sshd, which is the container's first process, has overwritten its environment",
+    closed: "Username may not read the environment of the container's first process",
+    tr: "the image has no tr",
+  };
+  const [, state] = /^fargate-environment (sshd|closed|tr)$/m.exec(output) ?? [];
+  const instead = 'start sshd with -o "SetEnv=NAME=$NAME ..." (see the README), or set PassEnvironment = []';
+  const isLost = state && connection.target.PassEnvironment?.length;
+  const warning = isLost ? `PassEnvironment has no effect: ${reasons[state]}; ${instead}` : undefined;
+  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "", warning };
 }
-
-/** Why the environment of the container's first process cannot be read. */
-const HIDDEN = {
-  sshd: "sshd, which is the container's first process, has overwritten it",
-  closed: "Username may not read that of its first process",
-} as const;
-
-/** How PowerShell and cmd.exe scripts begin without `#!`: byte-order marks (as Latin-1), `& {`, `@echo off`. */
-const FOREIGN_START = /^(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff|\s*& ?\{|\s*@echo off)/i;
 
 /** The shell that a script's beginning asks for. @throws {Failure} for any but bash and sh: the wrong shell does harm */
 export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): "bash" | "sh" {
   const start = script.subarray(0, 256).toString("latin1");
   const [, named = "bash"] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(start) ?? [];
-  const name = FOREIGN_START.test(start) ? "PowerShell or cmd.exe" : named.split("/").at(-1);
+  // Without `#!`: byte-order marks, as Latin-1, and what GitLab Runner writes for other shells.
+  const isForeign = /^(\xef\xbb\xbf|\xff\xfe|\xfe\xff|\s*& ?\{|\s*@echo off)/i.test(start);
+  const name = isForeign ? "PowerShell or cmd.exe" : named.split("/").at(-1);
   if (name === "sh") return "sh";
   if (name === "bash") return best;
   const instead = `only bash and sh can be used; set shell = "bash" in the runner's config.toml`;
   throw new Failure("system", `the script is for ${name}, but ${instead}`);
 }
 
+/** Runs a program of the image, also if a start-up file has broken PATH or defined a function of that name. */
+const tool = (words: string) => `{ command ${words} 2>/dev/null || command -p ${words} 2>/dev/null; }`;
+
 /**
- * The program that the remote shell runs, with the script on its standard input. On one line and without single quotes,
- * so that any login shell passes it on. It
- *  - prints the first mark with its process id and /proc/PID/stat, then the pipes that it writes to, by ls: BusyBox's readlink takes one file;
- *  - reads the whole script into a variable and compares its length, so that a cut connection runs nothing of it;
+ * The part of `remoteProgram` that passes variables of the container's first process to the script, as if the session
+ * had begun with them: what a login or a start-up file has set stays, also what it has put around sshd's PATH. No value
+ * is evaluated. sshd as first process has lost its environment. Meanwhile \036 stands for the line breaks of a value.
+ */
+function passEnvironment(patterns: readonly string[]): string {
+  const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"; // what a range means depends on the locale
+  const shells = "UID|EUID|PPID|SHELLOPTS|BASHOPTS|BASH_ENV|BASH_XTRACEFD|ENV|IFS|PS4|POSIXLY_CORRECT";
+  const passesPath = new RegExp(`^(${patterns.join("|").replaceAll("*", "\\w*")})$`).test("PATH");
+  const sshdPath = `$(${tool('tr "\\000" "\\n"')} </proc/$$/environ | ${tool('sed -n "s/^PATH=//p"')})`;
+  return [
+    `FARGATE_N=; { command read -r FARGATE_N </proc/1/comm; } 2>/dev/null; FARGATE_P=${passesPath ? sshdPath : ""};`,
+    "FARGATE_ALL=; case $FARGATE_N in sshd) ;; *) FARGATE_ALL=$(",
+    `${tool('tr "\\000\\n" "\\n\\036"')} 2>/dev/null </proc/1/environ);; esac; set -f; IFS=\${IFS#??};`,
+    "for FARGATE_V in $FARGATE_ALL; do FARGATE_N=${FARGATE_V%%=*}; FARGATE_V=${FARGATE_V#*=}; case $FARGATE_N in",
+    `""|[0123456789]*|*[!${letters}0123456789]*|_|OLDPWD|SSH_*|FARGATE_*|${shells}) continue;; esac;`,
+    `case $FARGATE_N in ${patterns.join("|")}) ;; *) continue;; esac; while :; do case $FARGATE_V in *"$FARGATE_RS"*)`,
+    'FARGATE_V=${FARGATE_V%%"$FARGATE_RS"*}$IFS${FARGATE_V#*"$FARGATE_RS"};; *) break;; esac; done;',
+    'eval "FARGATE_SET=\\${$FARGATE_N+set}"; case $FARGATE_N$FARGATE_SET in PATHset)',
+    'case $PATH in *"${FARGATE_P:-:none:}"*) PATH=${PATH%%"$FARGATE_P"*}$FARGATE_V${PATH#*"$FARGATE_P"};; esac;;',
+    '*set) export "$FARGATE_N";; *) export "$FARGATE_N=$FARGATE_V";; esac; done; set +f;',
+    "unset FARGATE_N FARGATE_V FARGATE_SET FARGATE_P FARGATE_ALL;",
+  ].join(" ");
+}
+
+/**
+ * The program that the remote shell runs, with the script and the mark on its standard input. On one line and without
+ * single quotes, so that any login shell passes it on. It
+ *  - undoes what start-up files may have changed in how a shell works: options, aliases, IFS. In bash's POSIX mode, which
+ *    begins with the assignment, no function replaces a special builtin, and `command` passes over all other functions;
+ *  - prints the first mark with its process id and /proc/PID/stat, then the pipes that it writes to;
+ *  - reads the whole script into a variable and looks for the mark behind it, so that a cut connection runs nothing of it;
  *  - prints the second mark, then evaluates the script in this same shell, with empty standard input. The script's end
  *    is the shell's end. No part of the script is in an argument, a file or the environment.
  */
-export function remoteProgram(bytes: number, mark: string): string {
-  return [
-    "set +e; unset FARGATE_SCRIPT; FARGATE_SCRIPT=; { read -r FARGATE_SCRIPT </proc/$$/stat; } 2>/dev/null;",
-    `echo "${mark} $$ $FARGATE_SCRIPT"; ls -ln /proc/$$/fd/1 /proc/$$/fd/2 2>/dev/null;`,
-    "FARGATE_SCRIPT=$(cat; echo x); FARGATE_SCRIPT=${FARGATE_SCRIPT%x};",
-    `[ "$(printf %s "$FARGATE_SCRIPT" | wc -c)" -eq ${bytes} ] || { echo "${mark} incomplete"; exit 1; };`,
-    `echo "${mark} complete"; exec </dev/null; eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT"`,
+export function remoteProgram(mark: string, patterns: readonly string[] = []): string {
+  const program = [
+    "unset FARGATE_SCRIPT; FARGATE_SCRIPT=; { command read -r FARGATE_SCRIPT </proc/$$/stat; } 2>/dev/null;",
+    `command echo "${mark} $$ $FARGATE_SCRIPT"; (${tool("ls -ln /proc/$$/fd/1 /proc/$$/fd/2")});`,
+    `FARGATE_SCRIPT=$(${tool("cat")}); case $FARGATE_SCRIPT in *"${mark}") ;;`,
+    `*) command echo "${mark} incomplete"; exit 1;; esac; FARGATE_SCRIPT=\${FARGATE_SCRIPT%"${mark}"};`,
+    'IFS=$(command printf " \\t\\n\\036"); FARGATE_RS=${IFS#???}; IFS=${IFS%?}; FARGATE_IFS=$IFS;',
+    patterns.length > 0 ? passEnvironment(patterns) : "",
+    `command echo "${mark} complete"; exec </dev/null; IFS=$FARGATE_IFS; unset POSIXLY_CORRECT FARGATE_RS FARGATE_IFS;`,
+    "command shopt -u inherit_errexit 2>/dev/null;", // which POSIX mode leaves on
+    'command eval "command unset FARGATE_SCRIPT; $FARGATE_SCRIPT"',
   ].join(" ");
+  const neutral = "\\unset -f command; \\set +abefmuvxC; \\command unalias -a; \\command trap - DEBUG 2>/dev/null";
+  return `POSIXLY_CORRECT=1; ${neutral}; \\eval "${program.replace(/[\\"$`]/g, "\\$&")}"`;
 }
 
 /**
@@ -1973,7 +2000,9 @@ export async function runScript(
   { stop, log, stdout, stderr }: Pick<Context, "stop" | "log"> & Sinks,
 ): Promise<Outcome> {
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
-  const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
+  if (script.includes(0)) throw new Failure("system", "the script has NUL characters, which no shell can take");
+  const program = remoteProgram(mark, connection.target.PassEnvironment);
+  const command = remoteCommand(program, shells.interpreter, shells.loginShell);
   let reason: string | undefined;
   let wasSilent = false;
   connection.client.on("error", (error: SshError) => {
@@ -2003,7 +2032,9 @@ export async function runScript(
   channel.on("data", (chunk: Buffer) => {
     const begun = preamble.shell !== undefined;
     write(channel, stdout, preamble.push(chunk));
-    if (!begun && preamble.shell) channel.end(script);
+    if (begun || !preamble.shell) return;
+    channel.write(script);
+    channel.end(mark);
   });
   errors.on("data", (chunk: Buffer) => write(errors, stderr, chunk));
   const closed = [channel, errors].map((source) => new Promise((resolve) => source.on("close", resolve)));
@@ -2075,10 +2106,11 @@ export async function runScript(
     }
     await drain();
     if (!preamble.shell)
-      throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
-    const needs = "it needs cat and wc, and a script without NUL characters";
+      throw new Failure("system", `the container's login shell ended with ${status} before it took the script`, {
+        problem: "startUpFile",
+      });
     if (preamble.state !== "complete")
-      throw new Failure("system", `the container's shell could not take the script whole: ${needs}`);
+      throw new Failure("system", "the container's shell could not take the script whole: it needs cat");
     const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
     return { ended: "exited", code: Math.min(code, 255) }; // SSH has room for more
   };
@@ -2194,13 +2226,9 @@ export async function prepare(context: Context): Promise<void> {
       const { host, connection } = await startUntilReady(context, aws, record, key, begun);
       record.ContainerIP = host;
       record.HostKey = connection.hostKey.toString("base64");
-      const { hidden, ...shells } = await findShells(connection, stop, config.SSH.PassEnvironment);
+      const { warning, ...shells } = await findShells(connection, stop);
       Object.assign(record, shells);
-      if (hidden)
-        log.warn(
-          "PassEnvironment passes nothing: {why}. Pass variables by SetEnv in sshd_config, or set PassEnvironment = []",
-          { why: HIDDEN[hidden] },
-        );
+      if (warning) log.warn("{warning}", { warning });
       connection.client.end();
       await sleep(0, stop); // signals are heard between turns of the event loop only
       stop.throwIfAborted();
