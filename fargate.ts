@@ -228,25 +228,17 @@ const FORMATS = ["text", "text-simple", "json"] as const;
 
 // The description of a key says what it means and what is allowed; error texts and the README's table use it.
 const text = (allowed: string) => v.pipe(v.string(), v.trim(), v.nonEmpty(), v.description(allowed));
-const whole = (least: number, most: number, what: string) =>
-  v.pipe(
-    v.number(),
-    v.integer(),
-    v.minValue(least),
-    v.maxValue(most),
-    v.description(`${what}, a whole number from ${least} to ${most}`),
-  );
-const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
-  v.pipe(
-    v.string(),
-    v.transform((word) => word.trim().toLowerCase()),
-    v.picklist(words.map((word) => word.toLowerCase()) as unknown as { [K in keyof T]: Lowercase<T[K]> }),
-    v.description(`${meaning}: ${words.join(", ")}`),
-  );
+const whole = (min: number, max: number, what: string) => {
+  const meaning = `${what}, a whole number from ${min} to ${max}`;
+  return v.pipe(v.number(), v.integer(), v.minValue(min), v.maxValue(max), v.description(meaning));
+};
 const exactly = <const T extends readonly string[]>(words: T, meaning: string) =>
   v.pipe(v.picklist(words), v.description(`${meaning}: ${words.join(", ")}`));
-const listOf = (item: string, most: number) =>
-  v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
+/** Accepts the (lower-case) `words` in any case. */
+const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
+  v.pipe(v.string(), v.trim(), v.toLowerCase(), exactly(words, meaning));
+const listOf = (item: string, max: number) =>
+  v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(max), v.description(`a list of 1 to ${max}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
 const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
 const allowed = (item: v.GenericSchema<string>, what: string) =>
@@ -259,7 +251,6 @@ const CapacityProviderSchema = v.object({
   Weight: v.optional(whole(0, 1000, "its share of the tasks"), 1),
   Base: v.optional(whole(0, 100_000, "how many tasks it runs at least")),
 });
-
 const strategy = v.pipe(
   v.array(CapacityProviderSchema),
   v.minLength(1),
@@ -268,13 +259,11 @@ const strategy = v.pipe(
   v.description('1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0'),
 );
 
-/** Keys that valibot's `record` leaves out without a word. */
-const RESERVED = ["__proto__", "constructor", "prototype"];
-
+const RESERVED = ["__proto__", "constructor", "prototype"]; // keys that valibot's `record` drops silently
 const tags = v.pipe(
   v.custom<Record<string, string>>((tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key))),
   v.record(v.string(), v.string()),
-  v.check((tags) => Object.keys(tags).length <= 50),
+  v.maxEntries(50),
   v.description("a table of at most 50 tags for the task, text = text"),
 );
 
@@ -309,18 +298,15 @@ export const ConfigSchema = v.object({
       AbandonedAfter: v.optional(whole(0, 604_800, "seconds without a live stage until sweep stops a task"), 900),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
-    v.rawCheck(({ dataset, addIssue }) => {
-      if (!isTable(dataset.value)) return;
-      const has = (key: string) => (dataset.value as Table)[key] !== undefined;
-      for (const [key, what] of [
-        ["Subnet", "a subnet ID, or Subnets, a list of 1 to 16"],
-        ["SecurityGroup", "a security group ID, or SecurityGroups, a list of 1 to 5"],
-      ])
-        if (has(`${key}`) === has(`${key}s`)) addIssue({ message: `Fargate.${key}: give either ${key}, ${what}` });
-      if (has("LaunchType") && has("CapacityProviderStrategy")) {
-        const both = "cannot be given together with CapacityProviderStrategy; ECS takes one of the two";
-        addIssue({ message: `Fargate.LaunchType: ${both}` });
-      }
+    v.rawCheck(({ dataset: { value }, addIssue }) => {
+      if (!isTable(value)) return;
+      const has = (key: string) => value[key] !== undefined;
+      const subnets = "give either Subnet, a subnet ID, or Subnets, a list of 1 to 16";
+      const groups = "give either SecurityGroup, a security group ID, or SecurityGroups, a list of 1 to 5";
+      const both = "cannot be given together with CapacityProviderStrategy; ECS takes one of the two";
+      if (has("Subnet") === has("Subnets")) addIssue({ message: `Fargate.Subnet: ${subnets}` });
+      if (has("SecurityGroup") === has("SecurityGroups")) addIssue({ message: `Fargate.SecurityGroup: ${groups}` });
+      if (has("LaunchType") && has("CapacityProviderStrategy")) addIssue({ message: `Fargate.LaunchType: ${both}` });
     }),
   ),
   TaskMetadata: v.object({ Directory: text("the directory for the records of running tasks") }),
@@ -334,16 +320,14 @@ export const ConfigSchema = v.object({
   }),
 });
 
-/** What a file, the command line and the job's variables come to. */
 export type Config = v.InferOutput<typeof ConfigSchema>;
-
-/** Options of the command line, by the name of their setting. Each beats variable and file. */
-export type Options = Partial<
-  Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>
->;
 
 /** Settings that a job may choose, by a variable of this name. The runner passes it on as `CUSTOM_ENV_<name>`. */
 const VARIABLES = { TaskDefinition: "FARGATE_TASK_DEFINITION", PlatformVersion: "FARGATE_PLATFORM_VERSION" } as const;
+type JobSetting = keyof typeof VARIABLES;
+
+/** Settings that the command line may override. */
+export type Options = { readonly [Key in "LogLevel" | "LogFormat" | "LogFile" | JobSetting]?: string | undefined };
 
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
@@ -353,32 +337,30 @@ const isTable = (value: unknown): value is Table =>
 const unwrap = (schema: v.GenericSchema): v.GenericSchema =>
   "wrapped" in schema ? (schema.wrapped as v.GenericSchema) : schema;
 
-/** The known keys of a table, or of the tables in a list; undefined where any key will do. */
+/** The known keys of a table, or of the tables in a list; undefined if any key is allowed. */
 function entriesOf(schema: v.GenericSchema): Record<string, v.GenericSchema> | undefined {
   const inner = unwrap(schema);
   if ("entries" in inner) return inner.entries as Record<string, v.GenericSchema>;
   return "item" in inner ? entriesOf(inner.item as v.GenericSchema) : undefined;
 }
 
-/** Every known key with the tables it stands in, such as `SSH.Port`. */
-function* knownKeys(schema: v.GenericSchema = ConfigSchema, path = ""): Generator<string> {
-  for (const [key, entry] of Object.entries(entriesOf(schema) ?? {})) {
-    yield path + key;
-    yield* knownKeys(entry, `${path}${key}.`);
-  }
-}
+/** Every known key with its path, such as `SSH.Port`. */
+const knownKeys = (schema: v.GenericSchema, path = ""): string[] =>
+  Object.entries(entriesOf(schema) ?? {}).flatMap(([key, entry]) => [
+    path + key,
+    ...knownKeys(entry, `${path}${key}.`),
+  ]);
 
-/** The known key that an unknown one is most likely meant for, by edit distance in proportion to length. */
+/** The known key that is most like an unknown one: by edit distance in proportion to length. */
 function nearestKey(unknown: string): string {
-  const wanted = unknown.toLowerCase();
   const far = (key: string) => {
-    const name = key.split(".").at(-1)?.toLowerCase() as string;
-    return distance(wanted, name) / Math.max(wanted.length, name.length);
+    const name = key.slice(key.lastIndexOf(".") + 1);
+    return distance(unknown.toLowerCase(), name.toLowerCase()) / Math.max(unknown.length, name.length);
   };
-  return [...knownKeys()].reduce((best, key) => (far(key) < far(best) ? key : best));
+  return knownKeys(ConfigSchema).reduce((best, key) => (far(key) < far(best) ? key : best));
 }
 
-/** A job's variables that nothing reads: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
+/** A job's variables that have no effect: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
 export function unreadVariables(env: Environment) {
   const read: string[] = Object.values(VARIABLES);
   return Object.keys(env).flatMap((key) => {
@@ -389,8 +371,8 @@ export function unreadVariables(env: Environment) {
 }
 
 /**
- * Gives every key the schema's spelling: the official driver's TOML library matches keys without regard to case,
- * an exact spelling first. Keys that match none are left out, with a warning.
+ * Gives every key the schema's spelling: the official driver's TOML library ignores case, but prefers the exact spelling.
+ * Unknown keys are left out, with a warning added to `unknown`.
  */
 function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown: string[]): unknown {
   const entries = entriesOf(schema);
@@ -399,23 +381,20 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown
   if (!isTable(value)) return value;
   const folded: Table = {};
   for (const [key, item] of Object.entries(value)) {
-    const name = Object.hasOwn(entries, key)
-      ? key
-      : Object.keys(entries).find((n) => n.toLowerCase() === key.toLowerCase());
+    const name = Object.keys(entries).find((name) => name.toLowerCase() === key.toLowerCase());
     if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
     else if (key !== name && Object.hasOwn(value, name))
       unknown.push(`${path}${key} has no effect beside ${path}${name}`);
     else if ((item !== "" || "item" in unwrap(entries[name] as v.GenericSchema)) && !(name === "Port" && item === 0))
-      // else as good as not given, as with the official driver; it knows no lists
+      // An empty text or port 0 counts as not given, as in the official driver, which has no lists.
       folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
   }
   return folded;
 }
 
-/** A value in short, as the file spells it. */
+/** A value as TOML spells it, in at most 80 characters. */
 function shown(value: unknown): string {
-  if (typeof value === "number" && !Number.isFinite(value))
-    return String(value).replace("Infinity", "inf").replace("NaN", "nan");
+  if (typeof value === "number" && !Number.isFinite(value)) return `${value}`.toLowerCase().replace("infinity", "inf");
   try {
     return JSON.stringify(value).slice(0, 80);
   } catch {
@@ -425,7 +404,6 @@ function shown(value: unknown): string {
 
 /** One problem of a configuration: its key, what is wrong, what is expected. */
 function describeProblem(issue: v.BaseIssue<unknown>): string {
-  const key = v.getDotPath(issue) ?? "";
   if (issue.type === "raw_check") return issue.message;
   let schema: v.GenericSchema = ConfigSchema;
   let expected = "a table";
@@ -433,9 +411,8 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
     schema = entriesOf(schema)?.[String(step)] ?? schema;
     expected = v.getDescription(unwrap(schema)) ?? expected;
   }
-  const given = issue.path?.at(-1)?.value;
-  const wrong = given === undefined ? "is missing" : `is ${shown(given)}`;
-  return `${key} ${wrong}; expected: ${expected}`;
+  const value = issue.path?.at(-1)?.value;
+  return `${v.getDotPath(issue)} ${value === undefined ? "is missing" : `is ${shown(value)}`}; expected: ${expected}`;
 }
 
 /**
