@@ -416,14 +416,12 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 }
 
 /**
- * Whether a job may choose what its variables name. A pattern without a revision allows any; an ARN must also be of the
- * configured region, and of the partition and account that an ARN in the configuration file says.
- * @param byJob the settings that a variable of the job decided
- * @param configured the file's own TaskDefinition, if it has one
- * @returns why not; undefined where it may
+ * Why a job may not choose what its variables name (the settings `byJob`); undefined if it may. A pattern without a
+ * revision allows any. An ARN must also be of the configured region, and of the account and partition in the ARN of
+ * Cluster or of `configured`, the file's own TaskDefinition.
  */
-export function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
-  const refused = (key: keyof typeof VARIABLES, why: string) =>
+function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
+  const refused = (key: JobSetting, why: string) =>
     `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
   const { TaskDefinition: asked, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
   if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
@@ -448,10 +446,10 @@ export function refusalOf(f: Config["Fargate"], byJob: readonly string[], config
 }
 
 /**
- * Merges file, variables and command line into one validated configuration; option beats variable beats file.
- * @param file the configuration file's text
- * @returns the configuration, the settings that a variable of the job decided, why that is refused if it is, and a
- *   warning for each key of the file that is not known
+ * Merges the configuration file's text, the job's variables and the command line. Options override variables; variables
+ * override the file.
+ * @returns the configuration, the settings that a variable decided (`byJob`), why the job may not decide them, if so
+ *   (`refusal`), and a warning for each key of the file without effect
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(file: string, path: string, options: Options, env: Environment) {
@@ -465,23 +463,22 @@ export function readConfig(file: string, path: string, options: Options, env: En
   }
   const unknown: string[] = [];
   const folded = foldKeys(table, ConfigSchema, "", unknown) as Table;
+  const merged: Table = { Fargate: {}, TaskMetadata: {}, SSH: {}, ...folded };
   const given = (...values: unknown[]) =>
     values.find((value) => value !== undefined && (typeof value !== "string" || value.trim() !== ""));
-  const fargate = folded.Fargate ?? {}; // where it is no table, the schema says so
-  const overrides: Table = {};
+  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], merged[key]);
+  const fargate = isTable(merged.Fargate) ? merged.Fargate : {}; // the schema reports what is no table
+  const configured = fargate.TaskDefinition;
   const byJob: string[] = [];
   for (const key of ["TaskDefinition", "PlatformVersion"] as const) {
     const variable = env[`CUSTOM_ENV_${VARIABLES[key]}`];
-    overrides[key] = given(options[key], variable, (fargate as Table)[key]);
     if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
+    fargate[key] = given(options[key], variable, fargate[key]);
   }
-  const merged: Table = { TaskMetadata: {}, SSH: {}, ...folded };
-  merged.Fargate = isTable(fargate) ? { ...fargate, ...overrides } : fargate;
-  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], folded[key]);
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
-    const all = [...new Set(result.issues.map(describeProblem))];
-    const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
+    const problems = [...new Set(result.issues.map(describeProblem))];
+    if (problems.length > 30) problems.splice(29, Infinity, `and ${problems.length - 29} more`);
     throw new Failure("system", `${path} cannot be used:`, {}, problems);
   }
   const config = result.output;
@@ -490,7 +487,7 @@ export function readConfig(file: string, path: string, options: Options, env: En
   config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
-  const refusal = refusalOf(config.Fargate, byJob, (fargate as Table).TaskDefinition);
+  const refusal = refusalOf(config.Fargate, byJob, configured);
   return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
 }
 
