@@ -24,7 +24,7 @@
  * Trusted        the configuration file, the runner and its JOB_RESPONSE_FILE (ids, not the author's words),
  *                ECS. Not trusted: CUSTOM_ENV_* variables, and whatever a job's container sends.
  *
- * The sections stand in the order in which a job meets them; each can be read without those below it.
+ * The sections follow the life of a job; each can be read without those below it.
  *
  * @module
  */
@@ -45,30 +45,26 @@ import { parse as parseToml, TomlError } from "smol-toml";
 import type { Client, ClientChannel } from "ssh2";
 import * as v from "valibot";
 
-/** Set by the build: the package's version and the commit it was built from. */
-declare const BUILD: string | undefined;
-
-/** `version (revision)`; `dev (HEAD)` when run from source. */
+declare const BUILD: string | undefined; // set by the build: version (commit)
 export const VERSION = typeof BUILD === "string" ? BUILD : "dev (HEAD)";
-
 export type Environment = Readonly<Record<string, string | undefined>>;
 
 // 2. Failures ---------------------------------------------------------------------------------------------
 
-/** Characters that show nothing but act: of control, of format (direction, joining, tags), line ends, half and private ones. */
+/** Control and format characters (direction, joining, tags), line ends, lone surrogates and private-use characters. */
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const escaped = (character: string) =>
   character.replace(/[\s\S]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
-const LONGEST_TEXT = 4_000; // characters; more than anything that is worth reading has
+const LONGEST_TEXT = 4_000; // characters
 
-/** Text from outside must not end a log line, forge another or control a terminal: it is escaped, and cut where it is long. */
+/** Escapes and shortens text from outside: it must not end a log line, forge another or control a terminal. */
 export function printable(value: unknown): string {
   const text = String(value);
   const line = text.slice(0, LONGEST_TEXT).replaceAll("\n", " | ").replace(UNPRINTABLE, escaped);
   return text.length > LONGEST_TEXT ? `${line}...` : line;
 }
 
-/** What decisions depend on. Each field is filled in where the failure is first seen, and never from our own text. */
+/** What decisions depend on: set where the failure is first seen, never derived from our own text. */
 export interface Cause {
   readonly problem?: Problem | undefined; // selects the advice
   readonly subject?: string | undefined; // the IAM action that AWS names, for the advice
@@ -79,9 +75,8 @@ export interface Cause {
 }
 
 /**
- * Everything that ends a stage other than success, with whose fault it is: a `build` failure is the job's (the
- * runner does not try again), a `system` failure is ours, the operator's or AWS's. Its message is printable; only
- * `details` have lines of their own.
+ * Ends a stage: a `build` failure is the job's fault (the runner does not retry), a `system` failure ours, the operator's
+ * or AWS's. The message is printable; each of `details` gets a line of its own.
  */
 export class Failure extends Error {
   override name = "Failure";
@@ -95,21 +90,21 @@ export class Failure extends Error {
   }
 }
 
-/** The exit code that GitLab Runner gave for a kind of failure; 1 and 2 where it gave none. */
+/** The exit code that GitLab Runner asks for, for a kind of failure; 1 or 2 if it gives none. */
 export function exitCode(kind: Failure["kind"], env: Environment): number {
   const code = Number(kind === "build" ? env.BUILD_FAILURE_EXIT_CODE : env.SYSTEM_FAILURE_EXIT_CODE);
   if (Number.isInteger(code) && code > 0 && code < 256) return code;
   return kind === "build" ? 1 : 2;
 }
 
-/** The words of any thrown value, without a stack. */
+/** The message of any thrown value. */
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
 // What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. The texts are only
-// printed. The group of a problem decides: see PASSING, and where a variable of the job is at fault.
+// printed; decisions look at a problem's name, or at the group it is in.
 
 /** Another start may succeed: later, in another subnet or with other capacity. */
 const PASSING = {
@@ -197,17 +192,13 @@ const ADVICE = {
 };
 export type Problem = keyof typeof ADVICE;
 
-/** @returns what to do about a failure; undefined if the driver does not know its cause */
+/** What to do about a failure; undefined if the driver does not know. */
 export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
   problem && ADVICE[problem].replace("$1", subject ?? "this action");
 
-/** The cause of any thrown value. */
 export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
-/**
- * Runs `action`; rethrows its error as a Failure prefixed with `what`.
- * @param problem what an error of the operating system means here
- */
+/** Runs `action`; rethrows its error as a Failure prefixed with `what`: a `problem`, if the operating system reports it. */
 function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   try {
     return action();
@@ -217,7 +208,6 @@ function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   }
 }
 
-/** Reads a file that must be there. @throws {Failure} naming it as `what` */
 const readFile = (path: string, what: string): Buffer =>
   withContext(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
 
