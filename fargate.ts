@@ -2774,7 +2774,7 @@ export function formatSweep(report: SweepReport, json: boolean): string {
 
 // 13. Command line ----------------------------------------------------------------------------------------
 
-/** A command whose errors are one line that says what is wrong and what is known. */
+/** A command whose errors are one line: what is wrong, and what is known. */
 class Cli extends Command {
   override createCommand(name?: string): Cli {
     return new Cli(name);
@@ -2784,16 +2784,13 @@ class Cli extends Command {
     let root: Command = this;
     let path = this.name();
     for (; root.parent; root = root.parent) path = `${root.parent.name()} ${path}`;
-    const what = message
-      .replace(/^error: /, "")
-      .replace(/\n\(Did you mean [^\n]*$/, "")
-      .replace(/\.$/, "");
+    const what = `${path}: ${message.replace(/^error: /, "").replace(/\.$/, "")}`;
     if (options?.code === "commander.invalidArgument")
-      throw new Failure("system", `${path}: ${what.replace(". known: ", "; known: ")}`); // see oneOfWords
+      throw new Failure("system", what.replace(". known: ", "; known: ")); // see `only`
     const known = /option/i.test(options?.code ?? "")
-      ? [...root.options, ...(this === root ? [] : this.options)].map((option) => option.long).join(", ")
+      ? [...new Set([...root.options, ...this.options])].map((option) => option.long).join(", ")
       : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
-    throw new Failure("system", `${path}: ${what}; known: ${known}`);
+    throw new Failure("system", `${what}; known: ${known}`);
   }
 
   /** commander shows help as an error if a command is missing; a runner must not take that for a successful stage. */
@@ -2813,11 +2810,7 @@ const oneOfWords = (words: readonly string[]) =>
   only(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
 const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id>-<job>", (id) => MANAGER.test(id));
 
-/**
- * @param argv the arguments, without the program's own name
- * @returns what they ask for; undefined when that was help or the version, and is printed
- * @throws {Failure} for wrong arguments
- */
+/** Parses the arguments after the program's name. @returns undefined if they asked for help or version, which it prints */
 export function parseCommandLine(argv: readonly string[]) {
   const program = new Cli("fargate")
     .description("Runs each GitLab CI job in an AWS ECS task of its own on Fargate.")
@@ -2830,37 +2823,35 @@ export function parseCommandLine(argv: readonly string[]) {
     .option("--log-file <path>", "LogFile: log to this file instead of standard error")
     .option("--task-def <definition>", "TaskDefinition: family, family:revision or ARN")
     .option("--platform-version <version>", "PlatformVersion: such as 1.4.0 or LATEST")
+    .addHelpText(
+      "after",
+      "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
+        "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
+    )
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
+    .showSuggestionAfterError(false)
     .exitOverride();
-  program.addHelpText(
-    "after",
-    "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
-      "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
-  );
   let asked: Command = program;
-  const remember = (...args: unknown[]) => {
-    asked = args.at(-1) as Command;
-  };
-  const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
-  const stage = (name: string, alias: string, description: string, operands: Record<string, string> = {}) =>
-    Object.entries(operands)
-      .reduce((command, [operand, meaning]) => command.argument(`<${operand}>`, meaning), custom.command(name))
-      .alias(alias)
+  const add = (parent: Command, name: string, description: string) =>
+    parent
+      .command(name)
       .description(description)
-      .action(remember);
-  stage("config", "co", "print the driver's name and version for the runner, as JSON");
-  stage("prepare", "p", "start the job's task and wait until it can be used");
-  const operands = { script: "path of the script", stage: "the runner's name for it, such as build_script" };
-  stage("run", "r", "run a script of the job in its task", operands);
-  stage("cleanup", "cl", "stop the job's task");
-  program
-    .command("sweep")
-    .description("stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
+      .action((...args) => {
+        asked = args.at(-1);
+      });
+  const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
+  add(custom, "config", "print the driver's name and version for the runner, as JSON").alias("co");
+  add(custom, "prepare", "start the job's task and wait until it can be used").alias("p");
+  add(custom, "run", "run a script of the job in its task")
+    .alias("r")
+    .argument("<script>", "path of the script")
+    .argument("<stage>", "the runner's name for it, such as build_script");
+  add(custom, "cleanup", "stop the job's task").alias("cl");
+  add(program, "sweep", "stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
     .option("--dry-run", "say what would be done, and do nothing")
     .option("--json", "say it as one JSON object")
-    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf)
-    .action(remember);
+    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf);
 
   try {
     program.parse(argv, { from: "user" });
@@ -2924,14 +2915,13 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const parent = process.ppid; // once it has ended, nobody takes this stage's result, nor goes on with the job
     const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
     if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
-    if (command === "prepare") await prepare(context);
-    else if (command === "cleanup") await cleanup(context);
-    else {
+    if (command === "run") {
       const { stdout, stderr } = process; // bun makes these streams when they are asked for; no other stage needs them
       for (const stream of [stdout, stderr])
         stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
       return await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
     }
+    await (command === "prepare" ? prepare(context) : cleanup(context));
     return 0;
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
@@ -2943,20 +2933,15 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   }
 }
 
-/**
- * Run from source, bun has taken .env and bunfig.toml of the working directory into account before this line, unless it
- * was told not to: a checkout could so redirect signed requests. Then nothing is done. The compiled program reads none.
- */
-function refuseForeignSettings(): void {
-  if (typeof BUILD === "string" || process.execArgv.includes("--no-env-file")) return;
-  const found = fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
-  if (found.length === 0) return;
-  const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
-  writeWhole(2, `error: bun takes settings from ${printable(found.join(", "))} here; call it as: ${call}\n`);
-  process.exit(exitCode("system", process.env));
-}
-
 if (import.meta.main) {
-  refuseForeignSettings();
+  // From source, bun has already applied .env and bunfig.toml of the working directory, unless told not to: with them, a
+  // checkout could redirect signed requests. The compiled program reads neither.
+  const isSafe = typeof BUILD === "string" || process.execArgv.includes("--no-env-file");
+  const found = isSafe ? [] : fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
+  if (found.length > 0) {
+    const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
+    writeWhole(2, `error: bun takes settings from ${printable(found.join(", "))} here; call it as: ${call}\n`);
+    process.exit(exitCode("system", process.env));
+  }
   main(process.argv.slice(2), process.env).then((code) => process.exit(code));
 }
