@@ -483,10 +483,7 @@ export function readConfig(file: string, path: string, options: Options, env: En
 
 // 4. Logging ----------------------------------------------------------------------------------------------
 
-// logrus' names, which the official driver's files use, to LogTape's.
-const LOGTAPE_LEVEL: Record<string, LogLevel> = { warn: "warning", panic: "fatal" };
-
-/** One log line in the wanted format, with its line end. */
+/** Formats one log line, with its line end. */
 export function formatRecord(record: LogRecord, format: Config["LogFormat"]): string {
   const message = printable(record.message.join(""));
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
@@ -499,10 +496,7 @@ export function formatRecord(record: LogRecord, format: Config["LogFormat"]): st
   return format === "text-simple" ? `${level}${message}\n` : `${time} ${level}${message}\n`;
 }
 
-/**
- * Writes all of a text. Standard error may be a full pipe that does not block (bun makes it so): the runner reads it, so
- * it is tried again for up to 5 s, and a log line is no reason to wait longer.
- */
+/** Writes all of a text. Bun makes standard error non-blocking: if the runner's pipe is full, this retries for up to 5 s. */
 function writeWhole(file: number, text: string): void {
   let rest = Buffer.from(text);
   for (let tries = 0; rest.length > 0; ) {
@@ -516,8 +510,8 @@ function writeWhole(file: number, text: string): void {
 }
 
 /**
- * Follows the symbolic links of a path, those of its directories too; links of /proc are the kernel's, and stay.
- * @throws at a link of another user than root and this one, who could have any file written to
+ * Follows the symbolic links of a path and its directories, but not /proc's, which are the kernel's.
+ * @throws at a link of any user but root and this one, who could so have any file written to
  */
 function followTrustedLinks(path: string): string {
   const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
@@ -528,61 +522,58 @@ function followTrustedLinks(path: string): string {
   return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)));
 }
 
+/** Opens a file to append to. A pipe must not hold up a stage; /dev/stderr leads to /proc, whose files are links. */
+function openLogFile(name: string): number {
+  const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants;
+  const path = followTrustedLinks(resolve(name));
+  const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one meanwhile
+  return fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
+}
+
 /**
  * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
  * the job. What ends a stage is always shown on standard error too, so that the job log says why.
  */
-export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
-  const toStandardError = (line: string) => writeWhole(2, line);
-  let write = toStandardError;
+export function openLog({ LogLevel, LogFormat, LogFile }: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
+  let file = 2;
   let trouble: unknown;
-  if (settings.LogFile) {
-    try {
-      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants; // a pipe must not hold up a stage
-      const path = followTrustedLinks(resolve(settings.LogFile));
-      const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one; /dev/stderr leads to /proc
-      const file = fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
-      write = (line) => writeWhole(file, line);
-    } catch (error) {
-      trouble = error;
-    }
+  try {
+    if (LogFile) file = openLogFile(LogFile);
+  } catch (error) {
+    trouble = error;
   }
   const sink = (record: LogRecord) => {
-    const line = formatRecord(record, settings.LogFormat);
+    const line = formatRecord(record, LogFormat);
     try {
-      write(line);
-      if (write !== toStandardError && record.level === "fatal") toStandardError(line);
-    } catch {
-      // Nobody reads the log any more (EPIPE) or its disk is full: no reason to leave a task running.
-    }
+      writeWhole(file, line);
+      if (file !== 2 && record.level === "fatal") writeWhole(2, line);
+    } catch {} // Nobody reads the log any more (EPIPE) or its disk is full: no reason to leave a task running.
   };
-  const lowestLevel = LOGTAPE_LEVEL[settings.LogLevel] ?? (settings.LogLevel as LogLevel);
-  configureSync({
-    reset: true,
-    sinks: { sink },
-    loggers: [
-      { category: "fargate", sinks: ["sink"], lowestLevel },
-      { category: ["logtape", "meta"], sinks: [], lowestLevel: "fatal" },
-    ],
-  });
+  const fromLogrus: Record<string, LogLevel> = { warn: "warning", panic: "fatal" }; // as in the official driver's files
+  const lowestLevel = fromLogrus[LogLevel] ?? (LogLevel as LogLevel);
+  const loggers = [
+    { category: "fargate", sinks: ["sink"], lowestLevel },
+    { category: ["logtape", "meta"], sinks: [], lowestLevel: "fatal" as const },
+  ];
+  configureSync({ reset: true, sinks: { sink }, loggers });
   const log = getLogger("fargate");
-  const told = { file: settings.LogFile, reason: reasonOf(trouble) };
-  if (trouble) log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", told);
+  const fields = { file: LogFile, reason: reasonOf(trouble) };
+  if (trouble) log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", fields);
   return log;
 }
 
 // 5. The job ----------------------------------------------------------------------------------------------
 
-/** Who this job is. Every stage of it comes to the same answer, and no other job does. */
+/** Identifies the job: the same in each of its stages, and different from all other jobs. */
 export interface Job {
   readonly stem: string; // job-<id>-<hash>: names the record
   readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
-  readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
-  readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
+  readonly title: string; // ids for AWS (a StopTask reason), without words that a job's author could choose
+  readonly timeout: number; // seconds
   readonly unused?: readonly string[]; // image and services that its author asks for, only to be logged
 }
 
-const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
+const UNKNOWN_TIMEOUT = 86_400; // seconds; if the runner does not give the job's timeout
 const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
 const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
@@ -609,19 +600,17 @@ function readJson<T extends v.GenericSchema>(content: string, schema: T): v.Infe
 const sha256 = (value: string) => createHash("sha256").update(value).digest("hex");
 
 /**
- * The job of this process: from `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. Only
- * where the runner gave none, from the official driver's formula over `CUSTOM_ENV_*`.
- * @returns undefined where there is no job at all (by hand)
- * @throws {Failure} when there is a response that cannot be read: the variables are no substitute for it
+ * Identifies the job by `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set; without one, by the
+ * official driver's formula over `CUSTOM_ENV_*`. They are no substitute for a response that cannot be read: that throws.
  */
 export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
     const what = `JOB_RESPONSE_FILE ${path} cannot be used`;
     const response = withContext(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
-    const { protocol, host, pathname } = new URL(response.git_info.repo_url); // and none of its token
+    const { protocol, host, pathname } = new URL(response.git_info.repo_url); // without the token in it
     const project = response.job_info.project_id;
-    // The job's token is what nobody can guess, nor a second GitLab of this runner give out once more.
+    // The job's token: nobody can guess it, and no other GitLab with the same address issues the same one.
     const identity = [`${protocol}//${host}${pathname}`, project, response.id, response.token];
     const hash = sha256(JSON.stringify(identity));
     const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
@@ -669,7 +658,7 @@ const RecordSchema = v.object({
 /** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
-/** Makes the directory of records, for its owner alone, unless it is there. @returns and @throws as `checkDirectory` */
+/** Makes the directory of records, for its owner alone, unless it exists; then does what `checkDirectory` does. */
 export function openDirectory(directory: string): string | undefined {
   const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
   withContext(`TaskMetadata.Directory ${directory} cannot be made`, make, "disk");
@@ -677,9 +666,9 @@ export function openDirectory(directory: string): string | undefined {
 }
 
 /**
- * @returns a warning where others may write to the directory, or another user owns it; it never advises to change the
- *   mode, because other programs may need a directory such as /tmp as it is
- * @throws {Failure} where anybody may put one record in another's place
+ * @returns a warning if others may write to the directory, or another user owns it. No advice to change its mode: other
+ *   programs may need a directory such as /tmp as it is
+ * @throws {Failure} if anybody may replace a record
  */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
@@ -690,10 +679,7 @@ export function checkDirectory(directory: string): string | undefined {
   return mode & 0o022 ? `${what} can be written to by others; ${use}` : undefined;
 }
 
-/**
- * Reads a file of the directory of records: one of this user's, not what a link or a pipe in its place leads to.
- * @param others what nobody else may do with it, as bits of its mode
- */
+/** Reads a file that this user owns; never through a link or a pipe. `others`: mode bits that must not be set. */
 function readOwn(path: string, others = 0o077): string {
   const { O_RDONLY, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
   if (fs.lstatSync(path).isSymbolicLink()) throw new Error("it is a symbolic link");
@@ -714,14 +700,14 @@ function readOwn(path: string, others = 0o077): string {
   }
 }
 
-/** Removes a file that does no harm where it cannot be removed. */
+/** Best-effort delete. */
 function removeQuietly(path: string): void {
   try {
     fs.rmSync(path, { force: true });
   } catch {}
 }
 
-/** Writes a file so that after a crash it holds either its old or its new content, whole, and survives power loss. */
+/** Writes a file, flushed to disk: after a crash it holds either its old or its new content, whole. */
 function writeDurably(path: string, content: string, put: (temporary: string, path: string) => void): void {
   const temporary = `${path}.${randomBytes(6).toString("hex")}.tmp`;
   try {
@@ -735,19 +721,19 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
   fs.closeSync(directory);
 }
 
-/** @throws {Failure} when the record cannot be kept safe; the caller must not go on to start a task */
+/** @throws {Failure} if the record cannot be kept safe; the caller must not go on to start a task */
 export function writeRecord(path: string, record: TaskRecord): void {
   const content = `${JSON.stringify(record, null, 2)}\n`;
   withContext(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync), "disk");
 }
 
-/** Whether a text that holds a `startedBy` holds another than that of the job in a record's file name. */
+/** Whether the `startedBy` in a text is not of the job that the record's file name tells. */
 const isOfAnother = (path: string, text: string): boolean => {
   const [, job] = /fargate-[0-9a-f]{12}-([0-9a-f]{32})/.exec(text) ?? [];
   return job !== undefined && !path.includes(`-${job}`);
 };
 
-/** @returns undefined where there is none. @throws {Failure} when there is one that cannot be understood, or trusted */
+/** @returns undefined if there is none. @throws {Failure} if there is one that cannot be understood or trusted */
 export function readRecord(path: string): TaskRecord | undefined {
   return withContext(`the record ${path} cannot be used`, () => {
     try {
@@ -763,14 +749,10 @@ export function readRecord(path: string): TaskRecord | undefined {
 const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
 
 /**
- * What can be told from a record that cannot be understood (cut off, of another version): its age, and the task it names
- * where nobody else can have written that.
- * @param others what nobody else may do with it, as bits of its mode
+ * What a record that cannot be understood (cut off, of another version) still shows: its age, and the task it names if
+ * nobody else can have written that. `others`: mode bits that must not be set.
  */
-export function remainsOf(
-  path: string,
-  others = 0o022,
-): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
+export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
   try {
@@ -781,7 +763,7 @@ export function remainsOf(
   return UpdatedAt;
 }
 
-/** Tells a process from all others: its start, a dot, and this boot and PID namespace; "." if it has ended, or no /proc. */
+/** Identifies a process by its start time, a dot, this boot and PID namespace; "." if it has ended, or without /proc. */
 function identityOf(pid: number | "self"): string {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
@@ -799,8 +781,7 @@ const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /p
 
 /**
  * Makes a lock, an empty file whose name identifies this process: `sweep` leaves the job alone, `cleanup` waits for it.
- * Touches it regularly, for those who cannot look at this process.
- * @returns removes the lock
+ * Touches it regularly, for those who cannot look at this process. @returns a function that removes the lock
  */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
   const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
@@ -819,9 +800,9 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
 }
 
 /**
- * Who works on records in a directory. /proc shows whether a lock's process lives, also one that is stopped. For a process
- * elsewhere (another host or container, or before a reboot), the last touch decides. The locks of dead processes are
- * kept with the record, since they show when the job was last worked on, and removed without one.
+ * The processes that work on records in a directory. /proc shows whether a lock's process lives, even if it is stopped. For
+ * one elsewhere (another host or container, or before a reboot), the last touch decides. Dead processes' locks show when
+ * the job was last worked on; they are removed once its record is gone.
  */
 export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
@@ -838,9 +819,8 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
 }
 
 /**
- * Who this manager is among those that share a cluster: 12 hex digits, made once for a directory of records and a host
- * name, so that a copy of the directory on another host is another manager. link(2) makes the file appear whole and for
- * one of several makers only.
+ * This manager's id among those that share a cluster: 12 hex digits. It depends on a file of the directory and on the host
+ * name, so that a copy of the directory on another host is another manager. link(2) creates the file whole, and only once.
  */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
@@ -858,10 +838,10 @@ export function managerId(directory: string): string {
 
 // 7. Keys -------------------------------------------------------------------------------------------------
 
-/** A private key (PEM text) and its public half as a line of authorized_keys. */
+/** A private key (PEM text), and the public one as a line of authorized_keys. */
 export type KeyPair = Readonly<Record<"privateKey" | "publicKey", string>>;
 
-/** @throws {Failure} when the text is no private key, or one with a passphrase */
+/** @throws {Failure} if the text is no private key, or one with a passphrase */
 export async function keyPairOf(privateKey: string): Promise<KeyPair> {
   const { utils } = await import("ssh2");
   const parsed = utils.parseKey(privateKey);
@@ -878,11 +858,8 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
     return keyPairOf(privateKey.export({ type: "pkcs1", format: "pem" }).toString());
   }
   const { utils } = await import("ssh2");
-  for (;;) {
-    const pair = await keyPairOf(utils.generateKeyPairSync("ed25519").private).catch(() => undefined);
-    // ssh2 1.17 cuts leading zero bytes off a public key: one key in 256 is malformed, and made anew.
-    if (pair) return pair;
-  }
+  // ssh2 1.17 cuts leading zero bytes off a public key: one key in 256 is malformed, and made anew.
+  return keyPairOf(utils.generateKeyPairSync("ed25519").private).catch(() => makeKeyPair(type));
 }
 
 // 8. ECS --------------------------------------------------------------------------------------------------
