@@ -336,10 +336,7 @@ function entriesOf(schema: v.GenericSchema): Record<string, v.GenericSchema> | u
 
 /** Every known key with its path, such as `SSH.Port`. */
 const knownKeys = (schema: v.GenericSchema, path = ""): string[] =>
-  Object.entries(entriesOf(schema) ?? {}).flatMap(([key, entry]) => [
-    path + key,
-    ...knownKeys(entry, `${path}${key}.`),
-  ]);
+  Object.entries(entriesOf(schema) ?? {}).flatMap(([key, item]) => [path + key, ...knownKeys(item, `${path}${key}.`)]);
 
 /** The known key that is most like an unknown one: by edit distance in proportion to length. */
 function nearestKey(unknown: string): string {
@@ -2751,32 +2748,22 @@ export function formatSweep(report: SweepReport, json: boolean): string {
 
 // 13. Command line ----------------------------------------------------------------------------------------
 
-/** A command whose errors are one line: what is wrong, and what is known. */
-class Cli extends Command {
-  override createCommand(name?: string): Cli {
-    return new Cli(name);
-  }
-
-  override error(message: string, options?: Parameters<Command["error"]>[1]): never {
-    let root: Command = this;
-    let path = this.name();
+/** Makes a command's errors Failures of one line: what is wrong, and what is known. */
+const withErrors = (command: Command): Command =>
+  command.exitOverride((error) => {
+    if (error.exitCode === 0) throw error; // it has printed the help or the version
+    let root = command;
+    let path = command.name();
     for (; root.parent; root = root.parent) path = `${root.parent.name()} ${path}`;
+    // If a command is missing, commander has printed the help to standard error.
+    const message = error.code === "commander.help" ? "no command was given" : error.message;
     const what = `${path}: ${message.replace(/^error: /, "").replace(/\.$/, "")}`;
-    if (options?.code === "commander.invalidArgument")
-      throw new Failure("system", what.replace(". known: ", "; known: ")); // see `only`
-    const known = /option/i.test(options?.code ?? "")
-      ? [...new Set([...root.options, ...this.options])].map((option) => option.long).join(", ")
-      : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
+    if (error.code === "commander.invalidArgument") throw new Failure("system", what.replace(". known: ", "; known: ")); // see `only`
+    const known = /option/i.test(error.code)
+      ? [...new Set([...root.options, ...command.options])].map((option) => option.long).join(", ")
+      : command.commands.map((command) => command.name()).join(", ") || `${path} ${command.usage()}`;
     throw new Failure("system", `${what}; known: ${known}`);
-  }
-
-  /** commander shows help as an error if a command is missing; a runner must not take that for a successful stage. */
-  override help(context?: unknown): never {
-    if (!(context as { error?: boolean } | undefined)?.error) super.help();
-    this.outputHelp({ error: true });
-    this.error("no command was given");
-  }
-}
+  });
 
 /** Takes a value that fits; `known` says in words what does. */
 const only = (known: string, fits: (value: string) => boolean) => (value: string) => {
@@ -2789,7 +2776,7 @@ const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id
 
 /** Parses the arguments after the program's name. @returns undefined if they asked for help or version, which it prints */
 export function parseCommandLine(argv: readonly string[]) {
-  const program = new Cli("fargate")
+  const program = withErrors(new Command("fargate"))
     .description("Runs each GitLab CI job in an AWS ECS task of its own on Fargate.")
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
     .helpOption("-h, --help", "print this help")
@@ -2807,17 +2794,15 @@ export function parseCommandLine(argv: readonly string[]) {
     )
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
-    .showSuggestionAfterError(false)
-    .exitOverride();
+    .configureOutput({ outputError: () => {} })
+    .showSuggestionAfterError(false);
   let asked: Command = program;
   const add = (parent: Command, name: string, description: string) =>
-    parent
-      .command(name)
-      .description(description)
-      .action((...args) => {
-        asked = args.at(-1);
-      });
-  const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
+    withErrors(parent.command(name).description(description)).action((...args) => {
+      asked = args.at(-1);
+    });
+  const custom = withErrors(program.command("custom").alias("c"));
+  custom.description("the stages of GitLab Runner's Custom executor");
   add(custom, "config", "print the driver's name and version for the runner, as JSON").alias("co");
   add(custom, "prepare", "start the job's task and wait until it can be used").alias("p");
   add(custom, "run", "run a script of the job in its task")
