@@ -74,17 +74,14 @@ export interface Cause {
   readonly mayHaveStarted?: boolean; // RunTask may have started a task all the same
 }
 
-/**
- * Ends a stage: a `build` failure is the job's fault (the runner does not retry), a `system` failure ours, the operator's
- * or AWS's. The message is printable; each of `details` gets a line of its own.
- */
+/** Ends a stage. `build`: the job's fault, the runner does not retry; `system`: ours, the operator's or AWS's. */
 export class Failure extends Error {
   override name = "Failure";
   constructor(
     readonly kind: "build" | "system",
     message: string,
     override readonly cause: Cause = {},
-    details: readonly string[] = [],
+    details: readonly string[] = [], // each is printed on a line of its own
   ) {
     super([message, ...details].map(printable).join("\n  "));
   }
@@ -97,14 +94,13 @@ export function exitCode(kind: Failure["kind"], env: Environment): number {
   return kind === "build" ? 1 : 2;
 }
 
-/** The message of any thrown value. */
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
-// What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. The texts are only
-// printed; decisions look at a problem's name, or at the group it is in.
+// What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. These texts are
+// only printed; decisions depend on a problem's name and group.
 
 /** Another start may succeed: later, in another subnet or with other capacity. */
 const PASSING = {
@@ -198,7 +194,7 @@ export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
 
 export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
-/** Runs `action`; rethrows its error as a Failure prefixed with `what`: a `problem`, if the operating system reports it. */
+/** Runs `action`; rethrows its error as a Failure prefixed with `what`; `problem`: what a system error means here. */
 function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   try {
     return action();
@@ -323,11 +319,10 @@ type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
   typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Date);
 
-/** What `optional` wraps, or the schema itself. */
 const unwrap = (schema: v.GenericSchema): v.GenericSchema =>
   "wrapped" in schema ? (schema.wrapped as v.GenericSchema) : schema;
 
-/** The known keys of a table, or of the tables in a list; undefined if any key is allowed. */
+/** The keys of a table, or of the tables in a list; undefined if any key is allowed. */
 function entriesOf(schema: v.GenericSchema): Record<string, v.GenericSchema> | undefined {
   const inner = unwrap(schema);
   if ("entries" in inner) return inner.entries as Record<string, v.GenericSchema>;
@@ -357,24 +352,22 @@ export function unreadVariables(env: Environment) {
   });
 }
 
-/**
- * Gives every key the schema's spelling: the official driver's TOML library ignores case, but prefers the exact spelling.
- * Unknown keys are left out, with a warning added to `unknown`.
- */
-function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown: string[]): unknown {
+/** Gives keys the schema's spelling: the official driver's TOML library ignores case, but prefers an exact match. */
+function foldKeys(value: unknown, schema: v.GenericSchema, path: string, warnings: string[]): unknown {
   const entries = entriesOf(schema);
   if (!entries) return value;
-  if (Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, unknown));
+  if (Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, warnings));
   if (!isTable(value)) return value;
   const folded: Table = {};
   for (const [key, item] of Object.entries(value)) {
     const name = Object.keys(entries).find((name) => name.toLowerCase() === key.toLowerCase());
-    if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
+    const entry = entries[name ?? ""];
+    // An empty text or port 0 counts as not given, as in the official driver, which has no lists.
+    const isGiven = (item !== "" || (entry && "item" in unwrap(entry))) && !(name === "Port" && item === 0);
+    if (!name || !entry) warnings.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
     else if (key !== name && Object.hasOwn(value, name))
-      unknown.push(`${path}${key} has no effect beside ${path}${name}`);
-    else if ((item !== "" || "item" in unwrap(entries[name] as v.GenericSchema)) && !(name === "Port" && item === 0))
-      // An empty text or port 0 counts as not given, as in the official driver, which has no lists.
-      folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
+      warnings.push(`${path}${key} has no effect beside ${path}${name}`);
+    else if (isGiven) folded[name] = foldKeys(item, entry, `${path}${name}.`, warnings);
   }
   return folded;
 }
@@ -389,7 +382,6 @@ function shown(value: unknown): string {
   }
 }
 
-/** One problem of a configuration: its key, what is wrong, what is expected. */
 function describeProblem(issue: v.BaseIssue<unknown>): string {
   if (issue.type === "raw_check") return issue.message;
   let schema: v.GenericSchema = ConfigSchema;
@@ -402,11 +394,7 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
   return `${v.getDotPath(issue)} ${value === undefined ? "is missing" : `is ${shown(value)}`}; expected: ${expected}`;
 }
 
-/**
- * Why a job may not choose what its variables name (the settings `byJob`); undefined if it may. A pattern without a
- * revision allows any. An ARN must also be of the configured region, and of the account and partition in the ARN of
- * Cluster or of `configured`, the file's own TaskDefinition.
- */
+/** Why a job may not choose what its variables name, if so. `configured`: the file's own TaskDefinition. */
 function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
   const refused = (key: JobSetting, why: string) =>
     `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
@@ -417,6 +405,7 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
   const [, partition, region, account, named] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
+    // Another account's, region's or partition's task definition is not what the operator has allowed by its name.
     const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
     const own = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
@@ -425,7 +414,7 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
   }
   const name = named ?? asked;
   const fits = (pattern: string) => {
-    const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?");
+    const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?"); // any revision
     return new RegExp(`^${expression}$`).test(name);
   };
   if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && patterns.some(fits)) return undefined;
@@ -433,10 +422,8 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
 }
 
 /**
- * Merges the configuration file's text, the job's variables and the command line. Options override variables; variables
- * override the file.
- * @returns the configuration, the settings that a variable decided (`byJob`), why the job may not decide them, if so
- *   (`refusal`), and a warning for each key of the file without effect
+ * Reads the configuration file's text. Options override variables; variables override the file.
+ * @returns also the settings that the job's variables decided (`byJob`), and why they may not (`refusal`)
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(file: string, path: string, options: Options, env: Environment) {
@@ -448,8 +435,8 @@ export function readConfig(file: string, path: string, options: Options, env: En
     const what = error.message.split("\n")[0]?.replace(/^Invalid TOML document: /, "");
     throw new Failure("system", `${path}, line ${error.line}, column ${error.column}: not TOML: ${what}`);
   }
-  const unknown: string[] = [];
-  const folded = foldKeys(table, ConfigSchema, "", unknown) as Table;
+  const warnings: string[] = [];
+  const folded = foldKeys(table, ConfigSchema, "", warnings) as Table;
   const merged: Table = { Fargate: {}, TaskMetadata: {}, SSH: {}, ...folded };
   const given = (...values: unknown[]) =>
     values.find((value) => value !== undefined && (typeof value !== "string" || value.trim() !== ""));
@@ -475,12 +462,11 @@ export function readConfig(file: string, path: string, options: Options, env: En
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
   const refusal = refusalOf(config.Fargate, byJob, configured);
-  return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
+  return { config, byJob, refusal, warnings: warnings.map((warning) => `${path}: ${warning}`) };
 }
 
 // 4. Logging ----------------------------------------------------------------------------------------------
 
-/** Formats one log line, with its line end. */
 export function formatRecord(record: LogRecord, format: Config["LogFormat"]): string {
   const message = printable(record.message.join(""));
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
@@ -493,7 +479,7 @@ export function formatRecord(record: LogRecord, format: Config["LogFormat"]): st
   return format === "text-simple" ? `${level}${message}\n` : `${time} ${level}${message}\n`;
 }
 
-/** Writes all of a text. Bun makes standard error non-blocking: if the runner's pipe is full, this retries for up to 5 s. */
+/** Writes all of a text. Bun makes standard error non-blocking: if the runner's pipe is full, retries for up to 5 s. */
 function writeWhole(file: number, text: string): void {
   let rest = Buffer.from(text);
   for (let tries = 0; rest.length > 0; ) {
@@ -506,10 +492,7 @@ function writeWhole(file: number, text: string): void {
   }
 }
 
-/**
- * Follows the symbolic links of a path and its directories, but not /proc's, which are the kernel's.
- * @throws at a link of any user but root and this one, who could so have any file written to
- */
+/** Follows a path's symbolic links, but not /proc's (the kernel's), nor another user's: it could redirect the log. */
 function followTrustedLinks(path: string): string {
   const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
   const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
@@ -527,10 +510,7 @@ function openLogFile(name: string): number {
   return fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
 }
 
-/**
- * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
- * the job. What ends a stage is always shown on standard error too, so that the job log says why.
- */
+/** Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which is the job's. */
 export function openLog({ LogLevel, LogFormat, LogFile }: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
   let file = 2;
   let trouble: unknown;
@@ -543,7 +523,7 @@ export function openLog({ LogLevel, LogFormat, LogFile }: Pick<Config, "LogLevel
     const line = formatRecord(record, LogFormat);
     try {
       writeWhole(file, line);
-      if (file !== 2 && record.level === "fatal") writeWhole(2, line);
+      if (file !== 2 && record.level === "fatal") writeWhole(2, line); // so that the job log says what ended a stage
     } catch {} // Nobody reads the log any more (EPIPE) or its disk is full: no reason to leave a task running.
   };
   const fromLogrus: Record<string, LogLevel> = { warn: "warning", panic: "fatal" }; // as in the official driver's files
@@ -596,10 +576,7 @@ function readJson<T extends v.GenericSchema>(content: string, schema: T): v.Infe
 
 const sha256 = (value: string) => createHash("sha256").update(value).digest("hex");
 
-/**
- * Identifies the job by `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set; without one, by the
- * official driver's formula over `CUSTOM_ENV_*`. They are no substitute for a response that cannot be read: that throws.
- */
+/** Identifies the job by `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. */
 export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
@@ -619,6 +596,7 @@ export function readJob(env: Environment): Job | undefined {
       unused: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
+  // Only without a response, not if it cannot be read: the official driver's formula.
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
   if (!url || !pipeline || !id) return undefined;
   const hash = sha256(`${url}-${pipeline}-${id}`);
@@ -647,8 +625,7 @@ const RecordSchema = v.object({
   HostKey: v.string(), // base64 of the SSH server's key, as first seen
   Interpreter: v.picklist(["bash", "sh"]), // the best shell that the container has
   LoginShell: v.string(), // file name of the login user's own shell
-  /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped. */
-  Deadline: seconds,
+  Deadline: seconds, // after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped
   UpdatedAt: seconds, // when the record was made, then when RunTask was last sent
 });
 
@@ -662,13 +639,10 @@ export function openDirectory(directory: string): string | undefined {
   return checkDirectory(directory);
 }
 
-/**
- * @returns a warning if others may write to the directory, or another user owns it. No advice to change its mode: other
- *   programs may need a directory such as /tmp as it is
- * @throws {Failure} if anybody may replace a record
- */
+/** @returns a warning if others may write to the directory or own it. @throws {Failure} if anybody may replace a record */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
+  // No advice to change the mode: other programs may need a directory such as /tmp as it is.
   const use = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
   if ((mode & 0o1002) === 0o002) throw new Failure("system", `${what} cannot be used: anybody may write to it; ${use}`);
@@ -697,7 +671,6 @@ function readOwn(path: string, others = 0o077): string {
   }
 }
 
-/** Best-effort delete. */
 function removeQuietly(path: string): void {
   try {
     fs.rmSync(path, { force: true });
@@ -745,10 +718,7 @@ export function readRecord(path: string): TaskRecord | undefined {
 
 const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
 
-/**
- * What a record that cannot be understood (cut off, of another version) still shows: its age, and the task it names if
- * nobody else can have written that. `others`: mode bits that must not be set.
- */
+/** What a broken record (cut off, of another version) shows: its age; its task, if nobody else can have written that. */
 export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
@@ -760,7 +730,7 @@ export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
   return UpdatedAt;
 }
 
-/** Identifies a process by its start time, a dot, this boot and PID namespace; "." if it has ended, or without /proc. */
+/** Identifies a process: start time, dot, this boot and PID namespace; only "." if it has ended, or without /proc. */
 function identityOf(pid: number | "self"): string {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
@@ -776,14 +746,12 @@ function identityOf(pid: number | "self"): string {
 const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
 const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
 
-/**
- * Makes a lock, an empty file whose name identifies this process: `sweep` leaves the job alone, `cleanup` waits for it.
- * Touches it regularly, for those who cannot look at this process. @returns a function that removes the lock
- */
+/** Makes a lock, a file named after this process: `sweep` leaves the job alone, `cleanup` waits. Returns its removal. */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
   const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
   const beat = () => {
     try {
+      // Touched regularly, for those who cannot look at this process.
       if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
       else fs.closeSync(fs.openSync(path, "wx", 0o600));
     } catch {} // a record that can be read is enough for a run; a full disk may have room later
@@ -796,11 +764,7 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
   };
 }
 
-/**
- * The processes that work on records in a directory. /proc shows whether a lock's process lives, even if it is stopped. For
- * one elsewhere (another host or container, or before a reboot), the last touch decides. Dead processes' locks show when
- * the job was last worked on; they are removed once its record is gone.
- */
+/** The processes that work, or have worked, on records in a directory. */
 export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, identity = "", place] =
@@ -808,21 +772,21 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
     if (!stem || !stage) return [];
     const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     if (uid !== process.geteuid?.()) return [];
+    // For a process elsewhere (another host or container, or before a reboot), the last touch decides.
     const isHere = place && identityOf("self").endsWith(`.${place}`);
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
+    // Kept with the record, a lock shows when the job was last worked on.
     if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
     return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
 }
 
-/**
- * This manager's id among those that share a cluster: 12 hex digits. It depends on a file of the directory and on the host
- * name, so that a copy of the directory on another host is another manager. link(2) creates the file whole, and only once.
- */
+/** This manager's id among those that share a cluster; a copy of the directory on another host gives another one. */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
   return withContext(`the manager's identity ${path} cannot be used`, () => {
     try {
+      // link(2) creates the file whole, and only once.
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
@@ -2748,7 +2712,7 @@ export function formatSweep(report: SweepReport, json: boolean): string {
 
 // 13. Command line ----------------------------------------------------------------------------------------
 
-/** Makes a command's errors Failures of one line: what is wrong, and what is known. */
+/** Makes a command's errors Failures of one line: what is wrong, and what is known (which `only` has already said). */
 const withErrors = (command: Command): Command =>
   command.exitOverride((error) => {
     if (error.exitCode === 0) throw error; // it has printed the help or the version
@@ -2758,7 +2722,7 @@ const withErrors = (command: Command): Command =>
     // If a command is missing, commander has printed the help to standard error.
     const message = error.code === "commander.help" ? "no command was given" : error.message;
     const what = `${path}: ${message.replace(/^error: /, "").replace(/\.$/, "")}`;
-    if (error.code === "commander.invalidArgument") throw new Failure("system", what.replace(". known: ", "; known: ")); // see `only`
+    if (error.code === "commander.invalidArgument") throw new Failure("system", what.replace(". known: ", "; known: "));
     const known = /option/i.test(error.code)
       ? [...new Set([...root.options, ...command.options])].map((option) => option.long).join(", ")
       : command.commands.map((command) => command.name()).join(", ") || `${path} ${command.usage()}`;
@@ -2774,7 +2738,7 @@ const oneOfWords = (words: readonly string[]) =>
   only(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
 const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id>-<job>", (id) => MANAGER.test(id));
 
-/** Parses the arguments after the program's name. @returns undefined if they asked for help or version, which it prints */
+/** Parses the arguments after the program's name. @returns undefined if they asked for help or version: printed here */
 export function parseCommandLine(argv: readonly string[]) {
   const program = withErrors(new Command("fargate"))
     .description("Runs each GitLab CI job in an AWS ECS task of its own on Fargate.")
@@ -2896,7 +2860,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
 }
 
 if (import.meta.main) {
-  // From source, bun has already applied .env and bunfig.toml of the working directory, unless told not to: with them, a
+  // From source, bun has already applied .env and bunfig.toml of the working directory, unless told not to. With them, a
   // checkout could redirect signed requests. The compiled program reads neither.
   const isSafe = typeof BUILD === "string" || process.execArgv.includes("--no-env-file");
   const found = isSafe ? [] : fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
