@@ -25,8 +25,6 @@
  *                ECS. Not trusted: CUSTOM_ENV_* variables, and whatever a job's container sends.
  *
  * The sections follow the life of a job; each can be read without those below it.
- *
- * @module
  */
 
 import { createHash, generateKeyPairSync, randomBytes, randomUUID, X509Certificate } from "node:crypto";
@@ -99,8 +97,8 @@ export function reasonOf(error: unknown): string {
   return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
-// What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. These texts are
-// only printed; decisions depend on a problem's name and group.
+// What to do about each problem that the driver recognizes; $1 is the IAM action that AWS names. The texts are only
+// printed; decisions depend on a problem's name and group.
 
 /** Another start may succeed: later, in another subnet or with other capacity. */
 const PASSING = {
@@ -220,9 +218,8 @@ const whole = (min: number, max: number, what: string) => {
 };
 const exactly = <const T extends readonly string[]>(words: T, meaning: string) =>
   v.pipe(v.picklist(words), v.description(`${meaning}: ${words.join(", ")}`));
-/** Accepts the (lower-case) `words` in any case. */
 const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
-  v.pipe(v.string(), v.trim(), v.toLowerCase(), exactly(words, meaning));
+  v.pipe(v.string(), v.trim(), v.toLowerCase(), exactly(words, meaning)); // all `words` are in lower case
 const listOf = (item: string, max: number) =>
   v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(max), v.description(`a list of 1 to ${max}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
@@ -625,7 +622,7 @@ const RecordSchema = v.object({
   HostKey: v.string(), // base64 of the SSH server's key, as first seen
   Interpreter: v.picklist(["bash", "sh"]), // the best shell that the container has
   LoginShell: v.string(), // file name of the login user's own shell
-  Deadline: seconds, // after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped
+  Deadline: seconds, // when the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped
   UpdatedAt: seconds, // when the record was made, then when RunTask was last sent
 });
 
@@ -639,7 +636,7 @@ export function openDirectory(directory: string): string | undefined {
   return checkDirectory(directory);
 }
 
-/** @returns a warning if others may write to the directory or own it. @throws {Failure} if anybody may replace a record */
+/** Warns if others may write to the directory, or own it. @throws {Failure} if anybody may replace a record */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
   // No advice to change the mode: other programs may need a directory such as /tmp as it is.
@@ -716,15 +713,14 @@ export function readRecord(path: string): TaskRecord | undefined {
   });
 }
 
-const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
-
-/** What a broken record (cut off, of another version) shows: its age; its task, if nobody else can have written that. */
+/** What a broken record (cut off, of another version) shows: its age; its task, if nobody else can have written it. */
 export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
   try {
     const content = readOwn(path, others);
-    const [TaskARN, Region, Cluster] = TASK_ARN.exec(content) ?? [];
+    const arn = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
+    const [TaskARN, Region, Cluster] = arn.exec(content) ?? [];
     if (TaskARN && Region && Cluster && !isOfAnother(path, content)) return { TaskARN, Region, Cluster, ...UpdatedAt };
   } catch {}
   return UpdatedAt;
@@ -746,7 +742,7 @@ function identityOf(pid: number | "self"): string {
 const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
 const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
 
-/** Makes a lock, a file named after this process: `sweep` leaves the job alone, `cleanup` waits. Returns its removal. */
+/** Makes a lock, named after this process: `sweep` leaves the job alone, `cleanup` waits. @returns removes the lock */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
   const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
   const beat = () => {
@@ -764,7 +760,7 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
   };
 }
 
-/** The processes that work, or have worked, on records in a directory. */
+/** The processes that work, or have worked, on records in a directory, by their locks. */
 export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, identity = "", place] =
@@ -772,7 +768,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
     if (!stem || !stage) return [];
     const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     if (uid !== process.geteuid?.()) return [];
-    // For a process elsewhere (another host or container, or before a reboot), the last touch decides.
+    // /proc does not show a process elsewhere (other host or container, or before a reboot): the last touch decides.
     const isHere = place && identityOf("self").endsWith(`.${place}`);
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
     // Kept with the record, a lock shows when the job was last worked on.
@@ -2803,10 +2799,8 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   let log = openLog({ LogLevel: "info", LogFormat: "text", LogFile: "" });
   const stopping = new AbortController();
   const stopFor = (why: string) => stopping.abort(new Failure("system", why));
-  for (const signal of ["SIGTERM", "SIGINT", "SIGHUP"] as const)
-    process.on(signal, () => stopFor(`stopped by ${signal}`));
-  // Asks the runner to take no further jobs; systemd sends it to the stages of the running ones as well.
-  process.on("SIGQUIT", () => {});
+  for (const name of ["SIGTERM", "SIGINT", "SIGHUP"]) process.on(name, () => stopFor(`stopped by ${name}`));
+  process.on("SIGQUIT", () => {}); // tells the runner to take no further jobs; systemd sends it to the stages as well
   const crash = (error: unknown) => {
     // bun would end with 1, which the runner takes for the job's own failure.
     log.fatal("{reason}", { reason: `this is a bug of the driver: ${reasonOf(error)}` });
@@ -2860,8 +2854,8 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
 }
 
 if (import.meta.main) {
-  // From source, bun has already applied .env and bunfig.toml of the working directory, unless told not to. With them, a
-  // checkout could redirect signed requests. The compiled program reads neither.
+  // Unless told not to, bun has already applied .env and bunfig.toml of the working directory. With them, a checkout
+  // could redirect signed requests. The compiled program reads neither.
   const isSafe = typeof BUILD === "string" || process.execArgv.includes("--no-env-file");
   const found = isSafe ? [] : fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
   if (found.length > 0) {
