@@ -189,7 +189,6 @@ export type Problem = keyof typeof ADVICE;
 /** What to do about a failure; undefined if the driver does not know. */
 export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
   problem && ADVICE[problem].replace("$1", subject ?? "this action");
-
 export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
 /** Runs `action`; rethrows its error as a Failure prefixed with `what`; `problem`: what a system error means here. */
@@ -210,7 +209,7 @@ const readFile = (path: string, what: string): Buffer =>
 const LEVELS = ["trace", "debug", "info", "warn", "warning", "error", "fatal", "panic"] as const;
 const FORMATS = ["text", "text-simple", "json"] as const;
 
-// The description of a key says what it means and what is allowed; error texts and the README's table use it.
+// The description of a setting says what it means and what is allowed; error messages show it.
 const text = (allowed: string) => v.pipe(v.string(), v.trim(), v.nonEmpty(), v.description(allowed));
 const whole = (min: number, max: number, what: string) => {
   const meaning = `${what}, a whole number from ${min} to ${max}`;
@@ -236,12 +235,9 @@ const CapacityProviderSchema = v.object({
 });
 const strategy = v.pipe(
   v.array(CapacityProviderSchema),
-  v.minLength(1),
-  v.maxLength(20),
-  v.check((providers) => providers.some((provider) => provider.Weight > 0)),
+  v.check((providers) => providers.length <= 20 && providers.some((provider) => provider.Weight > 0)),
   v.description('1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0'),
 );
-
 const RESERVED = ["__proto__", "constructor", "prototype"]; // keys that valibot's `record` drops silently
 const tags = v.pipe(
   v.custom<Record<string, string>>((tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key))),
@@ -304,18 +300,16 @@ export const ConfigSchema = v.object({
 });
 
 export type Config = v.InferOutput<typeof ConfigSchema>;
-
 /** Settings that a job may choose, by a variable of this name. The runner passes it on as `CUSTOM_ENV_<name>`. */
 const VARIABLES = { TaskDefinition: "FARGATE_TASK_DEFINITION", PlatformVersion: "FARGATE_PLATFORM_VERSION" } as const;
 type JobSetting = keyof typeof VARIABLES;
-
 /** Settings that the command line may override. */
 export type Options = { readonly [Key in "LogLevel" | "LogFormat" | "LogFile" | JobSetting]?: string | undefined };
 
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
   typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Date);
-
+/** The schema of a setting's value, without `optional`. */
 const unwrap = (schema: v.GenericSchema): v.GenericSchema =>
   "wrapped" in schema ? (schema.wrapped as v.GenericSchema) : schema;
 
@@ -352,9 +346,8 @@ export function unreadVariables(env: Environment) {
 /** Gives keys the schema's spelling: the official driver's TOML library ignores case, but prefers an exact match. */
 function foldKeys(value: unknown, schema: v.GenericSchema, path: string, warnings: string[]): unknown {
   const entries = entriesOf(schema);
-  if (!entries) return value;
-  if (Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, warnings));
-  if (!isTable(value)) return value;
+  if (entries && Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, warnings));
+  if (!entries || !isTable(value)) return value;
   const folded: Table = {};
   for (const [key, item] of Object.entries(value)) {
     const name = Object.keys(entries).find((name) => name.toLowerCase() === key.toLowerCase());
@@ -399,7 +392,7 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
   if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
     return refused("PlatformVersion", `AllowedPlatformVersions has ${versions.join(", ") || "none"}`);
   if (!byJob.includes("TaskDefinition") || !patterns) return undefined;
-  const [, partition, region, account, named] =
+  const [, partition, region, account, name = asked] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
     // Another account's, region's or partition's task definition is not what the operator has allowed by its name.
@@ -409,7 +402,6 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
     const right = `region ${f.Region} and of the account in the ARN of Cluster or TaskDefinition in the file`;
     if (!known || region !== f.Region) return refused("TaskDefinition", `an ARN must be of ${right}`);
   }
-  const name = named ?? asked;
   const fits = (pattern: string) => {
     const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?"); // any revision
     return new RegExp(`^${expression}$`).test(name);
@@ -582,8 +574,7 @@ export function readJob(env: Environment): Job | undefined {
     const { protocol, host, pathname } = new URL(response.git_info.repo_url); // without the token in it
     const project = response.job_info.project_id;
     // The job's token: nobody can guess it, and no other GitLab with the same address issues the same one.
-    const identity = [`${protocol}//${host}${pathname}`, project, response.id, response.token];
-    const hash = sha256(JSON.stringify(identity));
+    const hash = sha256(JSON.stringify([`${protocol}//${host}${pathname}`, project, response.id, response.token]));
     const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
     return {
       stem: `job-${response.id}-${hash}`,
@@ -597,8 +588,7 @@ export function readJob(env: Environment): Job | undefined {
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
   if (!url || !pipeline || !id) return undefined;
   const hash = sha256(`${url}-${pipeline}-${id}`);
-  const token = env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "";
-  const label = /^[\w-]{1,32}$/.test(token) ? token : "job";
+  const [label] = /^[\w-]{1,32}$/.exec(env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "") ?? ["job"];
   return { stem: `${label}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
 }
 
@@ -609,6 +599,7 @@ const MANAGER = /^[0-9a-f]{12}$/;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
 const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
 
+/** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 const RecordSchema = v.object({
   Version: v.literal(RECORD_VERSION),
   TaskARN: v.string(), // empty until RunTask has answered
@@ -625,8 +616,6 @@ const RecordSchema = v.object({
   Deadline: seconds, // when the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped
   UpdatedAt: seconds, // when the record was made, then when RunTask was last sent
 });
-
-/** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
 /** Makes the directory of records, for its owner alone, unless it exists; then does what `checkDirectory` does. */
@@ -694,11 +683,9 @@ export function writeRecord(path: string, record: TaskRecord): void {
   withContext(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync), "disk");
 }
 
-/** Whether the `startedBy` in a text is not of the job that the record's file name tells. */
-const isOfAnother = (path: string, text: string): boolean => {
-  const [, job] = /fargate-[0-9a-f]{12}-([0-9a-f]{32})/.exec(text) ?? [];
-  return job !== undefined && !path.includes(`-${job}`);
-};
+/** Whether a text holds a `startedBy`, and one of another job than the record's file name. */
+const isOfAnother = (path: string, text: string): boolean =>
+  !path.includes(/fargate-[0-9a-f]{12}(-[0-9a-f]{32})/.exec(text)?.[1] ?? "");
 
 /** @returns undefined if there is none. @throws {Failure} if there is one that cannot be understood or trusted */
 export function readRecord(path: string): TaskRecord | undefined {
@@ -765,9 +752,8 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
   return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, identity = "", place] =
       /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
-    if (!stem || !stage) return [];
     const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    if (uid !== process.geteuid?.()) return [];
+    if (!stem || !stage || uid !== process.geteuid?.()) return [];
     // /proc does not show a process elsewhere (other host or container, or before a reboot): the last touch decides.
     const isHere = place && identityOf("self").endsWith(`.${place}`);
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
@@ -801,8 +787,7 @@ export type KeyPair = Readonly<Record<"privateKey" | "publicKey", string>>;
 /** @throws {Failure} if the text is no private key, or one with a passphrase */
 export async function keyPairOf(privateKey: string): Promise<KeyPair> {
   const { utils } = await import("ssh2");
-  const parsed = utils.parseKey(privateKey);
-  const key = Array.isArray(parsed) ? parsed[0] : parsed;
+  const [key] = [utils.parseKey(privateKey)].flat();
   if (key instanceof Error || !key?.isPrivateKey())
     throw new Failure("system", key instanceof Error ? key.message : "it holds no private key");
   return { privateKey, publicKey: `${key.type} ${key.getPublicSSH().toString("base64")}` };
@@ -2774,7 +2759,6 @@ export function parseCommandLine(argv: readonly string[]) {
     .option("--dry-run", "say what would be done, and do nothing")
     .option("--json", "say it as one JSON object")
     .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf);
-
   try {
     program.parse(argv, { from: "user" });
   } catch (error) {
