@@ -2,15 +2,12 @@
 /**
  * fargate: runs each GitLab CI job in an AWS ECS task of its own on Fargate.
  *
- * GitLab Runner's Custom executor starts this program once for every stage of a job:
+ * GitLab Runner's Custom executor starts this program once for every stage of a job, an operator or a timer the sweep:
  *
  *     fargate custom config                prints who the driver is, as JSON
  *     fargate custom prepare               starts the job's task, waits until a login by SSH works
  *     fargate custom run SCRIPT STAGE      runs one script in the task; many times a job
  *     fargate custom cleanup               stops the task
- *
- * and an operator, or a timer of the host:
- *
  *     fargate sweep                        stops tasks that nobody will stop any more
  *
  * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks to sweep, and when a record is missing or names no task;
@@ -481,7 +478,7 @@ function writeWhole(file: number, text: string): void {
   }
 }
 
-/** Follows a path's symbolic links, but not /proc's (the kernel's), nor another user's: it could redirect the log. */
+/** Follows symbolic links, except /proc's (the kernel's). @throws at another user's, which could redirect the log */
 function followTrustedLinks(path: string): string {
   const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
   const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
@@ -729,7 +726,7 @@ function identityOf(pid: number | "self"): string {
 const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
 const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
 
-/** Makes a lock, named after this process: `sweep` leaves the job alone, `cleanup` waits. @returns removes the lock */
+/** Makes a lock, named after this process: `sweep` leaves the job alone, `cleanup` waits. Returns its removal. */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
   const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
   const beat = () => {
@@ -783,7 +780,6 @@ export function managerId(directory: string): string {
 
 /** A private key (PEM text), and the public one as a line of authorized_keys. */
 export type KeyPair = Readonly<Record<"privateKey" | "publicKey", string>>;
-
 /** @throws {Failure} if the text is no private key, or one with a passphrase */
 export async function keyPairOf(privateKey: string): Promise<KeyPair> {
   const { utils } = await import("ssh2");
