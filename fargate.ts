@@ -2,15 +2,12 @@
 /**
  * fargate: runs each GitLab CI job in an AWS ECS task of its own on Fargate.
  *
- * GitLab Runner's Custom executor starts this program once for every stage of a job:
+ * GitLab Runner's Custom executor starts this program once for every stage of a job, an operator or a timer the sweep:
  *
  *     fargate custom config                prints who the driver is, as JSON
  *     fargate custom prepare               starts the job's task, waits until a login by SSH works
  *     fargate custom run SCRIPT STAGE      runs one script in the task; many times a job
  *     fargate custom cleanup               stops the task
- *
- * and an operator, or a timer of the host:
- *
  *     fargate sweep                        stops tasks that nobody will stop any more
  *
  * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks to sweep, and when a record is missing or names no task;
@@ -25,9 +22,7 @@
  * Trusted        the configuration file, the runner and its JOB_RESPONSE_FILE (ids, not the author's words),
  *                ECS. Not trusted: CUSTOM_ENV_* variables, and whatever a job's container sends.
  *
- * The sections stand in the order in which a job meets them; each can be read without those below it.
- *
- * @module
+ * The sections follow the life of a job; each can be read without those below it.
  */
 
 import { createHash, generateKeyPairSync, randomBytes, randomUUID, X509Certificate } from "node:crypto";
@@ -46,30 +41,26 @@ import { parse as parseToml, TomlError } from "smol-toml";
 import type { Client, ClientChannel } from "ssh2";
 import * as v from "valibot";
 
-/** Set by the build: the package's version and the commit it was built from. */
-declare const BUILD: string | undefined;
-
-/** `version (revision)`; `dev (HEAD)` when run from source. */
+declare const BUILD: string | undefined; // set by the build: version (commit)
 export const VERSION = typeof BUILD === "string" ? BUILD : "dev (HEAD)";
-
 export type Environment = Readonly<Record<string, string | undefined>>;
 
 // 2. Failures ---------------------------------------------------------------------------------------------
 
-/** Characters that show nothing but act: of control, of format (direction, joining, tags), line ends, half and private ones. */
+/** Control and format characters (direction, joining, tags), line ends, lone surrogates and private-use characters. */
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const escaped = (character: string) =>
   character.replace(/[\s\S]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
-const LONGEST_TEXT = 4_000; // characters; more than anything that is worth reading has
+const LONGEST_TEXT = 4_000; // characters
 
-/** Text from outside must not end a log line, forge another or control a terminal: it is escaped, and cut where it is long. */
+/** Escapes and shortens text from outside: it must not end a log line, forge another or control a terminal. */
 export function printable(value: unknown): string {
   const text = String(value);
   const line = text.slice(0, LONGEST_TEXT).replaceAll("\n", " | ").replace(UNPRINTABLE, escaped);
   return text.length > LONGEST_TEXT ? `${line}...` : line;
 }
 
-/** What decisions depend on. Each field is filled in where the failure is first seen, and never from our own text. */
+/** What decisions depend on: set where the failure is first seen, never derived from our own text. */
 export interface Cause {
   readonly problem?: Problem | undefined; // selects the advice
   readonly subject?: string | undefined; // the IAM action that AWS names, for the advice
@@ -79,38 +70,33 @@ export interface Cause {
   readonly mayHaveStarted?: boolean; // RunTask may have started a task all the same
 }
 
-/**
- * Everything that ends a stage other than success, with whose fault it is: a `build` failure is the job's (the
- * runner does not try again), a `system` failure is ours, the operator's or AWS's. Its message is printable; only
- * `details` have lines of their own.
- */
+/** Ends a stage. `build`: the job's fault, the runner does not retry; `system`: ours, the operator's or AWS's. */
 export class Failure extends Error {
   override name = "Failure";
   constructor(
     readonly kind: "build" | "system",
     message: string,
     override readonly cause: Cause = {},
-    details: readonly string[] = [],
+    details: readonly string[] = [], // each is printed on a line of its own
   ) {
     super([message, ...details].map(printable).join("\n  "));
   }
 }
 
-/** The exit code that GitLab Runner gave for a kind of failure; 1 and 2 where it gave none. */
+/** The exit code that GitLab Runner asks for, for a kind of failure; 1 or 2 if it gives none. */
 export function exitCode(kind: Failure["kind"], env: Environment): number {
   const code = Number(kind === "build" ? env.BUILD_FAILURE_EXIT_CODE : env.SYSTEM_FAILURE_EXIT_CODE);
   if (Number.isInteger(code) && code > 0 && code < 256) return code;
   return kind === "build" ? 1 : 2;
 }
 
-/** The words of any thrown value, without a stack. */
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
-// What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. The texts are only
-// printed. The group of a problem decides: see PASSING, and where a variable of the job is at fault.
+// What to do about each problem that the driver recognizes; $1 is the IAM action that AWS names. The texts are only
+// printed; decisions depend on a problem's name and group.
 
 /** Another start may succeed: later, in another subnet or with other capacity. */
 const PASSING = {
@@ -201,17 +187,12 @@ const ADVICE = {
 };
 export type Problem = keyof typeof ADVICE;
 
-/** @returns what to do about a failure; undefined if the driver does not know its cause */
+/** What to do about a failure; undefined if the driver does not know. */
 export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
   problem && ADVICE[problem].replace("$1", subject ?? "this action");
-
-/** The cause of any thrown value. */
 export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
-/**
- * Runs `action`; rethrows its error as a Failure prefixed with `what`.
- * @param problem what an error of the operating system means here
- */
+/** Runs `action`; rethrows its error as a Failure prefixed with `what`; `problem`: what a system error means here. */
 function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   try {
     return action();
@@ -221,7 +202,6 @@ function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   }
 }
 
-/** Reads a file that must be there. @throws {Failure} naming it as `what` */
 const readFile = (path: string, what: string): Buffer =>
   withContext(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
 
@@ -230,27 +210,18 @@ const readFile = (path: string, what: string): Buffer =>
 const LEVELS = ["trace", "debug", "info", "warn", "warning", "error", "fatal", "panic"] as const;
 const FORMATS = ["text", "text-simple", "json"] as const;
 
-// The description of a key says what it means and what is allowed; error texts and the README's table use it.
+// The description of a setting says what it means and what is allowed; error messages show it.
 const text = (allowed: string) => v.pipe(v.string(), v.trim(), v.nonEmpty(), v.description(allowed));
-const whole = (least: number, most: number, what: string) =>
-  v.pipe(
-    v.number(),
-    v.integer(),
-    v.minValue(least),
-    v.maxValue(most),
-    v.description(`${what}, a whole number from ${least} to ${most}`),
-  );
-const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
-  v.pipe(
-    v.string(),
-    v.transform((word) => word.trim().toLowerCase()),
-    v.picklist(words.map((word) => word.toLowerCase()) as unknown as { [K in keyof T]: Lowercase<T[K]> }),
-    v.description(`${meaning}: ${words.join(", ")}`),
-  );
+const whole = (min: number, max: number, what: string) => {
+  const meaning = `${what}, a whole number from ${min} to ${max}`;
+  return v.pipe(v.number(), v.integer(), v.minValue(min), v.maxValue(max), v.description(meaning));
+};
 const exactly = <const T extends readonly string[]>(words: T, meaning: string) =>
   v.pipe(v.picklist(words), v.description(`${meaning}: ${words.join(", ")}`));
-const listOf = (item: string, most: number) =>
-  v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
+const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
+  v.pipe(v.string(), v.trim(), v.toLowerCase(), exactly(words, meaning)); // all `words` are in lower case
+const listOf = (item: string, max: number) =>
+  v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(max), v.description(`a list of 1 to ${max}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
 const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
 const listOfUpTo100 = (item: v.GenericSchema<string>, what: string) =>
@@ -268,22 +239,16 @@ const CapacityProviderSchema = v.object({
   Weight: v.optional(whole(0, 1000, "its share of the tasks"), 1),
   Base: v.optional(whole(0, 100_000, "how many tasks it runs at least")),
 });
-
 const strategy = v.pipe(
   v.array(CapacityProviderSchema),
-  v.minLength(1),
-  v.maxLength(20),
-  v.check((providers) => providers.some((provider) => provider.Weight > 0)),
+  v.check((providers) => providers.length <= 20 && providers.some((provider) => provider.Weight > 0)),
   v.description('1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0'),
 );
-
-/** Keys that valibot's `record` leaves out without a word. */
-const RESERVED = ["__proto__", "constructor", "prototype"];
-
+const RESERVED = ["__proto__", "constructor", "prototype"]; // keys that valibot's `record` drops silently
 const tags = v.pipe(
   v.custom<Record<string, string>>((tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key))),
   v.record(v.string(), v.string()),
-  v.check((tags) => Object.keys(tags).length <= 50),
+  v.maxEntries(50),
   v.description("a table of at most 50 tags for the task, text = text"),
 );
 
@@ -318,18 +283,15 @@ export const ConfigSchema = v.object({
       AbandonedAfter: v.optional(whole(0, 604_800, "seconds without a live stage until sweep stops a task"), 900),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
-    v.rawCheck(({ dataset, addIssue }) => {
-      if (!isTable(dataset.value)) return;
-      const has = (key: string) => (dataset.value as Table)[key] !== undefined;
-      for (const [key, what] of [
-        ["Subnet", "a subnet ID, or Subnets, a list of 1 to 16"],
-        ["SecurityGroup", "a security group ID, or SecurityGroups, a list of 1 to 5"],
-      ])
-        if (has(`${key}`) === has(`${key}s`)) addIssue({ message: `Fargate.${key}: give either ${key}, ${what}` });
-      if (has("LaunchType") && has("CapacityProviderStrategy")) {
-        const both = "cannot be given together with CapacityProviderStrategy; ECS takes one of the two";
-        addIssue({ message: `Fargate.LaunchType: ${both}` });
-      }
+    v.rawCheck(({ dataset: { value }, addIssue }) => {
+      if (!isTable(value)) return;
+      const has = (key: string) => value[key] !== undefined;
+      const subnets = "give either Subnet, a subnet ID, or Subnets, a list of 1 to 16";
+      const groups = "give either SecurityGroup, a security group ID, or SecurityGroups, a list of 1 to 5";
+      const both = "cannot be given together with CapacityProviderStrategy; ECS takes one of the two";
+      if (has("Subnet") === has("Subnets")) addIssue({ message: `Fargate.Subnet: ${subnets}` });
+      if (has("SecurityGroup") === has("SecurityGroups")) addIssue({ message: `Fargate.SecurityGroup: ${groups}` });
+      if (has("LaunchType") && has("CapacityProviderStrategy")) addIssue({ message: `Fargate.LaunchType: ${both}` });
     }),
   ),
   TaskMetadata: v.object({ Directory: text("the directory for the records of running tasks") }),
@@ -345,51 +307,41 @@ export const ConfigSchema = v.object({
   }),
 });
 
-/** What a file, the command line and the job's variables come to. */
 export type Config = v.InferOutput<typeof ConfigSchema>;
-
-/** Options of the command line, by the name of their setting. Each beats variable and file. */
-export type Options = Partial<
-  Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>
->;
-
 /** Settings that a job may choose, by a variable of this name. The runner passes it on as `CUSTOM_ENV_<name>`. */
 const VARIABLES = { TaskDefinition: "FARGATE_TASK_DEFINITION", PlatformVersion: "FARGATE_PLATFORM_VERSION" } as const;
+type JobSetting = keyof typeof VARIABLES;
+/** Settings that the command line may override. */
+export type Options = { readonly [Key in "LogLevel" | "LogFormat" | "LogFile" | JobSetting]?: string | undefined };
 
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
   typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Date);
-
-/** What `optional` wraps, or the schema itself. */
+/** The schema of a setting's value, without `optional`. */
 const unwrap = (schema: v.GenericSchema): v.GenericSchema =>
   "wrapped" in schema ? (schema.wrapped as v.GenericSchema) : schema;
 
-/** The known keys of a table, or of the tables in a list; undefined where any key will do. */
+/** The keys of a table, or of the tables in a list; undefined if any key is allowed. */
 function entriesOf(schema: v.GenericSchema): Record<string, v.GenericSchema> | undefined {
   const inner = unwrap(schema);
   if ("entries" in inner) return inner.entries as Record<string, v.GenericSchema>;
   return "item" in inner ? entriesOf(inner.item as v.GenericSchema) : undefined;
 }
 
-/** Every known key with the tables it stands in, such as `SSH.Port`. */
-function* knownKeys(schema: v.GenericSchema = ConfigSchema, path = ""): Generator<string> {
-  for (const [key, entry] of Object.entries(entriesOf(schema) ?? {})) {
-    yield path + key;
-    yield* knownKeys(entry, `${path}${key}.`);
-  }
-}
+/** Every known key with its path, such as `SSH.Port`. */
+const knownKeys = (schema: v.GenericSchema, path = ""): string[] =>
+  Object.entries(entriesOf(schema) ?? {}).flatMap(([key, item]) => [path + key, ...knownKeys(item, `${path}${key}.`)]);
 
-/** The known key that an unknown one is most likely meant for, by edit distance in proportion to length. */
+/** The known key that is most like an unknown one: by edit distance in proportion to length. */
 function nearestKey(unknown: string): string {
-  const wanted = unknown.toLowerCase();
   const far = (key: string) => {
-    const name = key.split(".").at(-1)?.toLowerCase() as string;
-    return distance(wanted, name) / Math.max(wanted.length, name.length);
+    const name = key.slice(key.lastIndexOf(".") + 1);
+    return distance(unknown.toLowerCase(), name.toLowerCase()) / Math.max(unknown.length, name.length);
   };
-  return [...knownKeys()].reduce((best, key) => (far(key) < far(best) ? key : best));
+  return knownKeys(ConfigSchema).reduce((best, key) => (far(key) < far(best) ? key : best));
 }
 
-/** A job's variables that nothing reads: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
+/** A job's variables that have no effect: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
 export function unreadVariables(env: Environment) {
   const read: string[] = Object.values(VARIABLES);
   return Object.keys(env).flatMap((key) => {
@@ -399,34 +351,28 @@ export function unreadVariables(env: Environment) {
   });
 }
 
-/**
- * Gives every key the schema's spelling: the official driver's TOML library matches keys without regard to case,
- * an exact spelling first. Keys that match none are left out, with a warning.
- */
-function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown: string[]): unknown {
+/** Gives keys the schema's spelling: the official driver's TOML library ignores case, but prefers an exact match. */
+function foldKeys(value: unknown, schema: v.GenericSchema, path: string, warnings: string[]): unknown {
   const entries = entriesOf(schema);
-  if (!entries) return value;
-  if (Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, unknown));
-  if (!isTable(value)) return value;
+  if (entries && Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, warnings));
+  if (!entries || !isTable(value)) return value;
   const folded: Table = {};
   for (const [key, item] of Object.entries(value)) {
-    const name = Object.hasOwn(entries, key)
-      ? key
-      : Object.keys(entries).find((n) => n.toLowerCase() === key.toLowerCase());
-    if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
+    const name = Object.keys(entries).find((name) => name.toLowerCase() === key.toLowerCase());
+    const entry = entries[name ?? ""];
+    // An empty text or port 0 counts as not given, as in the official driver, which has no lists.
+    const isGiven = (item !== "" || (entry && "item" in unwrap(entry))) && !(name === "Port" && item === 0);
+    if (!name || !entry) warnings.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
     else if (key !== name && Object.hasOwn(value, name))
-      unknown.push(`${path}${key} has no effect beside ${path}${name}`);
-    else if ((item !== "" || "item" in unwrap(entries[name] as v.GenericSchema)) && !(name === "Port" && item === 0))
-      // else as good as not given, as with the official driver; it knows no lists
-      folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
+      warnings.push(`${path}${key} has no effect beside ${path}${name}`);
+    else if (isGiven) folded[name] = foldKeys(item, entry, `${path}${name}.`, warnings);
   }
   return folded;
 }
 
-/** A value in short, as the file spells it. */
+/** A value as TOML spells it, in at most 80 characters. */
 function shown(value: unknown): string {
-  if (typeof value === "number" && !Number.isFinite(value))
-    return String(value).replace("Infinity", "inf").replace("NaN", "nan");
+  if (typeof value === "number" && !Number.isFinite(value)) return `${value}`.toLowerCase().replace("infinity", "inf");
   try {
     return JSON.stringify(value).slice(0, 80);
   } catch {
@@ -434,9 +380,7 @@ function shown(value: unknown): string {
   }
 }
 
-/** One problem of a configuration: its key, what is wrong, what is expected. */
 function describeProblem(issue: v.BaseIssue<unknown>): string {
-  const key = v.getDotPath(issue) ?? "";
   if (issue.type === "raw_check") return issue.message;
   let schema: v.GenericSchema = ConfigSchema;
   let expected = "a table";
@@ -444,37 +388,30 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
     schema = entriesOf(schema)?.[String(step)] ?? schema;
     expected = v.getDescription(unwrap(schema)) ?? expected;
   }
-  const given = issue.path?.at(-1)?.value;
-  const wrong = given === undefined ? "is missing" : `is ${shown(given)}`;
-  return `${key} ${wrong}; expected: ${expected}`;
+  const value = issue.path?.at(-1)?.value;
+  return `${v.getDotPath(issue)} ${value === undefined ? "is missing" : `is ${shown(value)}`}; expected: ${expected}`;
 }
 
-/**
- * Whether a job may choose what its variables name. A pattern without a revision allows any; an ARN must also be of the
- * configured region, and of the partition and account that an ARN in the configuration file says.
- * @param byJob the settings that a variable of the job decided
- * @param configured the file's own TaskDefinition, if it has one
- * @returns why not; undefined where it may
- */
-export function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
-  const refused = (key: keyof typeof VARIABLES, why: string) =>
+/** Why a job may not choose what its variables name, if so. `configured`: the file's own TaskDefinition. */
+function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
+  const refused = (key: JobSetting, why: string) =>
     `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
   const { TaskDefinition: asked, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
   if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
     return refused("PlatformVersion", `AllowedPlatformVersions has ${versions.join(", ") || "none"}`);
   if (!byJob.includes("TaskDefinition") || !patterns) return undefined;
-  const [, partition, region, account, named] =
+  const [, partition, region, account, name = asked] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
+    // Another account's, region's or partition's task definition is not what the operator has allowed by its name.
     const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
     const own = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
     const right = `region ${f.Region} and of the account in the ARN of Cluster or TaskDefinition in the file`;
     if (!known || region !== f.Region) return refused("TaskDefinition", `an ARN must be of ${right}`);
   }
-  const name = named ?? asked;
   const fits = (pattern: string) => {
-    const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?");
+    const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?"); // any revision
     return new RegExp(`^${expression}$`).test(name);
   };
   if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && patterns.some(fits)) return undefined;
@@ -482,10 +419,8 @@ export function refusalOf(f: Config["Fargate"], byJob: readonly string[], config
 }
 
 /**
- * Merges file, variables and command line into one validated configuration; option beats variable beats file.
- * @param file the configuration file's text
- * @returns the configuration, the settings that a variable of the job decided, why that is refused if it is, and a
- *   warning for each key of the file that is not known
+ * Reads the configuration file's text. Options override variables; variables override the file.
+ * @returns also the settings that the job's variables decided (`byJob`), and why they may not (`refusal`)
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(file: string, path: string, options: Options, env: Environment) {
@@ -497,25 +432,24 @@ export function readConfig(file: string, path: string, options: Options, env: En
     const what = error.message.split("\n")[0]?.replace(/^Invalid TOML document: /, "");
     throw new Failure("system", `${path}, line ${error.line}, column ${error.column}: not TOML: ${what}`);
   }
-  const unknown: string[] = [];
-  const folded = foldKeys(table, ConfigSchema, "", unknown) as Table;
+  const warnings: string[] = [];
+  const folded = foldKeys(table, ConfigSchema, "", warnings) as Table;
+  const merged: Table = { Fargate: {}, TaskMetadata: {}, SSH: {}, ...folded };
   const given = (...values: unknown[]) =>
     values.find((value) => value !== undefined && (typeof value !== "string" || value.trim() !== ""));
-  const fargate = folded.Fargate ?? {}; // where it is no table, the schema says so
-  const overrides: Table = {};
+  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], merged[key]);
+  const fargate = isTable(merged.Fargate) ? merged.Fargate : {}; // the schema reports what is no table
+  const configured = fargate.TaskDefinition;
   const byJob: string[] = [];
   for (const key of ["TaskDefinition", "PlatformVersion"] as const) {
     const variable = env[`CUSTOM_ENV_${VARIABLES[key]}`];
-    overrides[key] = given(options[key], variable, (fargate as Table)[key]);
     if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
+    fargate[key] = given(options[key], variable, fargate[key]);
   }
-  const merged: Table = { TaskMetadata: {}, SSH: {}, ...folded };
-  merged.Fargate = isTable(fargate) ? { ...fargate, ...overrides } : fargate;
-  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], folded[key]);
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
-    const all = [...new Set(result.issues.map(describeProblem))];
-    const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
+    const problems = [...new Set(result.issues.map(describeProblem))];
+    if (problems.length > 30) problems.splice(29, Infinity, `and ${problems.length - 29} more`);
     throw new Failure("system", `${path} cannot be used:`, {}, problems);
   }
   const config = result.output;
@@ -524,16 +458,12 @@ export function readConfig(file: string, path: string, options: Options, env: En
   config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
-  const refusal = refusalOf(config.Fargate, byJob, (fargate as Table).TaskDefinition);
-  return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
+  const refusal = refusalOf(config.Fargate, byJob, configured);
+  return { config, byJob, refusal, warnings: warnings.map((warning) => `${path}: ${warning}`) };
 }
 
 // 4. Logging ----------------------------------------------------------------------------------------------
 
-// logrus' names, which the official driver's files use, to LogTape's.
-const LOGTAPE_LEVEL: Record<string, LogLevel> = { warn: "warning", panic: "fatal" };
-
-/** One log line in the wanted format, with its line end. */
 export function formatRecord(record: LogRecord, format: Config["LogFormat"]): string {
   const message = printable(record.message.join(""));
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
@@ -546,10 +476,7 @@ export function formatRecord(record: LogRecord, format: Config["LogFormat"]): st
   return format === "text-simple" ? `${level}${message}\n` : `${time} ${level}${message}\n`;
 }
 
-/**
- * Writes all of a text. Standard error may be a full pipe that does not block (bun makes it so): the runner reads it, so
- * it is tried again for up to 5 s, and a log line is no reason to wait longer.
- */
+/** Writes all of a text. Bun makes standard error non-blocking: if the runner's pipe is full, retries for up to 5 s. */
 function writeWhole(file: number, text: string): void {
   let rest = Buffer.from(text);
   for (let tries = 0; rest.length > 0; ) {
@@ -562,10 +489,7 @@ function writeWhole(file: number, text: string): void {
   }
 }
 
-/**
- * Follows the symbolic links of a path, those of its directories too; links of /proc are the kernel's, and stay.
- * @throws at a link of another user than root and this one, who could have any file written to
- */
+/** Follows symbolic links, except /proc's (the kernel's). @throws at another user's, which could redirect the log */
 function followTrustedLinks(path: string): string {
   const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
   const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
@@ -575,61 +499,55 @@ function followTrustedLinks(path: string): string {
   return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)));
 }
 
-/**
- * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
- * the job. What ends a stage is always shown on standard error too, so that the job log says why.
- */
-export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
-  const toStandardError = (line: string) => writeWhole(2, line);
-  let write = toStandardError;
+/** Opens a file to append to. A pipe must not hold up a stage; /dev/stderr leads to /proc, whose files are links. */
+function openLogFile(name: string): number {
+  const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants;
+  const path = followTrustedLinks(resolve(name));
+  const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one meanwhile
+  return fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
+}
+
+/** Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which is the job's. */
+export function openLog({ LogLevel, LogFormat, LogFile }: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
+  let file = 2;
   let trouble: unknown;
-  if (settings.LogFile) {
-    try {
-      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants; // a pipe must not hold up a stage
-      const path = followTrustedLinks(resolve(settings.LogFile));
-      const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one; /dev/stderr leads to /proc
-      const file = fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
-      write = (line) => writeWhole(file, line);
-    } catch (error) {
-      trouble = error;
-    }
+  try {
+    if (LogFile) file = openLogFile(LogFile);
+  } catch (error) {
+    trouble = error;
   }
   const sink = (record: LogRecord) => {
-    const line = formatRecord(record, settings.LogFormat);
+    const line = formatRecord(record, LogFormat);
     try {
-      write(line);
-      if (write !== toStandardError && record.level === "fatal") toStandardError(line);
-    } catch {
-      // Nobody reads the log any more (EPIPE) or its disk is full: no reason to leave a task running.
-    }
+      writeWhole(file, line);
+      if (file !== 2 && record.level === "fatal") writeWhole(2, line); // so that the job log says what ended a stage
+    } catch {} // Nobody reads the log any more (EPIPE) or its disk is full: no reason to leave a task running.
   };
-  const lowestLevel = LOGTAPE_LEVEL[settings.LogLevel] ?? (settings.LogLevel as LogLevel);
-  configureSync({
-    reset: true,
-    sinks: { sink },
-    loggers: [
-      { category: "fargate", sinks: ["sink"], lowestLevel },
-      { category: ["logtape", "meta"], sinks: [], lowestLevel: "fatal" },
-    ],
-  });
+  const fromLogrus: Record<string, LogLevel> = { warn: "warning", panic: "fatal" }; // as in the official driver's files
+  const lowestLevel = fromLogrus[LogLevel] ?? (LogLevel as LogLevel);
+  const loggers = [
+    { category: "fargate", sinks: ["sink"], lowestLevel },
+    { category: ["logtape", "meta"], sinks: [], lowestLevel: "fatal" as const },
+  ];
+  configureSync({ reset: true, sinks: { sink }, loggers });
   const log = getLogger("fargate");
-  const told = { file: settings.LogFile, reason: reasonOf(trouble) };
-  if (trouble) log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", told);
+  const fields = { file: LogFile, reason: reasonOf(trouble) };
+  if (trouble) log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", fields);
   return log;
 }
 
 // 5. The job ----------------------------------------------------------------------------------------------
 
-/** Who this job is. Every stage of it comes to the same answer, and no other job does. */
+/** Identifies the job: the same in each of its stages, and different from all other jobs. */
 export interface Job {
   readonly stem: string; // job-<id>-<hash>: names the record
   readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
-  readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
-  readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
+  readonly title: string; // ids for AWS (a StopTask reason), without words that a job's author could choose
+  readonly timeout: number; // seconds
   readonly unused?: readonly string[]; // image and services that its author asks for, only to be logged
 }
 
-const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
+const UNKNOWN_TIMEOUT = 86_400; // seconds; if the runner does not give the job's timeout
 const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
 const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
@@ -655,22 +573,16 @@ function readJson<T extends v.GenericSchema>(content: string, schema: T): v.Infe
 
 const sha256 = (value: string) => createHash("sha256").update(value).digest("hex");
 
-/**
- * The job of this process: from `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. Only
- * where the runner gave none, from the official driver's formula over `CUSTOM_ENV_*`.
- * @returns undefined where there is no job at all (by hand)
- * @throws {Failure} when there is a response that cannot be read: the variables are no substitute for it
- */
+/** Identifies the job by `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. */
 export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
     const what = `JOB_RESPONSE_FILE ${path} cannot be used`;
     const response = withContext(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
-    const { protocol, host, pathname } = new URL(response.git_info.repo_url); // and none of its token
+    const { protocol, host, pathname } = new URL(response.git_info.repo_url); // without the token in it
     const project = response.job_info.project_id;
-    // The job's token is what nobody can guess, nor a second GitLab of this runner give out once more.
-    const identity = [`${protocol}//${host}${pathname}`, project, response.id, response.token];
-    const hash = sha256(JSON.stringify(identity));
+    // The job's token: nobody can guess it, and no other GitLab with the same address issues the same one.
+    const hash = sha256(JSON.stringify([`${protocol}//${host}${pathname}`, project, response.id, response.token]));
     const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
     return {
       stem: `job-${response.id}-${hash}`,
@@ -680,11 +592,11 @@ export function readJob(env: Environment): Job | undefined {
       unused: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
+  // Only without a response, not if it cannot be read: the official driver's formula.
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
   if (!url || !pipeline || !id) return undefined;
   const hash = sha256(`${url}-${pipeline}-${id}`);
-  const token = env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "";
-  const label = /^[\w-]{1,32}$/.test(token) ? token : "job";
+  const [label] = /^[\w-]{1,32}$/.exec(env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "") ?? ["job"];
   return { stem: `${label}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
 }
 
@@ -695,6 +607,7 @@ const MANAGER = /^[0-9a-f]{12}$/;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
 const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
 
+/** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 const RecordSchema = v.object({
   Version: v.literal(RECORD_VERSION),
   TaskARN: v.string(), // empty until RunTask has answered
@@ -708,28 +621,22 @@ const RecordSchema = v.object({
   HostKey: v.string(), // base64 of the SSH server's key, as first seen
   Interpreter: v.picklist(["bash", "sh"]), // the best shell that the container has
   LoginShell: v.string(), // file name of the login user's own shell
-  /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped. */
-  Deadline: seconds,
+  Deadline: seconds, // when the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped
   UpdatedAt: seconds, // when the record was made, then when RunTask was last sent
 });
-
-/** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
-/** Makes the directory of records, for its owner alone, unless it is there. @returns and @throws as `checkDirectory` */
+/** Makes the directory of records, for its owner alone, unless it exists; then does what `checkDirectory` does. */
 export function openDirectory(directory: string): string | undefined {
   const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
   withContext(`TaskMetadata.Directory ${directory} cannot be made`, make, "disk");
   return checkDirectory(directory);
 }
 
-/**
- * @returns a warning where others may write to the directory, or another user owns it; it never advises to change the
- *   mode, because other programs may need a directory such as /tmp as it is
- * @throws {Failure} where anybody may put one record in another's place
- */
+/** Warns if others may write to the directory, or own it. @throws {Failure} if anybody may replace a record */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
+  // No advice to change the mode: other programs may need a directory such as /tmp as it is.
   const use = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
   if ((mode & 0o1002) === 0o002) throw new Failure("system", `${what} cannot be used: anybody may write to it; ${use}`);
@@ -737,10 +644,7 @@ export function checkDirectory(directory: string): string | undefined {
   return mode & 0o022 ? `${what} can be written to by others; ${use}` : undefined;
 }
 
-/**
- * Reads a file of the directory of records: one of this user's, not what a link or a pipe in its place leads to.
- * @param others what nobody else may do with it, as bits of its mode
- */
+/** Reads a file that this user owns; never through a link or a pipe. `others`: mode bits that must not be set. */
 function readOwn(path: string, others = 0o077): string {
   const { O_RDONLY, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
   if (fs.lstatSync(path).isSymbolicLink()) throw new Error("it is a symbolic link");
@@ -761,14 +665,13 @@ function readOwn(path: string, others = 0o077): string {
   }
 }
 
-/** Removes a file that does no harm where it cannot be removed. */
 function removeQuietly(path: string): void {
   try {
     fs.rmSync(path, { force: true });
   } catch {}
 }
 
-/** Writes a file so that after a crash it holds either its old or its new content, whole, and survives power loss. */
+/** Writes a file, flushed to disk: after a crash it holds either its old or its new content, whole. */
 function writeDurably(path: string, content: string, put: (temporary: string, path: string) => void): void {
   const temporary = `${path}.${randomBytes(6).toString("hex")}.tmp`;
   try {
@@ -782,19 +685,17 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
   fs.closeSync(directory);
 }
 
-/** @throws {Failure} when the record cannot be kept safe; the caller must not go on to start a task */
+/** @throws {Failure} if the record cannot be kept safe; the caller must not go on to start a task */
 export function writeRecord(path: string, record: TaskRecord): void {
   const content = `${JSON.stringify(record, null, 2)}\n`;
   withContext(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync), "disk");
 }
 
-/** Whether a text that holds a `startedBy` holds another than that of the job in a record's file name. */
-const isOfAnother = (path: string, text: string): boolean => {
-  const [, job] = /fargate-[0-9a-f]{12}-([0-9a-f]{32})/.exec(text) ?? [];
-  return job !== undefined && !path.includes(`-${job}`);
-};
+/** Whether a text holds a `startedBy`, and one of another job than the record's file name. */
+const isOfAnother = (path: string, text: string): boolean =>
+  !path.includes(/fargate-[0-9a-f]{12}(-[0-9a-f]{32})/.exec(text)?.[1] ?? "");
 
-/** @returns undefined where there is none. @throws {Failure} when there is one that cannot be understood, or trusted */
+/** @returns undefined if there is none. @throws {Failure} if there is one that cannot be understood or trusted */
 export function readRecord(path: string): TaskRecord | undefined {
   return withContext(`the record ${path} cannot be used`, () => {
     try {
@@ -807,28 +708,20 @@ export function readRecord(path: string): TaskRecord | undefined {
   });
 }
 
-const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
-
-/**
- * What can be told from a record that cannot be understood (cut off, of another version): its age, and the task it names
- * where nobody else can have written that.
- * @param others what nobody else may do with it, as bits of its mode
- */
-export function remainsOf(
-  path: string,
-  others = 0o022,
-): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
+/** What a broken record (cut off, of another version) shows: its age; its task, if nobody else can have written it. */
+export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
   try {
     const content = readOwn(path, others);
-    const [TaskARN, Region, Cluster] = TASK_ARN.exec(content) ?? [];
+    const arn = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
+    const [TaskARN, Region, Cluster] = arn.exec(content) ?? [];
     if (TaskARN && Region && Cluster && !isOfAnother(path, content)) return { TaskARN, Region, Cluster, ...UpdatedAt };
   } catch {}
   return UpdatedAt;
 }
 
-/** Tells a process from all others: its start, a dot, and this boot and PID namespace; "." if it has ended, or no /proc. */
+/** Identifies a process: start time, dot, this boot and PID namespace; only "." if it has ended, or without /proc. */
 function identityOf(pid: number | "self"): string {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
@@ -844,15 +737,12 @@ function identityOf(pid: number | "self"): string {
 const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
 const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
 
-/**
- * Makes a lock, an empty file whose name identifies this process: `sweep` leaves the job alone, `cleanup` waits for it.
- * Touches it regularly, for those who cannot look at this process.
- * @returns removes the lock
- */
+/** Makes a lock, named after this process: `sweep` leaves the job alone, `cleanup` waits. Returns its removal. */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
   const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
   const beat = () => {
     try {
+      // Touched regularly, for those who cannot look at this process.
       if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
       else fs.closeSync(fs.openSync(path, "wx", 0o600));
     } catch {} // a record that can be read is enough for a run; a full disk may have room later
@@ -865,34 +755,28 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
   };
 }
 
-/**
- * Who works on records in a directory. /proc shows whether a lock's process lives, also one that is stopped. For a process
- * elsewhere (another host or container, or before a reboot), the last touch decides. The locks of dead processes are
- * kept with the record, since they show when the job was last worked on, and removed without one.
- */
+/** The processes that work, or have worked, on records in a directory, by their locks. */
 export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, identity = "", place] =
       /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
-    if (!stem || !stage) return [];
     const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    if (uid !== process.geteuid?.()) return [];
+    if (!stem || !stage || uid !== process.geteuid?.()) return [];
+    // /proc does not show a process elsewhere (other host or container, or before a reboot): the last touch decides.
     const isHere = place && identityOf("self").endsWith(`.${place}`);
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
+    // Kept with the record, a lock shows when the job was last worked on.
     if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
     return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
 }
 
-/**
- * Who this manager is among those that share a cluster: 12 hex digits, made once for a directory of records and a host
- * name, so that a copy of the directory on another host is another manager. link(2) makes the file appear whole and for
- * one of several makers only.
- */
+/** This manager's id among those that share a cluster; a copy of the directory on another host gives another one. */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
   return withContext(`the manager's identity ${path} cannot be used`, () => {
     try {
+      // link(2) creates the file whole, and only once.
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
@@ -905,14 +789,12 @@ export function managerId(directory: string): string {
 
 // 7. Keys -------------------------------------------------------------------------------------------------
 
-/** A private key (PEM text) and its public half as a line of authorized_keys. */
+/** A private key (PEM text), and the public one as a line of authorized_keys. */
 export type KeyPair = Readonly<Record<"privateKey" | "publicKey", string>>;
-
-/** @throws {Failure} when the text is no private key, or one with a passphrase */
+/** @throws {Failure} if the text is no private key, or one with a passphrase */
 export async function keyPairOf(privateKey: string): Promise<KeyPair> {
   const { utils } = await import("ssh2");
-  const parsed = utils.parseKey(privateKey);
-  const key = Array.isArray(parsed) ? parsed[0] : parsed;
+  const [key] = [utils.parseKey(privateKey)].flat();
   if (key instanceof Error || !key?.isPrivateKey())
     throw new Failure("system", key instanceof Error ? key.message : "it holds no private key");
   return { privateKey, publicKey: `${key.type} ${key.getPublicSSH().toString("base64")}` };
@@ -925,11 +807,8 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
     return keyPairOf(privateKey.export({ type: "pkcs1", format: "pem" }).toString());
   }
   const { utils } = await import("ssh2");
-  for (;;) {
-    const pair = await keyPairOf(utils.generateKeyPairSync("ed25519").private).catch(() => undefined);
-    // ssh2 1.17 cuts leading zero bytes off a public key: one key in 256 is malformed, and made anew.
-    if (pair) return pair;
-  }
+  // ssh2 1.17 cuts leading zero bytes off a public key: one key in 256 is malformed, and made anew.
+  return keyPairOf(utils.generateKeyPairSync("ed25519").private).catch(() => makeKeyPair(type));
 }
 
 // 8. ECS --------------------------------------------------------------------------------------------------
@@ -2971,35 +2850,22 @@ export function formatSweep(report: SweepReport, json: boolean): string {
 
 // 13. Command line ----------------------------------------------------------------------------------------
 
-/** A command whose errors are one line that says what is wrong and what is known. */
-class Cli extends Command {
-  override createCommand(name?: string): Cli {
-    return new Cli(name);
-  }
-
-  override error(message: string, options?: Parameters<Command["error"]>[1]): never {
-    let root: Command = this;
-    let path = this.name();
+/** Makes a command's errors Failures of one line: what is wrong, and what is known (which `only` has already said). */
+const withErrors = (command: Command): Command =>
+  command.exitOverride((error) => {
+    if (error.exitCode === 0) throw error; // it has printed the help or the version
+    let root = command;
+    let path = command.name();
     for (; root.parent; root = root.parent) path = `${root.parent.name()} ${path}`;
-    const what = message
-      .replace(/^error: /, "")
-      .replace(/\n\(Did you mean [^\n]*$/, "")
-      .replace(/\.$/, "");
-    if (options?.code === "commander.invalidArgument")
-      throw new Failure("system", `${path}: ${what.replace(". known: ", "; known: ")}`); // see oneOfWords
-    const known = /option/i.test(options?.code ?? "")
-      ? [...root.options, ...(this === root ? [] : this.options)].map((option) => option.long).join(", ")
-      : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
-    throw new Failure("system", `${path}: ${what}; known: ${known}`);
-  }
-
-  /** commander shows help as an error if a command is missing; a runner must not take that for a successful stage. */
-  override help(context?: unknown): never {
-    if (!(context as { error?: boolean } | undefined)?.error) super.help();
-    this.outputHelp({ error: true });
-    this.error("no command was given");
-  }
-}
+    // If a command is missing, commander has printed the help to standard error.
+    const message = error.code === "commander.help" ? "no command was given" : error.message;
+    const what = `${path}: ${message.replace(/^error: /, "").replace(/\.$/, "")}`;
+    if (error.code === "commander.invalidArgument") throw new Failure("system", what.replace(". known: ", "; known: "));
+    const known = /option/i.test(error.code)
+      ? [...new Set([...root.options, ...command.options])].map((option) => option.long).join(", ")
+      : command.commands.map((command) => command.name()).join(", ") || `${path} ${command.usage()}`;
+    throw new Failure("system", `${what}; known: ${known}`);
+  });
 
 /** Takes a value that fits; `known` says in words what does. */
 const only = (known: string, fits: (value: string) => boolean) => (value: string) => {
@@ -3010,13 +2876,9 @@ const oneOfWords = (words: readonly string[]) =>
   only(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
 const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id>-<job>", (id) => MANAGER.test(id));
 
-/**
- * @param argv the arguments, without the program's own name
- * @returns what they ask for; undefined when that was help or the version, and is printed
- * @throws {Failure} for wrong arguments
- */
+/** Parses the arguments after the program's name. @returns undefined if they asked for help or version: printed here */
 export function parseCommandLine(argv: readonly string[]) {
-  const program = new Cli("fargate")
+  const program = withErrors(new Command("fargate"))
     .description("Runs each GitLab CI job in an AWS ECS task of its own on Fargate.")
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
     .helpOption("-h, --help", "print this help")
@@ -3027,38 +2889,33 @@ export function parseCommandLine(argv: readonly string[]) {
     .option("--log-file <path>", "LogFile: log to this file instead of standard error")
     .option("--task-def <definition>", "TaskDefinition: family, family:revision or ARN")
     .option("--platform-version <version>", "PlatformVersion: such as 1.4.0 or LATEST")
+    .addHelpText(
+      "after",
+      "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
+        "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
+    )
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
-    .exitOverride();
-  program.addHelpText(
-    "after",
-    "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
-      "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
-  );
+    .configureOutput({ outputError: () => {} })
+    .showSuggestionAfterError(false);
   let asked: Command = program;
-  const remember = (...args: unknown[]) => {
-    asked = args.at(-1) as Command;
-  };
-  const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
-  const stage = (name: string, alias: string, description: string, operands: Record<string, string> = {}) =>
-    Object.entries(operands)
-      .reduce((command, [operand, meaning]) => command.argument(`<${operand}>`, meaning), custom.command(name))
-      .alias(alias)
-      .description(description)
-      .action(remember);
-  stage("config", "co", "print the driver's name and version for the runner, as JSON");
-  stage("prepare", "p", "start the job's task and wait until it can be used");
-  const operands = { script: "path of the script", stage: "the runner's name for it, such as build_script" };
-  stage("run", "r", "run a script of the job in its task", operands);
-  stage("cleanup", "cl", "stop the job's task");
-  program
-    .command("sweep")
-    .description("stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
+  const add = (parent: Command, name: string, description: string) =>
+    withErrors(parent.command(name).description(description)).action((...args) => {
+      asked = args.at(-1);
+    });
+  const custom = withErrors(program.command("custom").alias("c"));
+  custom.description("the stages of GitLab Runner's Custom executor");
+  add(custom, "config", "print the driver's name and version for the runner, as JSON").alias("co");
+  add(custom, "prepare", "start the job's task and wait until it can be used").alias("p");
+  add(custom, "run", "run a script of the job in its task")
+    .alias("r")
+    .argument("<script>", "path of the script")
+    .argument("<stage>", "the runner's name for it, such as build_script");
+  add(custom, "cleanup", "stop the job's task").alias("cl");
+  add(program, "sweep", "stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
     .option("--dry-run", "say what would be done, and do nothing")
     .option("--json", "say it as one JSON object")
-    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf)
-    .action(remember);
-
+    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf);
   try {
     program.parse(argv, { from: "user" });
   } catch (error) {
@@ -3083,10 +2940,8 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   let log = openLog({ LogLevel: "info", LogFormat: "text", LogFile: "" });
   const stopping = new AbortController();
   const stopFor = (why: string) => stopping.abort(new Failure("system", why));
-  for (const signal of ["SIGTERM", "SIGINT", "SIGHUP"] as const)
-    process.on(signal, () => stopFor(`stopped by ${signal}`));
-  // Asks the runner to take no further jobs; systemd sends it to the stages of the running ones as well.
-  process.on("SIGQUIT", () => {});
+  for (const name of ["SIGTERM", "SIGINT", "SIGHUP"]) process.on(name, () => stopFor(`stopped by ${name}`));
+  process.on("SIGQUIT", () => {}); // tells the runner to take no further jobs; systemd sends it to the stages as well
   const crash = (error: unknown) => {
     // bun would end with 1, which the runner takes for the job's own failure.
     log.fatal("{reason}", { reason: `this is a bug of the driver: ${reasonOf(error)}` });
@@ -3121,14 +2976,13 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const parent = process.ppid; // once it has ended, nobody takes this stage's result, nor goes on with the job
     const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
     if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
-    if (command === "prepare") await prepare(context);
-    else if (command === "cleanup") await cleanup(context);
-    else {
+    if (command === "run") {
       const { stdout, stderr } = process; // bun makes these streams when they are asked for; no other stage needs them
       for (const stream of [stdout, stderr])
         stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
       return await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
     }
+    await (command === "prepare" ? prepare(context) : cleanup(context));
     return 0;
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
@@ -3140,20 +2994,15 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   }
 }
 
-/**
- * Run from source, bun has taken .env and bunfig.toml of the working directory into account before this line, unless it
- * was told not to: a checkout could so redirect signed requests. Then nothing is done. The compiled program reads none.
- */
-function refuseForeignSettings(): void {
-  if (typeof BUILD === "string" || process.execArgv.includes("--no-env-file")) return;
-  const found = fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
-  if (found.length === 0) return;
-  const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
-  writeWhole(2, `error: bun takes settings from ${printable(found.join(", "))} here; call it as: ${call}\n`);
-  process.exit(exitCode("system", process.env));
-}
-
 if (import.meta.main) {
-  refuseForeignSettings();
+  // Unless told not to, bun has already applied .env and bunfig.toml of the working directory. With them, a checkout
+  // could redirect signed requests. The compiled program reads neither.
+  const isSafe = typeof BUILD === "string" || process.execArgv.includes("--no-env-file");
+  const found = isSafe ? [] : fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
+  if (found.length > 0) {
+    const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
+    writeWhole(2, `error: bun takes settings from ${printable(found.join(", "))} here; call it as: ${call}\n`);
+    process.exit(exitCode("system", process.env));
+  }
   main(process.argv.slice(2), process.env).then((code) => process.exit(code));
 }
