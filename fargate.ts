@@ -2,20 +2,18 @@
 /**
  * fargate: runs each GitLab CI job in an AWS ECS task of its own on Fargate.
  *
- * GitLab Runner's Custom executor starts this program once for every stage of a job:
+ * GitLab Runner's Custom executor starts this program once for every stage of a job, an operator or a timer the sweep:
  *
  *     fargate custom config                prints who the driver is, as JSON
  *     fargate custom prepare               starts the job's task, waits until a login by SSH works
  *     fargate custom run SCRIPT STAGE      runs one script in the task; many times a job
  *     fargate custom cleanup               stops the task
- *
- * and an operator, or a timer of the host:
- *
  *     fargate sweep                        stops tasks that nobody will stop any more
  *
  * AWS calls      RunTask, DescribeTasks, StopTask; ListTasks to sweep, and when a record is missing or names no task;
  *                EC2 DescribeNetworkInterfaces only to connect to public addresses. Nothing else.
- * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath and AWS_CA_BUNDLE;
+ * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath, AWS_CA_BUNDLE,
+ *                and two time limits of the runner's config.toml;
  *                writes <Directory>/<stem>.json (0600, one for each running job), <Directory>/.manager-id,
  *                <Directory>/<stem>.*.lock (empty, while a process works on the job), BUILD_EXIT_CODE_FILE and LogFile.
  * Secrets        the job's private key: in memory and in the record. AWS credentials: in memory of the AWS
@@ -24,9 +22,7 @@
  * Trusted        the configuration file, the runner and its JOB_RESPONSE_FILE (ids, not the author's words),
  *                ECS. Not trusted: CUSTOM_ENV_* variables, and whatever a job's container sends.
  *
- * The sections stand in the order in which a job meets them; each can be read without those below it.
- *
- * @module
+ * The sections follow the life of a job; each can be read without those below it.
  */
 
 import { createHash, generateKeyPairSync, randomBytes, randomUUID, X509Certificate } from "node:crypto";
@@ -45,30 +41,26 @@ import { parse as parseToml, TomlError } from "smol-toml";
 import type { Client, ClientChannel } from "ssh2";
 import * as v from "valibot";
 
-/** Set by the build: the package's version and the commit it was built from. */
-declare const BUILD: string | undefined;
-
-/** `version (revision)`; `dev (HEAD)` when run from source. */
+declare const BUILD: string | undefined; // set by the build: version (commit)
 export const VERSION = typeof BUILD === "string" ? BUILD : "dev (HEAD)";
-
 export type Environment = Readonly<Record<string, string | undefined>>;
 
 // 2. Failures ---------------------------------------------------------------------------------------------
 
-/** Characters that show nothing but act: of control, of format (direction, joining, tags), line ends, half and private ones. */
+/** Control and format characters (direction, joining, tags), line ends, lone surrogates and private-use characters. */
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const escaped = (character: string) =>
   character.replace(/[\s\S]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
-const LONGEST_TEXT = 4_000; // characters; more than anything that is worth reading has
+const LONGEST_TEXT = 4_000; // characters
 
-/** Text from outside must not end a log line, forge another or control a terminal: it is escaped, and cut where it is long. */
+/** Escapes and shortens text from outside: it must not end a log line, forge another or control a terminal. */
 export function printable(value: unknown): string {
   const text = String(value);
   const line = text.slice(0, LONGEST_TEXT).replaceAll("\n", " | ").replace(UNPRINTABLE, escaped);
   return text.length > LONGEST_TEXT ? `${line}...` : line;
 }
 
-/** What decisions depend on. Each field is filled in where the failure is first seen, and never from our own text. */
+/** What decisions depend on: set where the failure is first seen, never derived from our own text. */
 export interface Cause {
   readonly problem?: Problem | undefined; // selects the advice
   readonly subject?: string | undefined; // the IAM action that AWS names, for the advice
@@ -78,38 +70,33 @@ export interface Cause {
   readonly mayHaveStarted?: boolean; // RunTask may have started a task all the same
 }
 
-/**
- * Everything that ends a stage other than success, with whose fault it is: a `build` failure is the job's (the
- * runner does not try again), a `system` failure is ours, the operator's or AWS's. Its message is printable; only
- * `details` have lines of their own.
- */
+/** Ends a stage. `build`: the job's fault, the runner does not retry; `system`: ours, the operator's or AWS's. */
 export class Failure extends Error {
   override name = "Failure";
   constructor(
     readonly kind: "build" | "system",
     message: string,
     override readonly cause: Cause = {},
-    details: readonly string[] = [],
+    details: readonly string[] = [], // each is printed on a line of its own
   ) {
     super([message, ...details].map(printable).join("\n  "));
   }
 }
 
-/** The exit code that GitLab Runner gave for a kind of failure; 1 and 2 where it gave none. */
+/** The exit code that GitLab Runner asks for, for a kind of failure; 1 or 2 if it gives none. */
 export function exitCode(kind: Failure["kind"], env: Environment): number {
   const code = Number(kind === "build" ? env.BUILD_FAILURE_EXIT_CODE : env.SYSTEM_FAILURE_EXIT_CODE);
   if (Number.isInteger(code) && code > 0 && code < 256) return code;
   return kind === "build" ? 1 : 2;
 }
 
-/** The words of any thrown value, without a stack. */
 export function reasonOf(error: unknown): string {
   if (!(error instanceof Error)) return String(error);
   return error.message || ("code" in error && typeof error.code === "string" ? error.code : error.name);
 }
 
-// What to do about each problem that the driver recognizes; $1 stands for the IAM action that AWS names. The texts are only
-// printed. The group of a problem decides: see PASSING, and where a variable of the job is at fault.
+// What to do about each problem that the driver recognizes; $1 is the IAM action that AWS names. The texts are only
+// printed; decisions depend on a problem's name and group.
 
 /** Another start may succeed: later, in another subnet or with other capacity. */
 const PASSING = {
@@ -186,6 +173,9 @@ const ADVICE = {
   userStop: "look in CloudTrail for who called StopTask",
   noTask: "look for the task in the ECS console",
   // Logins.
+  noShell: "install bash or sh in the image",
+  loginShell: "give Username a login shell such as bash, not nologin or false; its start-up files must not exit",
+  startUpFile: "let the start-up files of Username, such as ~/.bashrc, return instead of exit",
   key: 'let Username in with the key in SSH_PUBLIC_KEY; KeyType = "ed25519" works with any OpenSSH',
   publicAddress: "set EnablePublicIP, and give the subnet a route to an internet gateway",
   connection: "the task runs on: look at what the job did to sshd, at its load and memory",
@@ -197,17 +187,12 @@ const ADVICE = {
 };
 export type Problem = keyof typeof ADVICE;
 
-/** @returns what to do about a failure; undefined if the driver does not know its cause */
+/** What to do about a failure; undefined if the driver does not know. */
 export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
   problem && ADVICE[problem].replace("$1", subject ?? "this action");
-
-/** The cause of any thrown value. */
 export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
-/**
- * Runs `action`; rethrows its error as a Failure prefixed with `what`.
- * @param problem what an error of the operating system means here
- */
+/** Runs `action`; rethrows its error as a Failure prefixed with `what`; `problem`: what a system error means here. */
 function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   try {
     return action();
@@ -217,7 +202,6 @@ function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   }
 }
 
-/** Reads a file that must be there. @throws {Failure} naming it as `what` */
 const readFile = (path: string, what: string): Buffer =>
   withContext(`${what} ${path} cannot be read`, () => fs.readFileSync(path));
 
@@ -226,32 +210,28 @@ const readFile = (path: string, what: string): Buffer =>
 const LEVELS = ["trace", "debug", "info", "warn", "warning", "error", "fatal", "panic"] as const;
 const FORMATS = ["text", "text-simple", "json"] as const;
 
-// The description of a key says what it means and what is allowed; error texts and the README's table use it.
+// The description of a setting says what it means and what is allowed; error messages show it.
 const text = (allowed: string) => v.pipe(v.string(), v.trim(), v.nonEmpty(), v.description(allowed));
-const whole = (least: number, most: number, what: string) =>
-  v.pipe(
-    v.number(),
-    v.integer(),
-    v.minValue(least),
-    v.maxValue(most),
-    v.description(`${what}, a whole number from ${least} to ${most}`),
-  );
-const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
-  v.pipe(
-    v.string(),
-    v.transform((word) => word.trim().toLowerCase()),
-    v.picklist(words.map((word) => word.toLowerCase()) as unknown as { [K in keyof T]: Lowercase<T[K]> }),
-    v.description(`${meaning}: ${words.join(", ")}`),
-  );
+const whole = (min: number, max: number, what: string) => {
+  const meaning = `${what}, a whole number from ${min} to ${max}`;
+  return v.pipe(v.number(), v.integer(), v.minValue(min), v.maxValue(max), v.description(meaning));
+};
 const exactly = <const T extends readonly string[]>(words: T, meaning: string) =>
   v.pipe(v.picklist(words), v.description(`${meaning}: ${words.join(", ")}`));
-const listOf = (item: string, most: number) =>
-  v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(most), v.description(`a list of 1 to ${most}: ${item}`));
+const oneOf = <const T extends readonly string[]>(words: T, meaning: string) =>
+  v.pipe(v.string(), v.trim(), v.toLowerCase(), exactly(words, meaning)); // all `words` are in lower case
+const listOf = (item: string, max: number) =>
+  v.pipe(v.array(text(item)), v.minLength(1), v.maxLength(max), v.description(`a list of 1 to ${max}: ${item}`));
 const PATTERN = "family or family:revision, with up to three * for anything but : and /";
 const pattern = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})[\w*-]+(:[\d*]+)?$/), v.description(PATTERN));
+const listOfUpTo100 = (item: v.GenericSchema<string>, what: string) =>
+  v.pipe(v.array(item), v.maxLength(100), v.description(what));
 const allowed = (item: v.GenericSchema<string>, what: string) =>
-  v.optional(v.pipe(v.array(item), v.maxLength(100), v.description(`what a job's variable may name, a list: ${what}`)));
+  v.optional(listOfUpTo100(item, `what a job's variable may name, a list: ${what}`));
 const PLATFORM_VERSION = "a Fargate platform version, such as 1.4.0 or LATEST";
+const VARIABLE = "a list of names of variables, with up to three * for any characters";
+const variable = v.pipe(v.string(), v.trim(), v.regex(/^(?!(.*\*){4})(?!\d)[\w*]+$/), v.description(VARIABLE));
+const AWS_VARIABLES = "AWS_CONTAINER_* AWS_REGION AWS_DEFAULT_REGION AWS_EXECUTION_ENV ECS_CONTAINER_METADATA_URI*";
 const flag = (meaning: string) => v.pipe(v.boolean(), v.description(`${meaning}: true or false`));
 
 const CapacityProviderSchema = v.object({
@@ -259,22 +239,16 @@ const CapacityProviderSchema = v.object({
   Weight: v.optional(whole(0, 1000, "its share of the tasks"), 1),
   Base: v.optional(whole(0, 100_000, "how many tasks it runs at least")),
 });
-
 const strategy = v.pipe(
   v.array(CapacityProviderSchema),
-  v.minLength(1),
-  v.maxLength(20),
-  v.check((providers) => providers.some((provider) => provider.Weight > 0)),
+  v.check((providers) => providers.length <= 20 && providers.some((provider) => provider.Weight > 0)),
   v.description('1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0'),
 );
-
-/** Keys that valibot's `record` leaves out without a word. */
-const RESERVED = ["__proto__", "constructor", "prototype"];
-
+const RESERVED = ["__proto__", "constructor", "prototype"]; // keys that valibot's `record` drops silently
 const tags = v.pipe(
   v.custom<Record<string, string>>((tags) => isTable(tags) && !RESERVED.some((key) => Object.hasOwn(tags, key))),
   v.record(v.string(), v.string()),
-  v.check((tags) => Object.keys(tags).length <= 50),
+  v.maxEntries(50),
   v.description("a table of at most 50 tags for the task, text = text"),
 );
 
@@ -309,18 +283,15 @@ export const ConfigSchema = v.object({
       AbandonedAfter: v.optional(whole(0, 604_800, "seconds without a live stage until sweep stops a task"), 900),
       MaxTaskAge: v.optional(whole(3600, 2_592_000, "seconds until sweep stops a task without a deadline"), 86_400),
     }),
-    v.rawCheck(({ dataset, addIssue }) => {
-      if (!isTable(dataset.value)) return;
-      const has = (key: string) => (dataset.value as Table)[key] !== undefined;
-      for (const [key, what] of [
-        ["Subnet", "a subnet ID, or Subnets, a list of 1 to 16"],
-        ["SecurityGroup", "a security group ID, or SecurityGroups, a list of 1 to 5"],
-      ])
-        if (has(`${key}`) === has(`${key}s`)) addIssue({ message: `Fargate.${key}: give either ${key}, ${what}` });
-      if (has("LaunchType") && has("CapacityProviderStrategy")) {
-        const both = "cannot be given together with CapacityProviderStrategy; ECS takes one of the two";
-        addIssue({ message: `Fargate.LaunchType: ${both}` });
-      }
+    v.rawCheck(({ dataset: { value }, addIssue }) => {
+      if (!isTable(value)) return;
+      const has = (key: string) => value[key] !== undefined;
+      const subnets = "give either Subnet, a subnet ID, or Subnets, a list of 1 to 16";
+      const groups = "give either SecurityGroup, a security group ID, or SecurityGroups, a list of 1 to 5";
+      const both = "cannot be given together with CapacityProviderStrategy; ECS takes one of the two";
+      if (has("Subnet") === has("Subnets")) addIssue({ message: `Fargate.Subnet: ${subnets}` });
+      if (has("SecurityGroup") === has("SecurityGroups")) addIssue({ message: `Fargate.SecurityGroup: ${groups}` });
+      if (has("LaunchType") && has("CapacityProviderStrategy")) addIssue({ message: `Fargate.LaunchType: ${both}` });
     }),
   ),
   TaskMetadata: v.object({ Directory: text("the directory for the records of running tasks") }),
@@ -331,54 +302,46 @@ export const ConfigSchema = v.object({
     KeyType: v.optional(oneOf(["ed25519", "rsa"], "the type of the key made for the job"), "ed25519"),
     ConnectTimeout: v.optional(whole(1, 3600, "seconds in which the SSH server must accept a login"), 120),
     KeepAliveInterval: v.optional(whole(0, 3600, "seconds between signs of life on an idle connection"), 15),
+    CancelGracePeriod: v.optional(whole(0, 240, "seconds from SIGTERM to SIGKILL for a script that is cancelled"), 10),
+    PassEnvironment: v.optional(listOfUpTo100(variable, `what a job gets: ${VARIABLE}`), AWS_VARIABLES.split(" ")),
   }),
 });
 
-/** What a file, the command line and the job's variables come to. */
 export type Config = v.InferOutput<typeof ConfigSchema>;
-
-/** Options of the command line, by the name of their setting. Each beats variable and file. */
-export type Options = Partial<
-  Record<"LogLevel" | "LogFormat" | "LogFile" | "TaskDefinition" | "PlatformVersion", string | undefined>
->;
-
 /** Settings that a job may choose, by a variable of this name. The runner passes it on as `CUSTOM_ENV_<name>`. */
 const VARIABLES = { TaskDefinition: "FARGATE_TASK_DEFINITION", PlatformVersion: "FARGATE_PLATFORM_VERSION" } as const;
+type JobSetting = keyof typeof VARIABLES;
+/** Settings that the command line may override. */
+export type Options = { readonly [Key in "LogLevel" | "LogFormat" | "LogFile" | JobSetting]?: string | undefined };
 
 type Table = Record<string, unknown>;
 const isTable = (value: unknown): value is Table =>
   typeof value === "object" && value !== null && !Array.isArray(value) && !(value instanceof Date);
-
-/** What `optional` wraps, or the schema itself. */
+/** The schema of a setting's value, without `optional`. */
 const unwrap = (schema: v.GenericSchema): v.GenericSchema =>
   "wrapped" in schema ? (schema.wrapped as v.GenericSchema) : schema;
 
-/** The known keys of a table, or of the tables in a list; undefined where any key will do. */
+/** The keys of a table, or of the tables in a list; undefined if any key is allowed. */
 function entriesOf(schema: v.GenericSchema): Record<string, v.GenericSchema> | undefined {
   const inner = unwrap(schema);
   if ("entries" in inner) return inner.entries as Record<string, v.GenericSchema>;
   return "item" in inner ? entriesOf(inner.item as v.GenericSchema) : undefined;
 }
 
-/** Every known key with the tables it stands in, such as `SSH.Port`. */
-function* knownKeys(schema: v.GenericSchema = ConfigSchema, path = ""): Generator<string> {
-  for (const [key, entry] of Object.entries(entriesOf(schema) ?? {})) {
-    yield path + key;
-    yield* knownKeys(entry, `${path}${key}.`);
-  }
-}
+/** Every known key with its path, such as `SSH.Port`. */
+const knownKeys = (schema: v.GenericSchema, path = ""): string[] =>
+  Object.entries(entriesOf(schema) ?? {}).flatMap(([key, item]) => [path + key, ...knownKeys(item, `${path}${key}.`)]);
 
-/** The known key that an unknown one is most likely meant for, by edit distance in proportion to length. */
+/** The known key that is most like an unknown one: by edit distance in proportion to length. */
 function nearestKey(unknown: string): string {
-  const wanted = unknown.toLowerCase();
   const far = (key: string) => {
-    const name = key.split(".").at(-1)?.toLowerCase() as string;
-    return distance(wanted, name) / Math.max(wanted.length, name.length);
+    const name = key.slice(key.lastIndexOf(".") + 1);
+    return distance(unknown.toLowerCase(), name.toLowerCase()) / Math.max(unknown.length, name.length);
   };
-  return [...knownKeys()].reduce((best, key) => (far(key) < far(best) ? key : best));
+  return knownKeys(ConfigSchema).reduce((best, key) => (far(key) < far(best) ? key : best));
 }
 
-/** A job's variables that nothing reads: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
+/** A job's variables that have no effect: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
 export function unreadVariables(env: Environment) {
   const read: string[] = Object.values(VARIABLES);
   return Object.keys(env).flatMap((key) => {
@@ -388,34 +351,28 @@ export function unreadVariables(env: Environment) {
   });
 }
 
-/**
- * Gives every key the schema's spelling: the official driver's TOML library matches keys without regard to case,
- * an exact spelling first. Keys that match none are left out, with a warning.
- */
-function foldKeys(value: unknown, schema: v.GenericSchema, path: string, unknown: string[]): unknown {
+/** Gives keys the schema's spelling: the official driver's TOML library ignores case, but prefers an exact match. */
+function foldKeys(value: unknown, schema: v.GenericSchema, path: string, warnings: string[]): unknown {
   const entries = entriesOf(schema);
-  if (!entries) return value;
-  if (Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, unknown));
-  if (!isTable(value)) return value;
+  if (entries && Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, warnings));
+  if (!entries || !isTable(value)) return value;
   const folded: Table = {};
   for (const [key, item] of Object.entries(value)) {
-    const name = Object.hasOwn(entries, key)
-      ? key
-      : Object.keys(entries).find((n) => n.toLowerCase() === key.toLowerCase());
-    if (name === undefined) unknown.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
+    const name = Object.keys(entries).find((name) => name.toLowerCase() === key.toLowerCase());
+    const entry = entries[name ?? ""];
+    // An empty text or port 0 counts as not given, as in the official driver, which has no lists.
+    const isGiven = (item !== "" || (entry && "item" in unwrap(entry))) && !(name === "Port" && item === 0);
+    if (!name || !entry) warnings.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
     else if (key !== name && Object.hasOwn(value, name))
-      unknown.push(`${path}${key} has no effect beside ${path}${name}`);
-    else if ((item !== "" || "item" in unwrap(entries[name] as v.GenericSchema)) && !(name === "Port" && item === 0))
-      // else as good as not given, as with the official driver; it knows no lists
-      folded[name] = foldKeys(item, entries[name] as v.GenericSchema, `${path}${name}.`, unknown);
+      warnings.push(`${path}${key} has no effect beside ${path}${name}`);
+    else if (isGiven) folded[name] = foldKeys(item, entry, `${path}${name}.`, warnings);
   }
   return folded;
 }
 
-/** A value in short, as the file spells it. */
+/** A value as TOML spells it, in at most 80 characters. */
 function shown(value: unknown): string {
-  if (typeof value === "number" && !Number.isFinite(value))
-    return String(value).replace("Infinity", "inf").replace("NaN", "nan");
+  if (typeof value === "number" && !Number.isFinite(value)) return `${value}`.toLowerCase().replace("infinity", "inf");
   try {
     return JSON.stringify(value).slice(0, 80);
   } catch {
@@ -423,9 +380,7 @@ function shown(value: unknown): string {
   }
 }
 
-/** One problem of a configuration: its key, what is wrong, what is expected. */
 function describeProblem(issue: v.BaseIssue<unknown>): string {
-  const key = v.getDotPath(issue) ?? "";
   if (issue.type === "raw_check") return issue.message;
   let schema: v.GenericSchema = ConfigSchema;
   let expected = "a table";
@@ -433,37 +388,30 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
     schema = entriesOf(schema)?.[String(step)] ?? schema;
     expected = v.getDescription(unwrap(schema)) ?? expected;
   }
-  const given = issue.path?.at(-1)?.value;
-  const wrong = given === undefined ? "is missing" : `is ${shown(given)}`;
-  return `${key} ${wrong}; expected: ${expected}`;
+  const value = issue.path?.at(-1)?.value;
+  return `${v.getDotPath(issue)} ${value === undefined ? "is missing" : `is ${shown(value)}`}; expected: ${expected}`;
 }
 
-/**
- * Whether a job may choose what its variables name. A pattern without a revision allows any; an ARN must also be of the
- * configured region, and of the partition and account that an ARN in the configuration file says.
- * @param byJob the settings that a variable of the job decided
- * @param configured the file's own TaskDefinition, if it has one
- * @returns why not; undefined where it may
- */
-export function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
-  const refused = (key: keyof typeof VARIABLES, why: string) =>
+/** Why a job may not choose what its variables name, if so. `configured`: the file's own TaskDefinition. */
+function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
+  const refused = (key: JobSetting, why: string) =>
     `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
   const { TaskDefinition: asked, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
   if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
     return refused("PlatformVersion", `AllowedPlatformVersions has ${versions.join(", ") || "none"}`);
   if (!byJob.includes("TaskDefinition") || !patterns) return undefined;
-  const [, partition, region, account, named] =
+  const [, partition, region, account, name = asked] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
+    // Another account's, region's or partition's task definition is not what the operator has allowed by its name.
     const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
     const own = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
     const right = `region ${f.Region} and of the account in the ARN of Cluster or TaskDefinition in the file`;
     if (!known || region !== f.Region) return refused("TaskDefinition", `an ARN must be of ${right}`);
   }
-  const name = named ?? asked;
   const fits = (pattern: string) => {
-    const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?");
+    const expression = pattern.replaceAll("*", "[^:/]*") + (pattern.includes(":") ? "" : "(:\\d+)?"); // any revision
     return new RegExp(`^${expression}$`).test(name);
   };
   if (/^[\w-]{1,255}(:\d{1,10})?$/.test(name) && patterns.some(fits)) return undefined;
@@ -471,10 +419,8 @@ export function refusalOf(f: Config["Fargate"], byJob: readonly string[], config
 }
 
 /**
- * Merges file, variables and command line into one validated configuration; option beats variable beats file.
- * @param file the configuration file's text
- * @returns the configuration, the settings that a variable of the job decided, why that is refused if it is, and a
- *   warning for each key of the file that is not known
+ * Reads the configuration file's text. Options override variables; variables override the file.
+ * @returns also the settings that the job's variables decided (`byJob`), and why they may not (`refusal`)
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(file: string, path: string, options: Options, env: Environment) {
@@ -486,25 +432,24 @@ export function readConfig(file: string, path: string, options: Options, env: En
     const what = error.message.split("\n")[0]?.replace(/^Invalid TOML document: /, "");
     throw new Failure("system", `${path}, line ${error.line}, column ${error.column}: not TOML: ${what}`);
   }
-  const unknown: string[] = [];
-  const folded = foldKeys(table, ConfigSchema, "", unknown) as Table;
+  const warnings: string[] = [];
+  const folded = foldKeys(table, ConfigSchema, "", warnings) as Table;
+  const merged: Table = { Fargate: {}, TaskMetadata: {}, SSH: {}, ...folded };
   const given = (...values: unknown[]) =>
     values.find((value) => value !== undefined && (typeof value !== "string" || value.trim() !== ""));
-  const fargate = folded.Fargate ?? {}; // where it is no table, the schema says so
-  const overrides: Table = {};
+  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], merged[key]);
+  const fargate = isTable(merged.Fargate) ? merged.Fargate : {}; // the schema reports what is no table
+  const configured = fargate.TaskDefinition;
   const byJob: string[] = [];
   for (const key of ["TaskDefinition", "PlatformVersion"] as const) {
     const variable = env[`CUSTOM_ENV_${VARIABLES[key]}`];
-    overrides[key] = given(options[key], variable, (fargate as Table)[key]);
     if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
+    fargate[key] = given(options[key], variable, fargate[key]);
   }
-  const merged: Table = { TaskMetadata: {}, SSH: {}, ...folded };
-  merged.Fargate = isTable(fargate) ? { ...fargate, ...overrides } : fargate;
-  for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], folded[key]);
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
-    const all = [...new Set(result.issues.map(describeProblem))];
-    const problems = all.length > 30 ? [...all.slice(0, 29), `and ${all.length - 29} more`] : all;
+    const problems = [...new Set(result.issues.map(describeProblem))];
+    if (problems.length > 30) problems.splice(29, Infinity, `and ${problems.length - 29} more`);
     throw new Failure("system", `${path} cannot be used:`, {}, problems);
   }
   const config = result.output;
@@ -513,16 +458,12 @@ export function readConfig(file: string, path: string, options: Options, env: En
   config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
-  const refusal = refusalOf(config.Fargate, byJob, (fargate as Table).TaskDefinition);
-  return { config, byJob, refusal, warnings: unknown.map((warning) => `${path}: ${warning}`) };
+  const refusal = refusalOf(config.Fargate, byJob, configured);
+  return { config, byJob, refusal, warnings: warnings.map((warning) => `${path}: ${warning}`) };
 }
 
 // 4. Logging ----------------------------------------------------------------------------------------------
 
-// logrus' names, which the official driver's files use, to LogTape's.
-const LOGTAPE_LEVEL: Record<string, LogLevel> = { warn: "warning", panic: "fatal" };
-
-/** One log line in the wanted format, with its line end. */
 export function formatRecord(record: LogRecord, format: Config["LogFormat"]): string {
   const message = printable(record.message.join(""));
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
@@ -535,10 +476,7 @@ export function formatRecord(record: LogRecord, format: Config["LogFormat"]): st
   return format === "text-simple" ? `${level}${message}\n` : `${time} ${level}${message}\n`;
 }
 
-/**
- * Writes all of a text. Standard error may be a full pipe that does not block (bun makes it so): the runner reads it, so
- * it is tried again for up to 5 s, and a log line is no reason to wait longer.
- */
+/** Writes all of a text. Bun makes standard error non-blocking: if the runner's pipe is full, retries for up to 5 s. */
 function writeWhole(file: number, text: string): void {
   let rest = Buffer.from(text);
   for (let tries = 0; rest.length > 0; ) {
@@ -551,10 +489,7 @@ function writeWhole(file: number, text: string): void {
   }
 }
 
-/**
- * Follows the symbolic links of a path, those of its directories too; links of /proc are the kernel's, and stay.
- * @throws at a link of another user than root and this one, who could have any file written to
- */
+/** Follows symbolic links, except /proc's (the kernel's). @throws at another user's, which could redirect the log */
 function followTrustedLinks(path: string): string {
   const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
   const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
@@ -564,61 +499,55 @@ function followTrustedLinks(path: string): string {
   return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)));
 }
 
-/**
- * Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which belongs to
- * the job. What ends a stage is always shown on standard error too, so that the job log says why.
- */
-export function openLog(settings: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
-  const toStandardError = (line: string) => writeWhole(2, line);
-  let write = toStandardError;
+/** Opens a file to append to. A pipe must not hold up a stage; /dev/stderr leads to /proc, whose files are links. */
+function openLogFile(name: string): number {
+  const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants;
+  const path = followTrustedLinks(resolve(name));
+  const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one meanwhile
+  return fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
+}
+
+/** Makes the one logger. It writes to standard error or to `LogFile`, never to standard output, which is the job's. */
+export function openLog({ LogLevel, LogFormat, LogFile }: Pick<Config, "LogLevel" | "LogFormat" | "LogFile">): Logger {
+  let file = 2;
   let trouble: unknown;
-  if (settings.LogFile) {
-    try {
-      const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants; // a pipe must not hold up a stage
-      const path = followTrustedLinks(resolve(settings.LogFile));
-      const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one; /dev/stderr leads to /proc
-      const file = fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
-      write = (line) => writeWhole(file, line);
-    } catch (error) {
-      trouble = error;
-    }
+  try {
+    if (LogFile) file = openLogFile(LogFile);
+  } catch (error) {
+    trouble = error;
   }
   const sink = (record: LogRecord) => {
-    const line = formatRecord(record, settings.LogFormat);
+    const line = formatRecord(record, LogFormat);
     try {
-      write(line);
-      if (write !== toStandardError && record.level === "fatal") toStandardError(line);
-    } catch {
-      // Nobody reads the log any more (EPIPE) or its disk is full: no reason to leave a task running.
-    }
+      writeWhole(file, line);
+      if (file !== 2 && record.level === "fatal") writeWhole(2, line); // so that the job log says what ended a stage
+    } catch {} // Nobody reads the log any more (EPIPE) or its disk is full: no reason to leave a task running.
   };
-  const lowestLevel = LOGTAPE_LEVEL[settings.LogLevel] ?? (settings.LogLevel as LogLevel);
-  configureSync({
-    reset: true,
-    sinks: { sink },
-    loggers: [
-      { category: "fargate", sinks: ["sink"], lowestLevel },
-      { category: ["logtape", "meta"], sinks: [], lowestLevel: "fatal" },
-    ],
-  });
+  const fromLogrus: Record<string, LogLevel> = { warn: "warning", panic: "fatal" }; // as in the official driver's files
+  const lowestLevel = fromLogrus[LogLevel] ?? (LogLevel as LogLevel);
+  const loggers = [
+    { category: "fargate", sinks: ["sink"], lowestLevel },
+    { category: ["logtape", "meta"], sinks: [], lowestLevel: "fatal" as const },
+  ];
+  configureSync({ reset: true, sinks: { sink }, loggers });
   const log = getLogger("fargate");
-  const told = { file: settings.LogFile, reason: reasonOf(trouble) };
-  if (trouble) log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", told);
+  const fields = { file: LogFile, reason: reasonOf(trouble) };
+  if (trouble) log.warn("LogFile {file} cannot be written: {reason}; logging to standard error", fields);
   return log;
 }
 
 // 5. The job ----------------------------------------------------------------------------------------------
 
-/** Who this job is. Every stage of it comes to the same answer, and no other job does. */
+/** Identifies the job: the same in each of its stages, and different from all other jobs. */
 export interface Job {
   readonly stem: string; // job-<id>-<hash>: names the record
   readonly hash: string; // 64 hex digits of SHA-256, what the identity rests on
-  readonly title: string; // ids for AWS's eyes (a StopTask reason), free of words that a job's author could choose
-  readonly timeout: number; // seconds that the runner gives the job; 24 hours where it does not say
+  readonly title: string; // ids for AWS (a StopTask reason), without words that a job's author could choose
+  readonly timeout: number; // seconds
   readonly unused?: readonly string[]; // image and services that its author asks for, only to be logged
 }
 
-const UNKNOWN_TIMEOUT = 86_400; // seconds; for a job whose runner does not say how long it may take
+const UNKNOWN_TIMEOUT = 86_400; // seconds; if the runner does not give the job's timeout
 const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
 const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
@@ -644,22 +573,16 @@ function readJson<T extends v.GenericSchema>(content: string, schema: T): v.Infe
 
 const sha256 = (value: string) => createHash("sha256").update(value).digest("hex");
 
-/**
- * The job of this process: from `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. Only
- * where the runner gave none, from the official driver's formula over `CUSTOM_ENV_*`.
- * @returns undefined where there is no job at all (by hand)
- * @throws {Failure} when there is a response that cannot be read: the variables are no substitute for it
- */
+/** Identifies the job by `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set. */
 export function readJob(env: Environment): Job | undefined {
   const path = env.JOB_RESPONSE_FILE;
   if (path) {
     const what = `JOB_RESPONSE_FILE ${path} cannot be used`;
     const response = withContext(what, () => readJson(fs.readFileSync(path, "utf8"), JobResponseSchema));
-    const { protocol, host, pathname } = new URL(response.git_info.repo_url); // and none of its token
+    const { protocol, host, pathname } = new URL(response.git_info.repo_url); // without the token in it
     const project = response.job_info.project_id;
-    // The job's token is what nobody can guess, nor a second GitLab of this runner give out once more.
-    const identity = [`${protocol}//${host}${pathname}`, project, response.id, response.token];
-    const hash = sha256(JSON.stringify(identity));
+    // The job's token: nobody can guess it, and no other GitLab with the same address issues the same one.
+    const hash = sha256(JSON.stringify([`${protocol}//${host}${pathname}`, project, response.id, response.token]));
     const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
     return {
       stem: `job-${response.id}-${hash}`,
@@ -669,11 +592,11 @@ export function readJob(env: Environment): Job | undefined {
       unused: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
+  // Only without a response, not if it cannot be read: the official driver's formula.
   const { CUSTOM_ENV_CI_PROJECT_URL: url, CUSTOM_ENV_CI_PIPELINE_ID: pipeline, CUSTOM_ENV_CI_JOB_ID: id } = env;
   if (!url || !pipeline || !id) return undefined;
   const hash = sha256(`${url}-${pipeline}-${id}`);
-  const token = env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "";
-  const label = /^[\w-]{1,32}$/.test(token) ? token : "job";
+  const [label] = /^[\w-]{1,32}$/.exec(env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "") ?? ["job"];
   return { stem: `${label}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
 }
 
@@ -684,6 +607,7 @@ const MANAGER = /^[0-9a-f]{12}$/;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
 const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
 
+/** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 const RecordSchema = v.object({
   Version: v.literal(RECORD_VERSION),
   TaskARN: v.string(), // empty until RunTask has answered
@@ -697,28 +621,22 @@ const RecordSchema = v.object({
   HostKey: v.string(), // base64 of the SSH server's key, as first seen
   Interpreter: v.picklist(["bash", "sh"]), // the best shell that the container has
   LoginShell: v.string(), // file name of the login user's own shell
-  /** Epoch seconds after which the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped. */
-  Deadline: seconds,
+  Deadline: seconds, // when the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped
   UpdatedAt: seconds, // when the record was made, then when RunTask was last sent
 });
-
-/** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 export type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
-/** Makes the directory of records, for its owner alone, unless it is there. @returns and @throws as `checkDirectory` */
+/** Makes the directory of records, for its owner alone, unless it exists; then does what `checkDirectory` does. */
 export function openDirectory(directory: string): string | undefined {
   const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
   withContext(`TaskMetadata.Directory ${directory} cannot be made`, make, "disk");
   return checkDirectory(directory);
 }
 
-/**
- * @returns a warning where others may write to the directory, or another user owns it; it never advises to change the
- *   mode, because other programs may need a directory such as /tmp as it is
- * @throws {Failure} where anybody may put one record in another's place
- */
+/** Warns if others may write to the directory, or own it. @throws {Failure} if anybody may replace a record */
 export function checkDirectory(directory: string): string | undefined {
   const what = `TaskMetadata.Directory ${directory}`;
+  // No advice to change the mode: other programs may need a directory such as /tmp as it is.
   const use = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
   const { mode, uid } = fs.statSync(directory, { throwIfNoEntry: false }) ?? { mode: 0, uid: 0 };
   if ((mode & 0o1002) === 0o002) throw new Failure("system", `${what} cannot be used: anybody may write to it; ${use}`);
@@ -726,10 +644,7 @@ export function checkDirectory(directory: string): string | undefined {
   return mode & 0o022 ? `${what} can be written to by others; ${use}` : undefined;
 }
 
-/**
- * Reads a file of the directory of records: one of this user's, not what a link or a pipe in its place leads to.
- * @param others what nobody else may do with it, as bits of its mode
- */
+/** Reads a file that this user owns; never through a link or a pipe. `others`: mode bits that must not be set. */
 function readOwn(path: string, others = 0o077): string {
   const { O_RDONLY, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
   if (fs.lstatSync(path).isSymbolicLink()) throw new Error("it is a symbolic link");
@@ -750,14 +665,13 @@ function readOwn(path: string, others = 0o077): string {
   }
 }
 
-/** Removes a file that does no harm where it cannot be removed. */
 function removeQuietly(path: string): void {
   try {
     fs.rmSync(path, { force: true });
   } catch {}
 }
 
-/** Writes a file so that after a crash it holds either its old or its new content, whole, and survives power loss. */
+/** Writes a file, flushed to disk: after a crash it holds either its old or its new content, whole. */
 function writeDurably(path: string, content: string, put: (temporary: string, path: string) => void): void {
   const temporary = `${path}.${randomBytes(6).toString("hex")}.tmp`;
   try {
@@ -771,19 +685,17 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
   fs.closeSync(directory);
 }
 
-/** @throws {Failure} when the record cannot be kept safe; the caller must not go on to start a task */
+/** @throws {Failure} if the record cannot be kept safe; the caller must not go on to start a task */
 export function writeRecord(path: string, record: TaskRecord): void {
   const content = `${JSON.stringify(record, null, 2)}\n`;
   withContext(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync), "disk");
 }
 
-/** Whether a text that holds a `startedBy` holds another than that of the job in a record's file name. */
-const isOfAnother = (path: string, text: string): boolean => {
-  const [, job] = /fargate-[0-9a-f]{12}-([0-9a-f]{32})/.exec(text) ?? [];
-  return job !== undefined && !path.includes(`-${job}`);
-};
+/** Whether a text holds a `startedBy`, and one of another job than the record's file name. */
+const isOfAnother = (path: string, text: string): boolean =>
+  !path.includes(/fargate-[0-9a-f]{12}(-[0-9a-f]{32})/.exec(text)?.[1] ?? "");
 
-/** @returns undefined where there is none. @throws {Failure} when there is one that cannot be understood, or trusted */
+/** @returns undefined if there is none. @throws {Failure} if there is one that cannot be understood or trusted */
 export function readRecord(path: string): TaskRecord | undefined {
   return withContext(`the record ${path} cannot be used`, () => {
     try {
@@ -796,28 +708,20 @@ export function readRecord(path: string): TaskRecord | undefined {
   });
 }
 
-const TASK_ARN = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
-
-/**
- * What can be told from a record that cannot be understood (cut off, of another version): its age, and the task it names
- * where nobody else can have written that.
- * @param others what nobody else may do with it, as bits of its mode
- */
-export function remainsOf(
-  path: string,
-  others = 0o022,
-): Partial<Pick<TaskRecord, "TaskARN" | "Region" | "Cluster" | "UpdatedAt">> {
+/** What a broken record (cut off, of another version) shows: its age; its task, if nobody else can have written it. */
+export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
   try {
     const content = readOwn(path, others);
-    const [TaskARN, Region, Cluster] = TASK_ARN.exec(content) ?? [];
+    const arn = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
+    const [TaskARN, Region, Cluster] = arn.exec(content) ?? [];
     if (TaskARN && Region && Cluster && !isOfAnother(path, content)) return { TaskARN, Region, Cluster, ...UpdatedAt };
   } catch {}
   return UpdatedAt;
 }
 
-/** Tells a process from all others: its start, a dot, and this boot and PID namespace; "." if it has ended, or no /proc. */
+/** Identifies a process: start time, dot, this boot and PID namespace; only "." if it has ended, or without /proc. */
 function identityOf(pid: number | "self"): string {
   try {
     // "pid (name) state ppid ...": the start is the 22nd field.
@@ -833,15 +737,12 @@ function identityOf(pid: number | "self"): string {
 const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
 const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
 
-/**
- * Makes a lock, an empty file whose name identifies this process: `sweep` leaves the job alone, `cleanup` waits for it.
- * Touches it regularly, for those who cannot look at this process.
- * @returns removes the lock
- */
+/** Makes a lock, named after this process: `sweep` leaves the job alone, `cleanup` waits. Returns its removal. */
 export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
   const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
   const beat = () => {
     try {
+      // Touched regularly, for those who cannot look at this process.
       if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
       else fs.closeSync(fs.openSync(path, "wx", 0o600));
     } catch {} // a record that can be read is enough for a run; a full disk may have room later
@@ -854,34 +755,28 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
   };
 }
 
-/**
- * Who works on records in a directory. /proc shows whether a lock's process lives, also one that is stopped. For a process
- * elsewhere (another host or container, or before a reboot), the last touch decides. The locks of dead processes are
- * kept with the record, since they show when the job was last worked on, and removed without one.
- */
+/** The processes that work, or have worked, on records in a directory, by their locks. */
 export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, identity = "", place] =
       /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
-    if (!stem || !stage) return [];
     const { uid, mtimeMs = 0 } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    if (uid !== process.geteuid?.()) return [];
+    if (!stem || !stage || uid !== process.geteuid?.()) return [];
+    // /proc does not show a process elsewhere (other host or container, or before a reboot): the last touch decides.
     const isHere = place && identityOf("self").endsWith(`.${place}`);
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
+    // Kept with the record, a lock shows when the job was last worked on.
     if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
     return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
 }
 
-/**
- * Who this manager is among those that share a cluster: 12 hex digits, made once for a directory of records and a host
- * name, so that a copy of the directory on another host is another manager. link(2) makes the file appear whole and for
- * one of several makers only.
- */
+/** This manager's id among those that share a cluster; a copy of the directory on another host gives another one. */
 export function managerId(directory: string): string {
   const path = join(directory, ".manager-id");
   return withContext(`the manager's identity ${path} cannot be used`, () => {
     try {
+      // link(2) creates the file whole, and only once.
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
@@ -894,14 +789,12 @@ export function managerId(directory: string): string {
 
 // 7. Keys -------------------------------------------------------------------------------------------------
 
-/** A private key (PEM text) and its public half as a line of authorized_keys. */
+/** A private key (PEM text), and the public one as a line of authorized_keys. */
 export type KeyPair = Readonly<Record<"privateKey" | "publicKey", string>>;
-
-/** @throws {Failure} when the text is no private key, or one with a passphrase */
+/** @throws {Failure} if the text is no private key, or one with a passphrase */
 export async function keyPairOf(privateKey: string): Promise<KeyPair> {
   const { utils } = await import("ssh2");
-  const parsed = utils.parseKey(privateKey);
-  const key = Array.isArray(parsed) ? parsed[0] : parsed;
+  const [key] = [utils.parseKey(privateKey)].flat();
   if (key instanceof Error || !key?.isPrivateKey())
     throw new Failure("system", key instanceof Error ? key.message : "it holds no private key");
   return { privateKey, publicKey: `${key.type} ${key.getPublicSSH().toString("base64")}` };
@@ -914,11 +807,8 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
     return keyPairOf(privateKey.export({ type: "pkcs1", format: "pem" }).toString());
   }
   const { utils } = await import("ssh2");
-  for (;;) {
-    const pair = await keyPairOf(utils.generateKeyPairSync("ed25519").private).catch(() => undefined);
-    // ssh2 1.17 cuts leading zero bytes off a public key: one key in 256 is malformed, and made anew.
-    if (pair) return pair;
-  }
+  // ssh2 1.17 cuts leading zero bytes off a public key: one key in 256 is malformed, and made anew.
+  return keyPairOf(utils.generateKeyPairSync("ed25519").private).catch(() => makeKeyPair(type));
 }
 
 // 8. ECS --------------------------------------------------------------------------------------------------
@@ -1379,14 +1269,17 @@ export function pollPause(polls: number, addressKnown: boolean, random: number, 
 // 9. SSH --------------------------------------------------------------------------------------------------
 
 /** Where to log in, and how; the rest of `Config["SSH"]` says as whom and on which port. */
-export interface SshTarget extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval"> {
+export interface SshTarget
+  extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval" | "CancelGracePeriod"> {
   readonly host: string;
   readonly privateKey: string;
   readonly hostKey?: Buffer; // the only server key that is accepted; undefined on first use, which pins it
   readonly toSend?: number; // bytes that are to be sent at most, beside our own commands
+  readonly PassEnvironment?: readonly string[];
 }
 
-export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket }>;
+/** `target` is for a second connection to the same server. */
+export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket; target: SshTarget }>;
 
 /** Why no connection came about. `unreachable` and `unverified` (ECS did not answer) may pass, the others are final. */
 export class SshFailure extends Failure {
@@ -1443,10 +1336,13 @@ function sshReason(error: Error): string {
 
 const LOGIN_TIMEOUT = 30_000; // ms from the first packet to the login: busy hosts, name look-ups and PAM take long
 
+const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt finds out sooner than TCP's own repetitions
+const LONGEST_SILENCE = 15_000; // ms from the TCP connection to the server's first bytes, at most
+
 /**
  * Logs in once.
- * @param silence ms in which the server must say its first word; a dropped packet is not waited for
- * @param onAnswer called when it has
+ * @param silence ms from the TCP connection to the server's first bytes
+ * @param onAnswer called when these have come
  * @throws {SshFailure}
  */
 export async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
@@ -1477,9 +1373,12 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   };
   const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
     end(new SshFailure(why, `${where}: ${text}`, { problem }));
-  const late = (ms: number, what: string, problem: Problem) =>
-    setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
-  let timer = late(silence, "nothing answered", "silent");
+  let timer: NodeJS.Timeout | undefined;
+  const limit = (ms: number, what: string, problem: Problem) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
+  };
+  limit(Math.min(silence, CONNECT_TIMEOUT), "nothing answered", "silent");
   const abort = () => end(signal.reason);
   signal.addEventListener("abort", abort);
   const { toSend = 0 } = target;
@@ -1494,13 +1393,13 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     if (process.memoryUsage.rss() > most - MOST_GROWTH / 2) Bun.gc(true);
     if (process.memoryUsage.rss() > most) socket.destroy(new Error("the server makes this process too large"));
   });
+  socket.once("connect", () => limit(silence, "nothing answered", "silent"));
   socket.once("data", () => {
     onAnswer();
-    clearTimeout(timer);
-    timer = late(LOGIN_TIMEOUT, "the server answered, but let nobody in", "noServer");
+    limit(LOGIN_TIMEOUT, "the server answered, but let nobody in", "noServer");
   });
   client.on("ready", () => {
-    if (hostKey) done.resolve({ client, hostKey, socket });
+    if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
     else fail("host-key", "the server let us in before it had shown its key", "hostKey");
   });
   // Stays for the connection's life: an error event without a listener would end the process.
@@ -1542,9 +1441,10 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   }
 }
 
-// In ms. Attempts overlap until one is answered: packets to an address that is not up yet may be dropped. A login that
+// In ms, but for `open`. Attempts overlap until one is answered: packets to an address that is not up yet may be
+// dropped. After each silent attempt, the next waits longer for the first bytes: a busy server may need that. A login that
 // the server refused makes a pause: the key may come later, and OpenSSH 9.8 bars an address that failed for 5 s.
-const LOGIN = { every: 250, cut: 3_000, open: 4, pauseAfterRefusal: 5_000 } as const;
+const LOGIN = { every: 250, open: 4, pauseAfterRefusal: 5_000 } as const;
 
 /**
  * Tries to log in until it works.
@@ -1557,12 +1457,14 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
   let open = 0;
   let answered = 0;
   let pause = 0;
+  let silence = CONNECT_TIMEOUT;
   const attempt = async () => {
     if (--pause > 0 || open >= LOGIN.open || answered > 0) return;
     open++;
     let answers = 0;
+    const begun = performance.now();
     try {
-      const connection = await connect(target, LOGIN.cut, over.signal, () => {
+      const connection = await connect(target, silence, over.signal, () => {
         answers = 1;
         answered++;
       });
@@ -1572,6 +1474,7 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
     } catch (error) {
       if (over.signal.aborted) return;
       const failure = error as SshFailure;
+      if (performance.now() - begun >= silence) silence = Math.min(Math.round(silence / 800) * 1_000, LONGEST_SILENCE);
       if (failure.why === "login") pause = LOGIN.pauseAfterRefusal / LOGIN.every;
       onFailure(failure);
     } finally {
@@ -1628,69 +1531,153 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   });
 }
 
-/** Runs a short command of our own, within `most` ms, and returns at most 64 KiB of its standard output. */
-async function ask(connection: Connection, command: string, signal: AbortSignal, most = 10_000) {
+/** How `ask` asks. */
+interface Asking {
+  readonly within?: number; // ms
+  readonly apart?: boolean; // over a connection of its own
+  readonly report?: { errors: string; ended: Exit }; // gets its standard error and how it ended
+}
+
+/**
+ * Runs a short command of our own, and returns at most 1 MiB of its standard output. If the server opens no channel for
+ * it, as with `MaxSessions 1` beside a script, it gets a connection of its own.
+ */
+async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
+  const { within = 10_000, apart, report = { errors: "", ended: undefined } } = asking;
+  const begun = performance.now();
   const late = new AbortController();
-  const failure = new SshFailure("unreachable", `the container did not answer for ${most / 1000} s`);
-  const timer = setTimeout(() => late.abort(failure), most);
+  const failure = new SshFailure("unreachable", `the container did not answer for ${Math.round(within / 1000)} s`);
+  const timer = setTimeout(() => late.abort(failure), within);
   const bound = AbortSignal.any([signal, late.signal]);
+  let own: Connection | undefined;
   try {
-    const { channel, exit } = await execute(connection, command, bound);
+    if (apart) own = await connect(connection.target, within, bound);
+    const { channel, exit } = await execute(own ?? connection, command, bound);
     let output = "";
-    channel.stderr.resume();
     channel.on("data", (chunk: Buffer) => {
-      if (output.length < 65_536) output += chunk.toString();
+      if (output.length < 2 ** 20) output += chunk.toString();
     });
-    return await new Promise<string>((resolve, reject) => {
-      const lost = new SshFailure("unreachable", "the connection was lost");
-      channel.on("close", async () => ((await exit) === undefined ? reject(lost) : resolve(output)));
+    channel.stderr.on("data", (chunk: Buffer) => {
+      if (report.errors.length < 65_536) report.errors += chunk.toString();
+    });
+    report.ended = await new Promise<Exit>((resolve, reject) => {
+      channel.on("close", () => resolve(exit));
       bound.addEventListener("abort", () => reject(bound.reason));
     });
+    if (report.ended === undefined) throw new SshFailure("unreachable", "the connection was lost");
+    return output;
+  } catch (error) {
+    if (apart || bound.aborted || connection.socket.destroyed) throw error;
+    const left = within - (performance.now() - begun);
+    return await ask(connection, command, signal, { ...asking, within: left, apart: true });
   } finally {
     clearTimeout(timer);
+    own?.client.end();
   }
 }
 
-/** Which shells a container has. `sh -c` so that the question is understood by any login shell. */
+/**
+ * Which shells a container has.
+ * @returns `warning`: PassEnvironment has no effect, and the image does not pass those variables by itself either
+ * @throws {Failure} with the login shell's own output when it runs no command
+ */
 export async function findShells(connection: Connection, signal: AbortSignal) {
-  const question = 'echo "fargate-shells $SHELL $(command -v bash || command -v sh)"';
-  const answer = await ask(connection, `exec sh -c '${question}'`, signal);
-  const [, login, best] = /fargate-shells (\S*) (\S+)/.exec(answer) ?? [];
-  if (!best) throw new Failure("system", "the container has neither bash nor sh for the user that logs in");
+  // Absolute paths, because a start-up file may have broken PATH; `sh -c`, so that any login shell understands it.
+  const question = [
+    'PATH=$PATH:/usr/local/bin:/usr/bin:/bin; echo "fargate-shells $SHELL $(command -v bash || command -v sh)";',
+    "n=; { read -r n </proc/1/comm; } 2>/dev/null; s=closed; { true </proc/1/environ; } 2>/dev/null && s=open;",
+    'command -v tr >/dev/null || s=tr; [ "$n" = sshd ] && s=sshd;', // sshd overwrites its own with its title
+    // ECS sets AWS_* and ECS_* in every container: an image that passes them knows how to.
+    'env | grep -Eq "^(FARGATE_ENVIRONMENT|(AWS|ECS)_[A-Z0-9_]+)=" && s=passed; echo "fargate-environment $s"',
+  ].join(" ");
+  const report: Asking["report"] = { errors: "", ended: undefined };
+  const output = await ask(connection, `exec /bin/sh -c '${question}'`, signal, { report });
+  const [, login, best] = /fargate-shells (\S*) (\S+)/.exec(output) ?? [];
+  if (!best) {
+    const said = `${output}\n${report.errors}`.split("\n").filter((line) => line.trim() !== "");
+    const how = `it ended with ${report.ended}${said.length > 0 ? ":" : " and said nothing"}`;
+    const problem =
+      ({ 1: "loginShell", 126: "noShell", 127: "noShell" } as const)[Number(report.ended)] ?? "startUpFile";
+    throw new Failure("system", `the container's login shell runs no commands: ${how}`, { problem }, said.slice(-20));
+  }
   const Interpreter: TaskRecord["Interpreter"] = /bash$/.test(best) ? "bash" : "sh";
-  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "" };
+  const reasons: Record<string, string> = {
+    sshd: "sshd, which is the container's first process, has overwritten its environment",
+    closed: "Username may not read the environment of the container's first process",
+    tr: "the image has no tr",
+  };
+  const [, state] = /^fargate-environment (sshd|closed|tr)$/m.exec(output) ?? [];
+  const instead = 'start sshd with -o "SetEnv=NAME=$NAME ..." (see the README), or set PassEnvironment = []';
+  const isLost = state && connection.target.PassEnvironment?.length;
+  const warning = isLost ? `PassEnvironment has no effect: ${reasons[state]}; ${instead}` : undefined;
+  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "", warning };
 }
 
-/** What a script's first line asks for. @throws {Failure} for another than bash and sh: the wrong shell does harm */
+/** The shell that a script's beginning asks for. @throws {Failure} for any but bash and sh: the wrong shell does harm */
 export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): "bash" | "sh" {
-  const [, named] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(script.subarray(0, 256).toString("latin1")) ?? [];
-  const name = named?.split("/").at(-1) ?? "bash";
+  const start = script.subarray(0, 256).toString("latin1");
+  const [, named = "bash"] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(start) ?? [];
+  // Without `#!`: byte-order marks, as Latin-1, and what GitLab Runner writes for other shells.
+  const isForeign = /^(\xef\xbb\xbf|\xff\xfe|\xfe\xff|\s*& ?\{|\s*@echo off)/i.test(start);
+  const name = isForeign ? "PowerShell or cmd.exe" : named.split("/").at(-1);
   if (name === "sh") return "sh";
   if (name === "bash") return best;
   const instead = `only bash and sh can be used; set shell = "bash" in the runner's config.toml`;
   throw new Failure("system", `the script is for ${name}, but ${instead}`);
 }
 
+/** Runs a program of the image, also if a start-up file has broken PATH or defined a function of that name. */
+const tool = (words: string) => `{ command ${words} 2>/dev/null || command -p ${words} 2>/dev/null; }`;
+
 /**
- * What the remote shell is told to do with a script on its standard input, on one line and without single quotes,
- * so that any login shell passes it on. It
- *  - says its process id, which as sshd's child is also the id of its session and process group;
- *  - reads the whole script into a variable and compares its length, so that a cut connection runs nothing of it;
- *  - evaluates it in a subshell with empty standard input, and nothing of it in an argument, a file or the environment;
- *  - marks the end of both streams, so that a process left in the background does not hold the stage;
- *  - survives TERM and INT itself, to report what the script ended with; where it ended with 0 although the script
- *    sent such a signal to its $$, which is this shell, that counts.
+ * The part of `remoteProgram` that passes variables of the container's first process to the script, as if the session
+ * had begun with them: what a login or a start-up file has set stays, also what it has put around sshd's PATH. No value
+ * is evaluated. sshd as first process has lost its environment. Meanwhile \036 stands for the line breaks of a value.
  */
-export function remoteProgram(bytes: number, mark: string): string {
+function passEnvironment(patterns: readonly string[]): string {
+  const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"; // what a range means depends on the locale
+  const shells = "UID|EUID|PPID|SHELLOPTS|BASHOPTS|BASH_ENV|BASH_XTRACEFD|ENV|IFS|PS4|POSIXLY_CORRECT";
+  const passesPath = new RegExp(`^(${patterns.join("|").replaceAll("*", "\\w*")})$`).test("PATH");
+  const sshdPath = `$(${tool('tr "\\000" "\\n"')} </proc/$$/environ | ${tool('sed -n "s/^PATH=//p"')})`;
   return [
-    `set +e; trap "FARGATE_SIGNAL=143" TERM; trap "FARGATE_SIGNAL=130" INT; unset FARGATE_SCRIPT FARGATE_SIGNAL; echo "${mark} $$";`,
-    "FARGATE_SCRIPT=$(cat; echo x); FARGATE_SCRIPT=${FARGATE_SCRIPT%x};",
-    `if [ "$(printf %s "$FARGATE_SCRIPT" | wc -c)" -eq ${bytes} ]; then`,
-    '(eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT") </dev/null; FARGATE_SCRIPT=$?;',
-    "[ $FARGATE_SCRIPT -ne 0 ] || FARGATE_SCRIPT=${FARGATE_SIGNAL:-0};",
-    `echo "${mark} end"; echo "${mark} end" >&2; exit $FARGATE_SCRIPT; fi;`,
-    `echo "${mark} incomplete"; echo "${mark} incomplete" >&2; exit 1`,
+    `FARGATE_N=; { command read -r FARGATE_N </proc/1/comm; } 2>/dev/null; FARGATE_P=${passesPath ? sshdPath : ""};`,
+    "FARGATE_ALL=; case $FARGATE_N in sshd) ;; *) FARGATE_ALL=$(",
+    `${tool('tr "\\000\\n" "\\n\\036"')} 2>/dev/null </proc/1/environ);; esac; set -f; IFS=\${IFS#??};`,
+    "for FARGATE_V in $FARGATE_ALL; do FARGATE_N=${FARGATE_V%%=*}; FARGATE_V=${FARGATE_V#*=}; case $FARGATE_N in",
+    `""|[0123456789]*|*[!${letters}0123456789]*|_|OLDPWD|SSH_*|FARGATE_*|${shells}) continue;; esac;`,
+    `case $FARGATE_N in ${patterns.join("|")}) ;; *) continue;; esac; while :; do case $FARGATE_V in *"$FARGATE_RS"*)`,
+    'FARGATE_V=${FARGATE_V%%"$FARGATE_RS"*}$IFS${FARGATE_V#*"$FARGATE_RS"};; *) break;; esac; done;',
+    'eval "FARGATE_SET=\\${$FARGATE_N+set}"; case $FARGATE_N$FARGATE_SET in PATHset)',
+    'case $PATH in *"${FARGATE_P:-:none:}"*) PATH=${PATH%%"$FARGATE_P"*}$FARGATE_V${PATH#*"$FARGATE_P"};; esac;;',
+    '*set) export "$FARGATE_N";; *) export "$FARGATE_N=$FARGATE_V";; esac; done; set +f;',
+    "unset FARGATE_N FARGATE_V FARGATE_SET FARGATE_P FARGATE_ALL;",
   ].join(" ");
+}
+
+/**
+ * The program that the remote shell runs, with the script and the mark on its standard input. On one line and without
+ * single quotes, so that any login shell passes it on. It
+ *  - undoes what start-up files may have changed in how a shell works: options, aliases, IFS. In bash's POSIX mode, which
+ *    begins with the assignment, no function replaces a special builtin, and `command` passes over all other functions;
+ *  - prints the first mark with its process id and /proc/PID/stat, then the pipes that it writes to;
+ *  - reads the whole script into a variable and looks for the mark behind it, so that a cut connection runs nothing of it;
+ *  - prints the second mark, then evaluates the script in this same shell, with empty standard input. The script's end
+ *    is the shell's end. No part of the script is in an argument, a file or the environment.
+ */
+export function remoteProgram(mark: string, patterns: readonly string[] = []): string {
+  const program = [
+    "unset FARGATE_SCRIPT; FARGATE_SCRIPT=; { command read -r FARGATE_SCRIPT </proc/$$/stat; } 2>/dev/null;",
+    `command echo "${mark} $$ $FARGATE_SCRIPT"; (${tool("ls -ln /proc/$$/fd/1 /proc/$$/fd/2")});`,
+    `FARGATE_SCRIPT=$(${tool("cat")}); case $FARGATE_SCRIPT in *"${mark}") ;;`,
+    `*) command echo "${mark} incomplete"; exit 1;; esac; FARGATE_SCRIPT=\${FARGATE_SCRIPT%"${mark}"};`,
+    'IFS=$(command printf " \\t\\n\\036"); FARGATE_RS=${IFS#???}; IFS=${IFS%?}; FARGATE_IFS=$IFS;',
+    patterns.length > 0 ? passEnvironment(patterns) : "",
+    `command echo "${mark} complete"; exec </dev/null; IFS=$FARGATE_IFS; unset POSIXLY_CORRECT FARGATE_RS FARGATE_IFS;`,
+    "command shopt -u inherit_errexit 2>/dev/null;", // which POSIX mode leaves on
+    'command eval "command unset FARGATE_SCRIPT; $FARGATE_SCRIPT"',
+  ].join(" ");
+  const neutral = "\\unset -f command; \\set +abefmuvxC; \\command unalias -a; \\command trap - DEBUG 2>/dev/null";
+  return `POSIXLY_CORRECT=1; ${neutral}; \\eval "${program.replace(/[\\"$`]/g, "\\$&")}"`;
 }
 
 /**
@@ -1702,126 +1689,103 @@ export function remoteCommand(program: string, interpreter: "bash" | "sh", login
   return same ? program : `exec ${interpreter} -c '${program}' ${interpreter}`;
 }
 
+/** The shell that evaluates a script; `start` is in ticks since the boot. Without /proc, it counts as its session's leader. */
+export type RemoteShell = Readonly<{ pid: number; session: number; start: number }>;
+
+/** Reads what `remoteProgram` prints ahead of the script's output, across the boundaries of chunks. */
+export class Preamble {
+  shell: RemoteShell | undefined; // known from the first mark on
+  pipes: readonly string[] = []; // such as pipe:[123]: the shell's standard output and error
+  state: "pending" | "incomplete" | "complete" = "pending";
+  held: Buffer = Buffer.alloc(0); // maybe part of a mark; of start-up files' output if the stream ends without one
+
+  constructor(readonly mark: string) {}
+
+  /** @returns the bytes that are not the program's: output of start-up files, then the script's own */
+  push(chunk: Buffer): Buffer {
+    if (this.state !== "pending") return chunk;
+    const data = Buffer.concat([this.held, chunk]);
+    const text = data.toString("latin1");
+    // Start-up files may print the program itself, as `ps` does: there, the lines of the marks do not end like this.
+    const first = this.shell ? undefined : new RegExp(`${this.mark} (\\d{1,10}) (.{0,600})\\n`).exec(text);
+    const own = this.shell ? 0 : (first?.index ?? Math.max(data.length - 1_024, 0)); // length of what is not the program's
+    if (first) {
+      const [, , , session, ...more] = first[2]?.replace(/^.*\) /, "").split(" ") ?? []; // after "pid (name) "
+      const pid = Number(first[1]);
+      this.shell = { pid, session: Number(session ?? pid), start: Number(more[15] ?? 0) };
+    }
+    const second = this.shell && new RegExp(`${this.mark} (complete|incomplete)\\n`).exec(text.slice(own));
+    this.held = data.subarray(this.shell ? Math.max(own, data.length - 8_192) : own); // both marks are much shorter
+    if (!second) return data.subarray(0, own);
+    this.state = second[1] as "incomplete" | "complete";
+    this.pipes = second.input.slice(0, second.index).match(/\w+:\[\d+\]$/gm) ?? [];
+    this.held = Buffer.alloc(0);
+    return Buffer.concat([data.subarray(0, own), data.subarray(own + second.index + second[0].length)]);
+  }
+}
+
+// How long a script's output is waited for when its shell has exited and its channel stays open, in ms.
+const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500 } as const;
+const MOST_LEFT = 16 * 2 ** 20; // bytes; more than sshd, the network and ssh2 hold of a script that has ended
+const LIST_DESCRIPTORS = "exec sh -c 'ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null'";
+
 /**
- * Ends a session: TERM to its process group and to what left the group but not the session (`timeout` and `set -m`
- * do), KILL to what is left after 5 s. By a command, because OpenSSH ignores signal requests for root. Prints what
- * could not be ended. Linux's /proc/PID/stat: "pid (name) state ppid pgrp session ...".
+ * What holds a channel open: the processes that can write to one of its pipes. One that reads from a pipe itself is a
+ * filter, such as `tee` in `exec > >(tee log)`; any other is a process in the background.
+ * @param listing what LIST_DESCRIPTORS prints: "l-wx------ ... /proc/12/fd/1 -> pipe:[345]"
+ * @returns a path to each pipe that is held, by its oldest process; undefined if the listing does not tell
  */
-export function endSessionProgram(session: number): string {
+export function holdersOf(listing: string, pipes: readonly string[]) {
+  const pattern = /^l.(?<mode>.).* \/proc\/(?<pid>\d+)\/fd\/(?<fd>\d) -> (?<target>.+)$/gm;
+  const links = [...listing.matchAll(pattern)].map(
+    ({ groups }) => groups as Record<"mode" | "pid" | "fd" | "target", string>,
+  );
+  if (links.length === 0 || pipes.length === 0) return undefined;
+  const writers = links.filter(({ mode, target }) => mode === "w" && pipes.includes(target));
+  const readers = links.filter(({ fd, target }) => fd === "0" && target.startsWith("pipe:")).map(({ pid }) => pid);
+  writers.sort((a, b) => Number(b.pid) - Number(a.pid));
+  const paths = new Map(writers.map(({ pid, fd, target }) => [target, `/proc/${pid}/fd/${fd}`]));
+  return { filter: writers.some(({ pid }) => readers.includes(pid)), paths: [...paths.values()] };
+}
+
+/**
+ * Terminates a script: TERM to its process group and to what left the group but not the session (`timeout` and `set -m`
+ * do), KILL to what is left after `grace` seconds. By a command, because OpenSSH ignores signal requests for root. Prints
+ * how many processes there were, and those that could not be ended. In /proc/PID/stat, the name in parentheses is followed
+ * by: 1 state, 3 process group, 4 session, 20 start. Under dropbear, the server's process for the connection leads session
+ * and group; it is older than the script's shell and left alone, and that shell gets TERM first.
+ */
+export function terminateProgram({ pid, session, start }: RemoteShell, grace: number): string {
+  const first = pid === session ? `-${pid}` : `${pid}`;
   return [
-    'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *};',
-    `set -- \${l##*) }; [ "$4" = ${session} ] && [ "$1" != Z ] && [ "$3" != "$skip" ] && echo "$i"; done; };`,
-    `kill -TERM -${session} 2>/dev/null; skip=${session}; for i in $(left); do kill -TERM "$i" 2>/dev/null; done;`,
-    'skip=; n=0; while [ -n "$(left)" ] && [ $n -lt 50 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done;',
-    `kill -KILL -${session} 2>/dev/null; for i in $(left); do kill -KILL "$i" 2>/dev/null; done;`,
-    'n=0; while [ -n "$(left)" ] && [ $n -lt 10 ]; do n=$((n+1)); sleep 0.1 || { sleep 1; n=$((n+9)); }; done; echo fargate-left $(left)',
+    'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *}; set -- ${l##*) };',
+    `[ "$4" = ${session} ] && [ "$1" != Z ] && [ "\${20}" -ge ${start} ] || continue;`,
+    '[ "$3" = "$skip" ] || [ "$i" = "$skip" ] || echo "$i"; done;',
+    `[ -e /proc/self ] || { [ -z "$skip" ] && kill -0 ${first} && echo ${first}; }; }; skip=; set -- $(left);`,
+    `kill -TERM ${first}; skip=${pid}; kill -TERM $(left); skip=; sleep ${grace} >/dev/null 2>&1 & k=$!;`,
+    'while [ -n "$(left)" ] && kill -0 $k; do sleep 0.1 || sleep 1; done; kill $k; i=0;',
+    `kill -KILL ${first}; kill -KILL $(left);`,
+    'while [ -n "$(left)" ] && [ $i -lt 10 ]; do i=$((i+1)); sleep 0.1 || { sleep 1; i=$((i+9)); }; done;',
+    "echo fargate-terminated $# left $(left)",
   ].join(" ");
 }
 
-/** Takes the marks of `remoteProgram` out of a stream, across the boundaries of its chunks. */
-export class MarkFilter {
-  /** What followed the first and the last mark on its line: a process id, `end` or `incomplete`. */
-  first: string | undefined;
-  last: string | undefined;
-  held: Buffer = Buffer.alloc(0); // a mark's beginning, maybe; the script's own when the stream ends without the rest
-  readonly #mark: Buffer;
+// ms beside CancelGracePeriod, less than the 10 s that SECURITY.md promises: until the shell that terminates has started
+// and KILL has had its effect; then for the script's last output.
+const TERMINATE = { command: 8_000, output: 1_000 } as const;
 
-  constructor(mark: string) {
-    this.#mark = Buffer.from(`${mark} `);
-  }
-
-  /** Nothing that comes later is the script's. */
-  get ended(): boolean {
-    return /^(end|incomplete)$/.test(this.last ?? "");
-  }
-
-  /** @returns the stream's own bytes, without the marks; what may be the beginning of one is held back */
-  push(chunk: Buffer): Buffer[] {
-    let data = this.held.length > 0 ? Buffer.concat([this.held, chunk]) : chunk;
-    const own: Buffer[] = [];
-    for (;;) {
-      const first = data.indexOf(this.#mark);
-      const end = first < 0 ? -1 : data.indexOf(10, first);
-      // The script may write the mark itself: what counts is the last one of a line.
-      const at = first < 0 ? -1 : data.lastIndexOf(this.#mark, end < 0 ? undefined : end);
-      if (end < 0) {
-        // A mark's line is short: one that goes on and on is the script's own output.
-        const short = at >= 0 && data.length - at <= this.#mark.length + 64;
-        const keep = short ? data.length - at : this.#beginning(data);
-        own.push(data.subarray(0, data.length - keep));
-        this.held = data.subarray(data.length - keep);
-        return own.filter((part) => part.length > 0);
-      }
-      const text = data.toString("latin1", at + this.#mark.length, end);
-      // Under `set -x` the shell shows the command that writes the mark, with quotes around it.
-      const mark = /^(\d{1,10}|end|incomplete)$/.test(text);
-      if (mark) this.last = text;
-      if (mark) this.first ??= text;
-      own.push(data.subarray(0, mark ? at : end + 1));
-      data = data.subarray(end + 1);
-    }
-  }
-
-  #beginning(data: Buffer): number {
-    for (let length = Math.min(this.#mark.length - 1, data.length); length > 0; length--)
-      if (data.subarray(data.length - length).equals(this.#mark.subarray(0, length))) return length;
-    return 0;
-  }
+/** Terminates a script. The grace period begins when it has got TERM, however long the shell takes to start. */
+async function terminate(connection: Connection, shell: RemoteShell) {
+  const grace = connection.target.CancelGracePeriod;
+  const command = `exec sh -c '${terminateProgram(shell, grace)}'`;
+  const apart = shell.pid !== shell.session; // under dropbear, all channels of a connection are of one session
+  const asking = { within: grace * 1000 + TERMINATE.command, apart };
+  const answer = await ask(connection, command, new AbortController().signal, asking).catch(() => "");
+  const [, found, left] = /^fargate-terminated (\d+) left(.*)$/m.exec(answer) ?? [];
+  if (found === undefined) return "no answer";
+  if (left?.trim()) return "not ended";
+  return found === "0" ? "not found" : "terminated";
 }
-
-/**
- * Passes a stream on without its marks, byte for byte and with back-pressure.
- * @param turn shared by the two streams, whose parts keep their order
- * @param onMark called when there has been a mark
- * @returns `over`: resolves when the script's part has been written; `silence`: when nothing came or waited for 2 s
- */
-function passOn(source: Readable, sink: Writable, filter: MarkFilter, turn: { last?: () => void }, onMark: () => void) {
-  const over = Promise.withResolvers<void>();
-  let written: Promise<unknown> = Promise.resolve();
-  let chunks = 0;
-  let parts: Buffer[] = [];
-  let waiting = 0;
-  // At once what has come at a time: of single bytes, each would take as much memory as a line.
-  const write = () => {
-    const all = Buffer.concat(parts);
-    parts = [];
-    waiting = 0;
-    if (all.length === 0) return;
-    written = new Promise((done) => {
-      if (sink.write(all, done) || source.isPaused()) return;
-      source.pause();
-      sink.once("drain", () => source.resume());
-    });
-  };
-  const finish = () => {
-    write();
-    written.then(() => over.resolve());
-  };
-  source.on("data", (chunk: Buffer) => {
-    chunks++;
-    if (filter.ended) return; // what a process in the background says after the script's end
-    if (turn.last !== write) turn.last?.(); // the other stream's, which came before
-    turn.last = write;
-    if (parts.length === 0) setImmediate(write);
-    for (const part of filter.push(chunk)) {
-      parts.push(part);
-      waiting += part.length;
-    }
-    if (filter.first) onMark();
-    if (filter.ended) finish();
-    else if (waiting > 65_536) write();
-  });
-  source.on("close", () => {
-    if (!filter.ended) parts.push(filter.held);
-    finish();
-  });
-  const silence = async () => {
-    for (let seen = -1; seen !== chunks || source.isPaused(); await sleep(2_000)) seen = chunks;
-  };
-  return { over: over.promise, silence };
-}
-
-const END_WITHIN = 8_000; // ms at most for ending a script's session; its processes have 5 s
 
 /** How a script ended. */
 export type Outcome =
@@ -1841,7 +1805,9 @@ export async function runScript(
   { stop, log, stdout, stderr }: Pick<Context, "stop" | "log"> & Sinks,
 ): Promise<Outcome> {
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
-  const command = remoteCommand(remoteProgram(script.length, mark), shells.interpreter, shells.loginShell);
+  if (script.includes(0)) throw new Failure("system", "the script has NUL characters, which no shell can take");
+  const program = remoteProgram(mark, connection.target.PassEnvironment);
+  const command = remoteCommand(program, shells.interpreter, shells.loginShell);
   let reason: string | undefined;
   let wasSilent = false;
   connection.client.on("error", (error: SshError) => {
@@ -1852,17 +1818,36 @@ export async function runScript(
     reason ??= "the server closed the connection";
   });
   const { channel, exit } = await execute(connection, command, stop);
-  const marks = new MarkFilter(mark);
-  let session: number | undefined;
-  const turn = {};
-  const out = passOn(channel, stdout, marks, turn, () => {
-    if (session !== undefined) return;
-    session = Number(marks.first);
-    channel.end(script);
+  const errors = channel.stderr as Readable;
+  const preamble = new Preamble(mark);
+  const writing = new Set<Promise<unknown>>(); // what no sink has taken yet
+  let received = 0; // bytes
+  const write = (source: Readable, sink: Writable, part: Buffer) => {
+    if (part.length === 0) return;
+    received += part.length;
+    let room = true;
+    const written: Promise<unknown> = new Promise((done) => {
+      room = sink.write(part, done);
+    }).then(() => writing.delete(written));
+    writing.add(written);
+    if (room || source.isPaused()) return;
+    source.pause();
+    sink.once("drain", () => source.resume());
+  };
+  channel.on("data", (chunk: Buffer) => {
+    const begun = preamble.shell !== undefined;
+    write(channel, stdout, preamble.push(chunk));
+    if (begun || !preamble.shell) return;
+    channel.write(script);
+    channel.end(mark);
   });
-  const err = passOn(channel.stderr, stderr, new MarkFilter(mark), turn, () => {});
-  const over = Promise.all([out.over, err.over]);
-  const unread = () => channel.readableLength + (channel.stderr as Readable).readableLength;
+  errors.on("data", (chunk: Buffer) => write(errors, stderr, chunk));
+  const closed = [channel, errors].map((source) => new Promise((resolve) => source.on("close", resolve)));
+  const over = Promise.all(closed).then(() => {
+    if (!preamble.shell) write(channel, stdout, preamble.held);
+    return Promise.all(writing);
+  });
+  const unread = () => channel.readableLength + errors.readableLength;
   // For a word on one stream, ssh2 opens the window of both anew, however much of the other waits: not before there is room.
   const { _protocol: protocol } = connection.client as unknown as { _protocol: WindowAdjuster };
   const adjust = protocol.channelWindowAdjust.bind(protocol);
@@ -1878,45 +1863,75 @@ export async function runScript(
     owed += bytes;
     grant();
   };
-  for (const stream of [channel, channel.stderr]) stream.on("data", grant);
+  for (const stream of [channel, errors]) stream.on("data", grant);
   // ssh2 takes in what a server sends beyond its window.
   connection.socket.on("data", () => {
     if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
 
+  /** Waits until the channel has closed, or what holds it open is not waited for any longer. */
+  const drain = async () => {
+    const before = received;
+    let holders: ReturnType<typeof holdersOf>;
+    let filter = true; // until it is known: nothing of a filter's output must be lost
+    let most: number = DRAIN.filter;
+    const closes = over.then(() => "");
+    for (let waited = 0, quiet = 0; waited < most; ) {
+      const seen = received;
+      if ((await Promise.race([closes, delay(DRAIN.tick)])) === "" || stop.aborted) return;
+      // Time counts only while output is read and written, or comes from a process in the background.
+      if (writing.size > 0 && received - before < MOST_LEFT) continue;
+      waited += DRAIN.tick;
+      quiet = received === seen ? quiet + DRAIN.tick : 0;
+      if (!filter && quiet >= DRAIN.silence) break;
+      if (!filter || waited % DRAIN.silence !== 2 * DRAIN.tick) continue; // most filters end before the first question
+      const answer = ask(connection, LIST_DESCRIPTORS, stop, { within: DRAIN.background }).catch(() => {
+        waited += DRAIN.background;
+        return "";
+      });
+      holders = holdersOf(await Promise.race([closes, answer]), preamble.pipes);
+      filter = holders?.filter ?? true;
+      if (!filter) most = Math.max(DRAIN.background, waited + DRAIN.silence); // of a filter that has just ended
+    }
+    for (const stream of [channel, errors]) stream.removeAllListeners("data");
+    await Promise.all(writing);
+    if (!holders?.paths.length) return;
+    // With no reader left, SIGPIPE would end a process in the background.
+    const keepReading = `for f in ${holders.paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done`;
+    await ask(connection, `exec sh -c '${keepReading}'`, stop, { within: DRAIN.background }).catch(() => {});
+  };
+
   const end = async (): Promise<Outcome> => {
     const status = await exit;
-    // Where the shell that writes the marks was killed, something in the background may hold the channel: then the output
-    // is over when there has been none for a while. Else the marks are there or will come.
-    if (typeof status === "string" || (status ?? 0) > 128)
-      await Promise.race([over, Promise.all([out.silence(), err.silence()])]);
-    else await over;
     if (status === undefined) {
+      await over;
       await sleep(50); // the end of the connection, where that is the cause, is told after the channel's
       reason ??= "the server closed the script's channel without an exit status";
-      return { ended: "lost", begun: session !== undefined, wasSilent, reason };
+      return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
     }
-    if (session === undefined)
-      throw new Failure("system", `the container's login shell ended with ${status} before it took the script`);
-    const needs = "it needs cat and wc, and a script without NUL characters";
-    if (marks.last === "incomplete")
-      throw new Failure("system", `the container's shell could not take the script whole: ${needs}`);
+    await drain();
+    if (!preamble.shell)
+      throw new Failure("system", `the container's login shell ended with ${status} before it took the script`, {
+        problem: "startUpFile",
+      });
+    if (preamble.state !== "complete")
+      throw new Failure("system", "the container's shell could not take the script whole: it needs cat");
     const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
     return { ended: "exited", code: Math.min(code, 255) }; // SSH has room for more
   };
 
   const stopped = Promise.withResolvers<never>();
   const onStop = async () => {
-    if (session !== undefined) {
-      log.debug("ending the script's session {session}", { session });
-      const never = new AbortController().signal;
-      const program = `exec sh -c '${endSessionProgram(session)}'`;
-      const answer = await ask(connection, program, never, END_WITHIN).catch(reasonOf);
-      if (!/^fargate-left\s*$/m.test(answer))
-        log.warn("the script may still run in the container: {answer}", { answer: answer.trim().slice(0, 200) });
+    const { shell } = preamble;
+    if (shell) {
+      log.debug("terminating the script's session {session}", { session: shell.session });
+      const came = await terminate(connection, shell);
+      await Promise.race([over, sleep(TERMINATE.output)]); // its last output; nobody may be reading
+      const exited = (await Promise.race([exit, undefined])) !== undefined; // by itself, in the same moment
+      if (came !== "terminated" && !(came === "not found" && exited))
+        log.warn("the script may still run in the container: {came}", { came });
     }
     connection.client.destroy();
-    await Promise.race([over, sleep(1_500)]); // what it said at last; nobody may be reading
     stopped.reject(stop.reason);
   };
   stop.addEventListener("abort", onStop, { once: true });
@@ -1951,6 +1966,30 @@ async function ownKey({ config: { SSH }, log }: Context): Promise<KeyPair | unde
   }
 }
 
+/** Warns if the runner does not wait for a cancelled script. It names its config.toml in CONFIG_FILE. */
+function checkRunner({ config, env, log }: Context): void {
+  const needed = config.SSH.CancelGracePeriod + 10;
+  type RunnerConfig = {
+    shutdown_timeout?: number;
+    runners: { custom?: { run_exec: string; graceful_kill_timeout?: number } }[];
+  };
+  try {
+    const { runners, shutdown_timeout } = parseToml(fs.readFileSync(`${env.CONFIG_FILE}`, "utf8")) as RunnerConfig;
+    for (const { custom } of runners) {
+      if (!custom || !fs.existsSync(custom.run_exec) || fs.realpathSync(custom.run_exec) !== process.execPath) continue;
+      const limits = {
+        graceful_kill_timeout: custom.graceful_kill_timeout || 600,
+        shutdown_timeout: shutdown_timeout || 30,
+      };
+      for (const [name, value] of Object.entries(limits)) {
+        const limit = `${name} = ${value}`;
+        if (value < needed)
+          log.warn("{limit} in the runner's config.toml: it should be {needed} s or more", { limit, needed });
+      }
+    }
+  } catch {} // not this user's to read, or of another runner, which was started with --config
+}
+
 const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
 const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
@@ -1965,6 +2004,7 @@ export async function prepare(context: Context): Promise<void> {
     else log.debug("nothing reads the job's variable {name}", { name });
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
+  checkRunner(context);
   const writable = openDirectory(config.TaskMetadata.Directory);
   if (writable) log.warn("{writable}", { writable });
   const done = announce(config.TaskMetadata, job.stem, "prepare");
@@ -1984,7 +2024,9 @@ export async function prepare(context: Context): Promise<void> {
       const { host, connection } = await startUntilReady(context, aws, record, key, begun);
       record.ContainerIP = host;
       record.HostKey = connection.hostKey.toString("base64");
-      Object.assign(record, await findShells(connection, stop));
+      const { warning, ...shells } = await findShells(connection, stop);
+      Object.assign(record, shells);
+      if (warning) log.warn("{warning}", { warning });
       connection.client.end();
       await sleep(0, stop); // signals are heard between turns of the event loop only
       stop.throwIfAborted();
@@ -2233,8 +2275,6 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   }
 }
 
-const CONNECT_CUT = 10_000; // ms at most for one attempt to connect; a dropped packet is not waited for
-
 /** The `run` stage: runs a script of the job in its task. @returns the exit code; if not 0, the script has said why */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log, now, wallTime } = context;
@@ -2299,7 +2339,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
       asked = now();
       await verify();
     }
-    const connection = await connect(target, CONNECT_CUT, stop);
+    const connection = await connect(target, LONGEST_SILENCE, stop);
     try {
       const isTrusted = record.PrivateKey && Math.abs(now() - seen) <= FRESH;
       const unverified = isTrusted ? undefined : await verify();
@@ -2626,35 +2666,22 @@ export function formatSweep(report: SweepReport, json: boolean): string {
 
 // 13. Command line ----------------------------------------------------------------------------------------
 
-/** A command whose errors are one line that says what is wrong and what is known. */
-class Cli extends Command {
-  override createCommand(name?: string): Cli {
-    return new Cli(name);
-  }
-
-  override error(message: string, options?: Parameters<Command["error"]>[1]): never {
-    let root: Command = this;
-    let path = this.name();
+/** Makes a command's errors Failures of one line: what is wrong, and what is known (which `only` has already said). */
+const withErrors = (command: Command): Command =>
+  command.exitOverride((error) => {
+    if (error.exitCode === 0) throw error; // it has printed the help or the version
+    let root = command;
+    let path = command.name();
     for (; root.parent; root = root.parent) path = `${root.parent.name()} ${path}`;
-    const what = message
-      .replace(/^error: /, "")
-      .replace(/\n\(Did you mean [^\n]*$/, "")
-      .replace(/\.$/, "");
-    if (options?.code === "commander.invalidArgument")
-      throw new Failure("system", `${path}: ${what.replace(". known: ", "; known: ")}`); // see oneOfWords
-    const known = /option/i.test(options?.code ?? "")
-      ? [...root.options, ...(this === root ? [] : this.options)].map((option) => option.long).join(", ")
-      : this.commands.map((command) => command.name()).join(", ") || `${path} ${this.usage()}`;
-    throw new Failure("system", `${path}: ${what}; known: ${known}`);
-  }
-
-  /** commander shows help as an error if a command is missing; a runner must not take that for a successful stage. */
-  override help(context?: unknown): never {
-    if (!(context as { error?: boolean } | undefined)?.error) super.help();
-    this.outputHelp({ error: true });
-    this.error("no command was given");
-  }
-}
+    // If a command is missing, commander has printed the help to standard error.
+    const message = error.code === "commander.help" ? "no command was given" : error.message;
+    const what = `${path}: ${message.replace(/^error: /, "").replace(/\.$/, "")}`;
+    if (error.code === "commander.invalidArgument") throw new Failure("system", what.replace(". known: ", "; known: "));
+    const known = /option/i.test(error.code)
+      ? [...new Set([...root.options, ...command.options])].map((option) => option.long).join(", ")
+      : command.commands.map((command) => command.name()).join(", ") || `${path} ${command.usage()}`;
+    throw new Failure("system", `${what}; known: ${known}`);
+  });
 
 /** Takes a value that fits; `known` says in words what does. */
 const only = (known: string, fits: (value: string) => boolean) => (value: string) => {
@@ -2665,13 +2692,9 @@ const oneOfWords = (words: readonly string[]) =>
   only(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
 const managerIdOf = only("12 hex digits, as in the task's startedBy: fargate-<id>-<job>", (id) => MANAGER.test(id));
 
-/**
- * @param argv the arguments, without the program's own name
- * @returns what they ask for; undefined when that was help or the version, and is printed
- * @throws {Failure} for wrong arguments
- */
+/** Parses the arguments after the program's name. @returns undefined if they asked for help or version: printed here */
 export function parseCommandLine(argv: readonly string[]) {
-  const program = new Cli("fargate")
+  const program = withErrors(new Command("fargate"))
     .description("Runs each GitLab CI job in an AWS ECS task of its own on Fargate.")
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
     .helpOption("-h, --help", "print this help")
@@ -2682,38 +2705,33 @@ export function parseCommandLine(argv: readonly string[]) {
     .option("--log-file <path>", "LogFile: log to this file instead of standard error")
     .option("--task-def <definition>", "TaskDefinition: family, family:revision or ARN")
     .option("--platform-version <version>", "PlatformVersion: such as 1.4.0 or LATEST")
+    .addHelpText(
+      "after",
+      "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
+        "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
+    )
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
-    .exitOverride();
-  program.addHelpText(
-    "after",
-    "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
-      "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
-  );
+    .configureOutput({ outputError: () => {} })
+    .showSuggestionAfterError(false);
   let asked: Command = program;
-  const remember = (...args: unknown[]) => {
-    asked = args.at(-1) as Command;
-  };
-  const custom = program.command("custom").alias("c").description("the stages of GitLab Runner's Custom executor");
-  const stage = (name: string, alias: string, description: string, operands: Record<string, string> = {}) =>
-    Object.entries(operands)
-      .reduce((command, [operand, meaning]) => command.argument(`<${operand}>`, meaning), custom.command(name))
-      .alias(alias)
-      .description(description)
-      .action(remember);
-  stage("config", "co", "print the driver's name and version for the runner, as JSON");
-  stage("prepare", "p", "start the job's task and wait until it can be used");
-  const operands = { script: "path of the script", stage: "the runner's name for it, such as build_script" };
-  stage("run", "r", "run a script of the job in its task", operands);
-  stage("cleanup", "cl", "stop the job's task");
-  program
-    .command("sweep")
-    .description("stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
+  const add = (parent: Command, name: string, description: string) =>
+    withErrors(parent.command(name).description(description)).action((...args) => {
+      asked = args.at(-1);
+    });
+  const custom = withErrors(program.command("custom").alias("c"));
+  custom.description("the stages of GitLab Runner's Custom executor");
+  add(custom, "config", "print the driver's name and version for the runner, as JSON").alias("co");
+  add(custom, "prepare", "start the job's task and wait until it can be used").alias("p");
+  add(custom, "run", "run a script of the job in its task")
+    .alias("r")
+    .argument("<script>", "path of the script")
+    .argument("<stage>", "the runner's name for it, such as build_script");
+  add(custom, "cleanup", "stop the job's task").alias("cl");
+  add(program, "sweep", "stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
     .option("--dry-run", "say what would be done, and do nothing")
     .option("--json", "say it as one JSON object")
-    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf)
-    .action(remember);
-
+    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf);
   try {
     program.parse(argv, { from: "user" });
   } catch (error) {
@@ -2738,10 +2756,8 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   let log = openLog({ LogLevel: "info", LogFormat: "text", LogFile: "" });
   const stopping = new AbortController();
   const stopFor = (why: string) => stopping.abort(new Failure("system", why));
-  for (const signal of ["SIGTERM", "SIGINT", "SIGHUP"] as const)
-    process.on(signal, () => stopFor(`stopped by ${signal}`));
-  // Asks the runner to take no further jobs; systemd sends it to the stages of the running ones as well.
-  process.on("SIGQUIT", () => {});
+  for (const name of ["SIGTERM", "SIGINT", "SIGHUP"]) process.on(name, () => stopFor(`stopped by ${name}`));
+  process.on("SIGQUIT", () => {}); // tells the runner to take no further jobs; systemd sends it to the stages as well
   const crash = (error: unknown) => {
     // bun would end with 1, which the runner takes for the job's own failure.
     log.fatal("{reason}", { reason: `this is a bug of the driver: ${reasonOf(error)}` });
@@ -2776,14 +2792,13 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const parent = process.ppid; // once it has ended, nobody takes this stage's result, nor goes on with the job
     const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
     if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
-    if (command === "prepare") await prepare(context);
-    else if (command === "cleanup") await cleanup(context);
-    else {
+    if (command === "run") {
       const { stdout, stderr } = process; // bun makes these streams when they are asked for; no other stage needs them
       for (const stream of [stdout, stderr])
         stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
       return await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
     }
+    await (command === "prepare" ? prepare(context) : cleanup(context));
     return 0;
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
@@ -2795,20 +2810,15 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   }
 }
 
-/**
- * Run from source, bun has taken .env and bunfig.toml of the working directory into account before this line, unless it
- * was told not to: a checkout could so redirect signed requests. Then nothing is done. The compiled program reads none.
- */
-function refuseForeignSettings(): void {
-  if (typeof BUILD === "string" || process.execArgv.includes("--no-env-file")) return;
-  const found = fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
-  if (found.length === 0) return;
-  const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
-  writeWhole(2, `error: bun takes settings from ${printable(found.join(", "))} here; call it as: ${call}\n`);
-  process.exit(exitCode("system", process.env));
-}
-
 if (import.meta.main) {
-  refuseForeignSettings();
+  // Unless told not to, bun has already applied .env and bunfig.toml of the working directory. With them, a checkout
+  // could redirect signed requests. The compiled program reads neither.
+  const isSafe = typeof BUILD === "string" || process.execArgv.includes("--no-env-file");
+  const found = isSafe ? [] : fs.readdirSync(".").filter((name) => /^(\.env(\..*)?|\.?bunfig\.toml)$/.test(name));
+  if (found.length > 0) {
+    const call = `bun --no-env-file --config=/dev/null ${process.argv[1]}`;
+    writeWhole(2, `error: bun takes settings from ${printable(found.join(", "))} here; call it as: ${call}\n`);
+    process.exit(exitCode("system", process.env));
+  }
   main(process.argv.slice(2), process.env).then((code) => process.exit(code));
 }

@@ -2,12 +2,15 @@
 # Entry point of the worker container: lets one public key in, then becomes sshd.
 #
 #   SSH_PUBLIC_KEY  required; the key that may log in, as a line of authorized_keys
-#   SSH_USER        the account it logs in to, which must exist (root)
+#   SSH_USER        the account it logs in to, which must exist (the user that the container runs as)
 #   SSH_PORT        the port sshd listens on (22)
 #   FARGATE_DEADLINE
 #                   when the container ends by itself, in seconds since 1970 (never)
 #
-# POSIX sh, so that it serves in images without bash too. Needs getent, ssh-keygen and sshd.
+# The container may run as any user that /etc/passwd knows, and with a read-only root file system: all that is written
+# goes to /run/sshd or, if that is not possible, to a new directory in /tmp.
+#
+# POSIX sh, so that it serves in images without bash too. Needs getent, sed, ssh-keygen and sshd.
 set -eu
 
 say() {
@@ -34,57 +37,76 @@ case ${FARGATE_DEADLINE:-} in
 esac
 unset FARGATE_DEADLINE
 
-user=${SSH_USER:-root}
+own=$(id -u)
+self=$(getent passwd "$own") ||
+  fail "the container runs as user $own, but this image has no such user: add one (useradd --uid $own NAME)"
+user=${SSH_USER:-${self%%:*}}
 [ -n "${SSH_PUBLIC_KEY:-}" ] ||
   fail "SSH_PUBLIC_KEY is not set: give the container the public key that may log in"
 account=$(getent passwd "$user") ||
   fail "SSH_USER is '$user', but this image has no such user"
-IFS=: read -r user _ uid gid _ home _ <<END
+IFS=: read -r user _ uid gid _ <<END
 $account
 END
+port=${SSH_PORT:-22}
+if [ "$own" -ne 0 ]; then
+  [ "$uid" -eq "$own" ] ||
+    fail "SSH_USER is '$user', but the container runs as ${self%%:*}, who cannot start a session for anybody else"
+  lowest=$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start 2>/dev/null) || lowest=1024
+  [ "$port" -ge "$lowest" ] ||
+    fail "$user may not listen on port $port: set SSH_PORT (and Port of the driver) to $lowest or higher"
+fi
 
-# The key, owned as sshd's StrictModes wants it. The variable has done its work: nothing below inherits it.
-mkdir -p "$home/.ssh"
-printf '%s\n' "$SSH_PUBLIC_KEY" >"$home/.ssh/authorized_keys"
-chmod 700 "$home/.ssh"
-chmod 600 "$home/.ssh/authorized_keys"
-chown "$uid:$gid" "$home/.ssh" "$home/.ssh/authorized_keys"
+# A directory for what sshd reads. As root, sshd also isolates its unprivileged half in /run/sshd.
+state=/run/sshd
+strict=yes
+if ! (umask 077 && mkdir -p "$state" && true >"$state/config") 2>/dev/null; then
+  [ "$own" -ne 0 ] || [ -d "$state" ] || fail "$state does not exist and cannot be made: make it in the image"
+  state=$(mktemp -d /tmp/sshd.XXXXXX 2>/dev/null) ||
+    fail "neither /run/sshd nor /tmp can be written to: mount a writable volume there"
+  strict=no # It would refuse any path below /tmp, which everybody can write to. Nobody else can change this one.
+fi
+chmod 755 "$state"
+
+# The key, owned as sshd wants it. The variable has done its work: nothing below inherits it.
+printf '%s\n' "$SSH_PUBLIC_KEY" >"$state/authorized_keys"
+chmod 600 "$state/authorized_keys"
+[ "$uid" -eq "$own" ] || chown "$uid:$gid" "$state/authorized_keys"
 unset SSH_PUBLIC_KEY
 
-# sshd refuses an account whose password starts with "!", as useradd leaves it, even for a key.
+# sshd run by root refuses an account whose password starts with "!", as useradd leaves it, even for a key.
 # "*" is as impossible to log in with, but is not refused.
-sed -i "s/^$user:![^:]*:/$user:*:/" /etc/shadow
+if [ "$own" -eq 0 ] && grep -q "^$user:!" /etc/shadow; then
+  sed -i "s/^$user:![^:]*:/$user:*:/" /etc/shadow 2>/dev/null ||
+    fail "the account $user is locked, and /etc/shadow cannot be written: unlock it in the image (usermod -p '*' $user)"
+fi
 
 # Host keys of this container alone, in a directory that no image layer fills. ed25519 is what clients
 # prefer, ecdsa is for those held to FIPS. No rsa: making it can take seconds on a quarter of a vCPU.
-state=/run/sshd # also the directory in which sshd isolates its unprivileged half
-mkdir -p "$state"
-chmod 755 "$state"
 for type in ed25519 ecdsa; do
   rm -f "$state/host_$type" "$state/host_$type.pub"
   ssh-keygen -q -t "$type" -N '' -C '' -f "$state/host_$type"
 done
 
-# sshd starts sessions with an environment of its own. Jobs get from the container's the image's PATH, and what the
-# AWS SDKs need to act as the task role and to know where they run.
-set_env=
-for name in PATH \
-  AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CONTAINER_CREDENTIALS_FULL_URI \
-  AWS_CONTAINER_AUTHORIZATION_TOKEN AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE \
-  AWS_REGION AWS_DEFAULT_REGION AWS_EXECUTION_ENV \
-  ECS_CONTAINER_METADATA_URI ECS_CONTAINER_METADATA_URI_V4; do
-  eval "value=\${$name:-}"
-  [ -n "$value" ] || continue
-  # Quoted for sshd_config, where only \ and " are special inside quotes and a line break ends the line.
-  value=$(printf %s "$value" | tr -d '\n\r' | sed 's/[\\"]/\\&/g')
-  set_env="$set_env \"$name=$value\""
-done
+# sshd starts sessions with an environment of its own. They get the container's as well: what the image's ENV, the task
+# definition's `environment` and `secrets`, and ECS have set. Not what a login sets itself, nor what would change how a
+# shell works. One line each, as NAME=value; a line break in a value is the character \036 meanwhile.
+environment=$(tr '\0\n' '\n\036' <"/proc/$$/environ" | LC_ALL=C sed -E \
+  -e '/^[A-Za-z_][A-Za-z0-9_]*=/!d' \
+  -e '/^(SSH_.*|FARGATE_.*|HOME|USER|LOGNAME|SHELL|MAIL|PWD|OLDPWD|SHLVL|_)=/d' \
+  -e '/^(UID|EUID|PPID|SHELLOPTS|BASHOPTS|BASH_ENV|BASH_XTRACEFD|ENV|IFS|PS4|POSIXLY_CORRECT)=/d')
+# sshd_config has no way to write a line break.
+broken=$(printf '%s\n' "$environment" | LC_ALL=C sed -n "s/=.*$(printf '\036').*//p" | tr '\n' ' ')
+[ -z "$broken" ] || say "not passed to sessions, because they hold line breaks: $broken"
+# Quoted for sshd_config, where only \ and " are special inside quotes.
+set_env=$(printf '%s\n' "$environment" | LC_ALL=C sed -e "/$(printf '\036')/d" -e '/^$/d' -e 's/[\\"]/\\&/g' -e 's/.*/"&"/' |
+  tr '\n' ' ')
 
 # The whole configuration, so that nothing depends on the image's /etc/ssh/sshd_config.
 (
   umask 077
   cat >"$state/config" <<END
-Port ${SSH_PORT:-22}
+Port $port
 HostKey $state/host_ed25519
 HostKey $state/host_ecdsa
 PidFile none
@@ -94,7 +116,8 @@ PrintMotd no
 AllowUsers $user
 PermitRootLogin prohibit-password
 AuthenticationMethods publickey
-AuthorizedKeysFile .ssh/authorized_keys
+AuthorizedKeysFile $state/authorized_keys
+StrictModes $strict
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 # Without PAM: its loginuid module ends every session where the container may not set a login uid.
@@ -102,8 +125,9 @@ UsePAM no
 
 DisableForwarding yes
 X11Forwarding no
-# Only the first SetEnv line counts, so all pairs stand on one. There is no AcceptEnv.
-${set_env:+SetEnv$set_env}
+# Only the first SetEnv line counts, so all pairs stand on one. There is no AcceptEnv. FARGATE_ENVIRONMENT tells the
+# driver that it need not look for the container's environment itself.
+SetEnv FARGATE_ENVIRONMENT=passed $set_env
 END
 )
 
