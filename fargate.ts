@@ -1969,22 +1969,17 @@ async function ownKey({ config: { SSH }, log }: Context): Promise<KeyPair | unde
 /** Warns if the runner does not wait for a cancelled script. It names its config.toml in CONFIG_FILE. */
 function checkRunner({ config, env, log }: Context): void {
   const needed = config.SSH.CancelGracePeriod + 10;
-  type RunnerConfig = {
-    shutdown_timeout?: number;
-    runners: { custom?: { run_exec: string; graceful_kill_timeout?: number } }[];
-  };
+  type Custom = { run_exec: string; graceful_kill_timeout?: number };
+  type RunnerConfig = { shutdown_timeout?: number; runners: { custom?: Custom }[] };
   try {
     const { runners, shutdown_timeout } = parseToml(fs.readFileSync(`${env.CONFIG_FILE}`, "utf8")) as RunnerConfig;
     for (const { custom } of runners) {
       if (!custom || !fs.existsSync(custom.run_exec) || fs.realpathSync(custom.run_exec) !== process.execPath) continue;
-      const limits = {
-        graceful_kill_timeout: custom.graceful_kill_timeout || 600,
-        shutdown_timeout: shutdown_timeout || 30,
-      };
+      const { graceful_kill_timeout } = custom;
+      const limits = { graceful_kill_timeout: graceful_kill_timeout || 600, shutdown_timeout: shutdown_timeout || 30 };
       for (const [name, value] of Object.entries(limits)) {
-        const limit = `${name} = ${value}`;
-        if (value < needed)
-          log.warn("{limit} in the runner's config.toml: it should be {needed} s or more", { limit, needed });
+        const told = { limit: `${name} = ${value}`, needed };
+        if (value < needed) log.warn("{limit} in the runner's config.toml: it should be {needed} s or more", told);
       }
     }
   } catch {} // not this user's to read, or of another runner, which was started with --config
