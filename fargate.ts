@@ -982,7 +982,7 @@ const NOT_SENT: Patterns = [
 
 /** Hints for programmers that the SDK and bun add to their messages. */
 const HINTS = /(?: For more information, pass `verbose|\n)[\s\S]*/;
-/** The Failure for what a call to AWS threw. `profileProblem` says why a profile gives no credentials, if that is it. */
+/** The Failure for what a call to AWS threw. `profileProblem`: why a profile gives no credentials, if that is why. */
 export function awsFailure(operation: string, thrown: unknown, profileProblem?: string): Failure {
   const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
   const status = $metadata?.httpStatusCode ?? 0;
@@ -1102,7 +1102,7 @@ export class Aws {
     // As in the Go SDK, keys override a profile. This SDK would use the profile.
     const override = env.AWS_PROFILE && accessKeyId && secretAccessKey;
     const keys = override && { credentials: { accessKeyId, secretAccessKey, sessionToken: env.AWS_SESSION_TOKEN } };
-    return { region: this.place.Region, maxAttempts: 1, requestHandler, ...keys }; // `retry` alone decides on repetitions
+    return { region: this.place.Region, maxAttempts: 1, requestHandler, ...keys }; // `retry` alone repeats calls
   }
 
   async #send<T>(action: string, limits: Limits, call: (abort: Abort) => Promise<T>): Promise<T> {
@@ -1161,7 +1161,7 @@ export class Aws {
     });
   }
 
-  /** Starts a task; the input's clientToken makes a repetition answer as before. @returns its ARN, or why there is none */
+  /** Starts a task; the input's clientToken makes a repeated call harmless. @returns its ARN, or why there is none */
   async runTask(input: RunTaskCommandInput, limits: Limits): Promise<string | Failure> {
     const { tasks, failures = [] } = await this.#ecs("RunTask", limits, (ecs, abort) => ecs.runTask(input, abort));
     const arn = tasks?.[0]?.taskArn;
@@ -1187,7 +1187,7 @@ export class Aws {
     return this.describeTask(arn, limits, calls - 1);
   }
 
-  /** Stops a task, unless it is gone; until `young`, in ms as of `now`, ECS may not know it yet. `reason` holds ids only. */
+  /** Stops a task, unless it is gone; ECS may not know it until `young`, in ms as of `now`. `reason` holds ids only. */
   async stopTask(task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const isGone = (error: unknown) => causeOf(error).problem === "noTask";
     const again = (error: unknown) => mayPass(error) || (isGone(error) && this.context.now() < young);
@@ -2060,7 +2060,7 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
   return { Version: RECORD_VERSION, TaskARN: "", ContainerIP: "", PrivateKey, ...task, ...login, ...times };
 }
 
-/** Writes a record anew, if one is given. @throws {Failure} if it is gone: nobody would stop what is started from here on */
+/** Writes a record, if one is given. @throws {Failure} if the old is gone: nobody would stop what is then started */
 function keepRecord(context: Context, record?: TaskRecord): void {
   const path = recordPath(context);
   if (!fs.existsSync(path)) throw new Failure("system", "the job was cleaned up while prepare ran");
@@ -2082,7 +2082,7 @@ function placements(f: Config["Fargate"]) {
 export const pauseAfter = (attempts: number, placements: number): number =>
   Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
 
-/** Starts a task and waits for a login. Within StartTimeout, a start that lacks capacity is repeated, elsewhere first. */
+/** Starts a task and waits for a login. Until StartTimeout, a start without capacity is repeated, elsewhere first. */
 async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
   const until = begun + config.Fargate.StartTimeout * 1000;
@@ -2117,8 +2117,8 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   return retry(once, { until, again, now, signal: stop, most: 0, least });
 }
 
-// Starts the task, with the public key and the deadline if its definition accepts them. The record is written before each
-// call and after its answer, so that a task whose answer is lost can be found.
+// Starts the task, with the public key and the deadline if its definition accepts them. The record is written before
+// each call and after its answer, so that a task whose answer is lost can be found.
 async function startTask(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, until: number): Promise<void> {
   const { config, job, log, wallTime, stop } = context;
   const { StartTimeout, DeadlineMargin } = config.Fargate;
@@ -2169,11 +2169,11 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
 // OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
 const REFUSAL_PATIENCE = 25_000;
 
-// ms; within this time of hearing from a task, its address cannot be another's, which would take longer to start. Later,
-// one with the same image and host key may answer there, and let any key in. With PrivateKeyPath, ECS is always asked.
+// ms; within this time of hearing from a task, its address cannot be another's, which takes longer to start. Later, one
+// with the same image and host key may answer there, and let any key in. With PrivateKeyPath, ECS is always asked.
 const FRESH = 10_000;
-// Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches for
-// the task's death. Throws a Failure when the task ends, or is not ready in time.
+// Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches
+// for the task's death. Throws a Failure when the task ends, or is not ready in time.
 async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
   const { StartTimeout, WaitForHealthy, EnablePublicIP, UsePublicIP: usePublic = EnablePublicIP } = config.Fargate;
@@ -2309,8 +2309,8 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   return exitCode("build", env);
 }
 
-// Connects, runs the script and returns its exit code; throws a Failure for anything else. The script is sent again only
-// if no command of it can have run. `seen`: when the task was last known to be alive, in ms as of `now`.
+// Connects, runs the script and returns its exit code; throws a Failure for anything else. The script is sent again
+// only if no command of it can have run. `seen`: when the task was last known to be alive, in ms as of `now`.
 async function runInTask(context: Context & Sinks, record: TaskRecord, seen: number, script: Buffer, stage: string) {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
@@ -2381,8 +2381,8 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
   context.log.error("what to do: {advice}", { advice: ADVICE.memory });
 }
 
-// What ECS says about a record's task; `ended` is undefined if that is not known. ECS may learn the exit codes up to 10 s
-// after the end; one that has not ended is asked about for `patience` ms.
+// What ECS says about a record's task; `ended` is undefined if that is not known. ECS may learn the exit codes up to
+// 10 s after the end; one that has not ended is asked about for `patience` ms.
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
   const aws = new Aws(record, context);
@@ -2408,7 +2408,7 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
 const STOP_FOR = 60_000; // ms; for how long stopping a task is tried again
 const LIST_LAG = 30_000; // ms for which an unanswered RunTask's task is looked for: lists are eventually consistent
 const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
-// The `cleanup` stage: stops the job's task and removes its record. It works without a record (by the task's startedBy),
+// The `cleanup` stage: stops the job's task and removes its record. Works without a record (by the task's startedBy),
 // when repeated, beside a live prepare, which ends when its record is gone, and in a directory that `checkDirectory`
 // refuses: only this user can write a record that is believed, and a task costs money.
 export async function cleanup(given: Context): Promise<void> {
@@ -2472,7 +2472,7 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
   return true;
 }
 
-/** Stops the task of a record; one that may have been started without an answer is looked for. @returns as stopByName */
+/** Stops the task of a record; looks for one that may have been started without an answer. @returns as stopByName */
 async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
   const { job, now, wallTime } = context;
   const young = now() + record.UpdatedAt * 1000 - wallTime() + LIST_LAG;
@@ -2480,8 +2480,8 @@ async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signa
   return !record.Unanswered || stopByName(context, aws, record.StartedBy, { until: young, signal });
 }
 
-// Stops every task started under a name; looks again until `until` while there is none. Returns false, with a warning, if
-// the host may not look: the official driver's permissions lack ecs:ListTasks.
+// Stops every task started under a name; looks again until `until` while there is none. Returns false, with a warning,
+// if the host may not look: the official driver's permissions lack ecs:ListTasks.
 async function stopByName(context: Context, aws: Aws, name: string, { until, signal }: Limits) {
   const { job, log, now, warned } = context;
   const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
@@ -2523,7 +2523,7 @@ export interface SweepReport extends Readonly<Record<"stopped" | "left", SweptTa
   readonly problems: string[];
 }
 
-/** The records of a directory, as far as they can be read. `job`: as in `startedBy`; `mtimeMs`: the end of the last stage. */
+/** The records of a directory, as far as they can be read. `job`: as in `startedBy`; `mtimeMs`: when a stage ended */
 function readRecords(directory: string) {
   const read = (path: string): Partial<TaskRecord> => {
     try {
@@ -2544,8 +2544,8 @@ function readRecords(directory: string) {
 /**
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
  * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
- * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs that a live stage works on. A
- * clock set forward makes every lock look old: so it looks twice; in between, a live process touches its lock.
+ * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage. A clock set
+ * forward makes every lock look old: so it looks twice; meanwhile, a live process touches its lock, or a stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
