@@ -1258,9 +1258,8 @@ export function stopCause({ stopCode, stoppedReason = "", containers = [] }: Tas
   return { operation: STOPPED, problem: isOwn ? "ownStop" : problem, subject };
 }
 
-// Pause before the next DescribeTasks, in ms, with jitter. An account has 20 such calls a second, for all its jobs. So:
-// 0.5 to 2 s while the address is about to come; 5 s if it is long in coming, or known, when only the task's death can
-// be learned. Each throttled call makes the pauses longer, to at most 10 and 30 s.
+// Pause before the next DescribeTasks, in ms, with jitter. An account has 20 such calls a second for all its jobs, so:
+// 0.5 to 2 s while the address is about to come, then 5 s. Each throttled call makes them longer, up to 10 and 30 s.
 export function pollPause(polls: number, addressKnown: boolean, random: number, throttled = 0): number {
   const pause = addressKnown || polls > 30 ? 5_000 : Math.min(500 * 1.3 ** polls, 2_000);
   return Math.min(pause * (1 + throttled), addressKnown ? 30_000 : 10_000) * (0.75 + random / 2);
@@ -2168,7 +2167,6 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
 // For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
 // OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
 const REFUSAL_PATIENCE = 25_000;
-
 // ms; within this time of hearing from a task, its address cannot be another's, which takes longer to start. Later, one
 // with the same image and host key may answer there, and let any key in. With PrivateKeyPath, ECS is always asked.
 const FRESH = 10_000;
@@ -2544,8 +2542,8 @@ function readRecords(directory: string) {
 /**
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
  * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
- * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage. A clock set
- * forward makes every lock look old: so it looks twice; meanwhile, a live process touches its lock, or a stage begins.
+ * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage. A clock
+ * set forward makes every lock look old, so it looks twice: meanwhile, live processes touch theirs, or a stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
