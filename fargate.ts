@@ -1134,7 +1134,7 @@ export class Aws {
         const patience = isThrottling(failure) ? 60_000 : 10_000; // ms; throttling may last as long as a rush of jobs
         if (!warned && now() > first + patience && now() < until && !signal?.aborted && again(failure)) {
           warned = true;
-          log.warn("{reason}; it is tried again", { reason: failure.message });
+          log.warn("{reason}; trying again", { reason: failure.message });
         }
         throw failure;
       } finally {
