@@ -2,7 +2,7 @@
 /**
  * fargate: runs each GitLab CI job in an AWS ECS task of its own on Fargate.
  *
- * GitLab Runner's Custom executor starts this program once for every stage of a job, an operator or a timer the sweep:
+ * GitLab Runner's Custom executor starts this program once per stage of a job; an operator or a timer runs the sweep:
  *
  *     fargate custom config                prints who the driver is, as JSON
  *     fargate custom prepare               starts the job's task, waits until a login by SSH works
@@ -67,7 +67,7 @@ export interface Cause {
   readonly operation?: string; // the call that failed, such as ecs:RunTask; STOPPED if the task itself has ended
   readonly error?: string; // AWS's name for the error
   readonly isRetryable?: boolean; // the same call may succeed in a moment
-  readonly mayHaveStarted?: boolean; // RunTask may have started a task all the same
+  readonly mayHaveStarted?: boolean; // RunTask may have started a task nevertheless
 }
 
 /** Ends a stage. `build`: the job's fault, the runner does not retry; `system`: ours, the operator's or AWS's. */
@@ -83,7 +83,7 @@ export class Failure extends Error {
   }
 }
 
-/** The exit code that GitLab Runner asks for, for a kind of failure; 1 or 2 if it gives none. */
+/** The exit code that GitLab Runner expects for this kind of failure; 1 or 2 if it names none. */
 export function exitCode(kind: Failure["kind"], env: Environment): number {
   const code = Number(kind === "build" ? env.BUILD_FAILURE_EXIT_CODE : env.SYSTEM_FAILURE_EXIT_CODE);
   if (Number.isInteger(code) && code > 0 && code < 256) return code;
@@ -192,7 +192,7 @@ export const adviceFor = ({ problem, subject }: Cause): string | undefined =>
   problem && ADVICE[problem].replace("$1", subject ?? "this action");
 export const causeOf = (error: unknown): Cause => (error instanceof Failure ? error.cause : {});
 
-/** Runs `action`; rethrows its error as a Failure prefixed with `what`; `problem`: what a system error means here. */
+/** Runs `action`; rethrows its error as a Failure prefixed with `what`; `problem`: that of a system error in it. */
 function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   try {
     return action();
@@ -341,7 +341,7 @@ function nearestKey(unknown: string): string {
   return knownKeys(ConfigSchema).reduce((best, key) => (far(key) < far(best) ? key : best));
 }
 
-/** A job's variables that have no effect: FARGATE_*, or within two edits of one in `VARIABLES`, `CUSTOM_ENV_` aside. */
+/** The job's variables without effect: FARGATE_*, or within two edits of one in `VARIABLES` (less `CUSTOM_ENV_`). */
 export function unreadVariables(env: Environment) {
   const read: string[] = Object.values(VARIABLES);
   return Object.keys(env).flatMap((key) => {
@@ -392,7 +392,7 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
   return `${v.getDotPath(issue)} ${value === undefined ? "is missing" : `is ${shown(value)}`}; expected: ${expected}`;
 }
 
-/** Why a job may not choose what its variables name, if so. `configured`: the file's own TaskDefinition. */
+/** Why the job's own choice is not allowed; undefined if it is. `configured`: the file's own TaskDefinition. */
 function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
   const refused = (key: JobSetting, why: string) =>
     `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
@@ -403,7 +403,7 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
   const [, partition, region, account, name = asked] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
-    // Another account's, region's or partition's task definition is not what the operator has allowed by its name.
+    // An allowed name means a definition of this account, region and partition, and not one of that name elsewhere.
     const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
     const own = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const known = own.some((arn) => arn[2] === account) && own.every((arn) => arn[1] === partition);
@@ -420,7 +420,7 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
 
 /**
  * Reads the configuration file's text. Options override variables; variables override the file.
- * @returns also the settings that the job's variables decided (`byJob`), and why they may not (`refusal`)
+ * @returns also the settings that the job's variables decided (`byJob`), and why that is not allowed (`refusal`)
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(file: string, path: string, options: Options, env: Environment) {
@@ -489,7 +489,7 @@ function writeWhole(file: number, text: string): void {
   }
 }
 
-/** Follows symbolic links, except /proc's (the kernel's). @throws at another user's, which could redirect the log */
+/** Resolves symbolic links, except the kernel's in /proc. @throws at another user's, who could redirect the log */
 function followTrustedLinks(path: string): string {
   const here = path === "/" ? path : join(followTrustedLinks(dirname(path)), basename(path));
   const link = here.startsWith("/proc/") ? undefined : fs.lstatSync(here, { throwIfNoEntry: false });
@@ -499,11 +499,11 @@ function followTrustedLinks(path: string): string {
   return followTrustedLinks(resolve(dirname(here), fs.readlinkSync(here)));
 }
 
-/** Opens a file to append to. A pipe must not hold up a stage; /dev/stderr leads to /proc, whose files are links. */
+/** Opens the log file for appending. A pipe must not block a stage; /dev/stderr leads to /proc, which holds links. */
 function openLogFile(name: string): number {
   const { O_WRONLY, O_APPEND, O_CREAT, O_NONBLOCK, O_NOFOLLOW } = fs.constants;
   const path = followTrustedLinks(resolve(name));
-  const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become one meanwhile
+  const noLink = path.startsWith("/proc/") ? 0 : O_NOFOLLOW; // it may have become a link since
   return fs.openSync(path, O_WRONLY | O_APPEND | O_CREAT | O_NONBLOCK | noLink, 0o600);
 }
 
@@ -605,7 +605,7 @@ export function readJob(env: Environment): Job | undefined {
 const RECORD_VERSION = 1;
 const MANAGER = /^[0-9a-f]{12}$/;
 const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // fargate-<manager>-<job>, as in this driver's tasks
-const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch; that a Date can bear
+const seconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // since the epoch, in the range of Date
 
 /** What prepare leaves for the later stages, on disk: the official driver's fields and ours. */
 const RecordSchema = v.object({
@@ -615,13 +615,13 @@ const RecordSchema = v.object({
   PrivateKey: v.string(), // base64 of the PEM text; empty when the key is the operator's own (PrivateKeyPath)
   Cluster: v.string(),
   Region: v.string(),
-  StartedBy: v.pipe(v.string(), v.regex(STARTED_BY)), // under another's, or none, ListTasks would find other jobs
+  StartedBy: v.pipe(v.string(), v.regex(STARTED_BY)), // with another, or none, ListTasks would find other jobs
   ClientTokens: v.array(v.string()), // every token that RunTask was or may have been called with
   Unanswered: v.boolean(), // RunTask may have been sent: there may be a task whose ARN is not known
   HostKey: v.string(), // base64 of the SSH server's key, as first seen
   Interpreter: v.picklist(["bash", "sh"]), // the best shell that the container has
   LoginShell: v.string(), // file name of the login user's own shell
-  Deadline: seconds, // when the task counts as forgotten; 0 until RunTask is first sent, 1 once it is to be stopped
+  Deadline: seconds, // after this, the task is overdue; 0 until RunTask is first sent, 1 once it is to be stopped
   UpdatedAt: seconds, // when the record was made, then when RunTask was last sent
 });
 export type TaskRecord = v.InferOutput<typeof RecordSchema>;
@@ -648,12 +648,12 @@ export function checkDirectory(directory: string): string | undefined {
 function readOwn(path: string, others = 0o077): string {
   const { O_RDONLY, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
   if (fs.lstatSync(path).isSymbolicLink()) throw new Error("it is a symbolic link");
-  const file = fs.openSync(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK); // it may have become one
+  const file = fs.openSync(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK); // it may have become a link since
   try {
     const stat = fs.fstatSync(file);
     if (!stat.isFile()) throw new Error("it is not a regular file");
     if (stat.uid !== process.geteuid?.()) {
-      // Also where a file system gives all files to one user: whoever reaches it can have written them.
+      // Also on a file system that gives all files to one user: anyone who can mount it could have written them.
       const fixed = "; if the file system gives all files to that user (an EFS access point), run GitLab Runner as it";
       const like = fs.statSync(dirname(path)).uid === stat.uid ? fixed : "";
       throw new Error(`it belongs to another user, of id ${stat.uid}${like}`);
@@ -685,13 +685,13 @@ function writeDurably(path: string, content: string, put: (temporary: string, pa
   fs.closeSync(directory);
 }
 
-/** @throws {Failure} if the record cannot be kept safe; the caller must not go on to start a task */
+/** @throws {Failure} if the record cannot be stored; the caller must then not start a task */
 export function writeRecord(path: string, record: TaskRecord): void {
   const content = `${JSON.stringify(record, null, 2)}\n`;
   withContext(`the record ${path} cannot be written`, () => writeDurably(path, content, fs.renameSync), "disk");
 }
 
-/** Whether a text holds a `startedBy`, and one of another job than the record's file name. */
+/** Whether a text contains the `startedBy` of a job other than the one in the record's file name. */
 const isOfAnother = (path: string, text: string): boolean =>
   !path.includes(/fargate-[0-9a-f]{12}(-[0-9a-f]{32})/.exec(text)?.[1] ?? "");
 
@@ -708,7 +708,7 @@ export function readRecord(path: string): TaskRecord | undefined {
   });
 }
 
-/** What a broken record (cut off, of another version) shows: its age; its task, if nobody else can have written it. */
+/** What a broken record (truncated, other version) still shows: its age; its task, if nobody else could write it. */
 export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
@@ -745,7 +745,7 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
       // Touched regularly, for those who cannot look at this process.
       if (fs.existsSync(path)) fs.lutimesSync(path, new Date(), new Date());
       else fs.closeSync(fs.openSync(path, "wx", 0o600));
-    } catch {} // a record that can be read is enough for a run; a full disk may have room later
+    } catch {} // best effort: a run needs only to read its record, and a full disk may have room later
   };
   beat();
   const timer = setInterval(beat, BEAT).unref();
@@ -765,7 +765,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
     // /proc does not show a process elsewhere (other host or container, or before a reboot): the last touch decides.
     const isHere = place && identityOf("self").endsWith(`.${place}`);
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
-    // Kept with the record, a lock shows when the job was last worked on.
+    // While the record exists, its locks stay: they show when the job was last worked on.
     if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
     return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
   });
@@ -829,8 +829,8 @@ export interface Operator {
 export interface Context extends Operator {
   readonly job: Job;
   readonly byJob: readonly string[]; // the settings that a variable of the job decided
-  readonly refusal?: string | undefined; // why these are not allowed, where they are not
-  readonly warned?: Set<string>; // what has been warned of, in a stage that repeats itself
+  readonly refusal?: string | undefined; // why these are not allowed, if they are not
+  readonly warned?: Set<string>; // warnings already given, in a stage that repeats steps
 }
 
 export type Sinks = Readonly<Record<"stdout" | "stderr", Writable>>; // where the output of a script goes
@@ -911,7 +911,7 @@ const BY_NAME: Patterns = [
   ["userStop", /^UserInitiated$/],
 ];
 
-// How AWS's explanations begin, for what it has no name for; the first that fits counts. They come from the ECS API
+// How AWS's explanations begin, for problems without a name; the first match counts. They come from the ECS API
 // reference, the ECS developer guide (stopped tasks' errors, API failure reasons), and public reports.
 const BY_TEXT: Patterns = [
   // Messages of RunTask and StopTask.
@@ -959,7 +959,7 @@ const BY_TEXT: Patterns = [
   ["host", /^(Host EC2 |ECS is performing maint|Container instance dereg|(TerminationNotice|InfrastructureHealth)$)/],
   ["unhealthy", /^Task failed container health checks/],
   ["memory", /^OutOfMemory/],
-  ["exited", /^EssentialContainerExited$/], // a stop code, like what ends in $ above: decides if no text does
+  ["exited", /^EssentialContainerExited$/], // a stop code, like those that end in $ above: used if no text matches
 ];
 const firstFit = (rows: Patterns, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
 /** Recognizes a problem by AWS's name for it, else by how one of AWS's texts begins. */
@@ -973,29 +973,29 @@ export function recognize(name: string, ...texts: (string | undefined)[]): Pick<
 /** What the SDK throws. Its fields come from the answer, where they may be of any type. */
 type AwsError = { [field: string]: unknown; $metadata?: { httpStatusCode?: number } };
 
-/** Codes of errors with which no request left this host: bun's, which has them from Node and OpenSSL. */
+/** Error codes that prove that no request left this host. They are bun's, which takes them from Node and OpenSSL. */
 const NOT_SENT: Patterns = [
   ["unreachable", /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN)$/],
   ["certificate", /CERT|^(CRL|HOSTNAME|PATH_LENGTH)_|^UNABLE_TO_(GET|VERIFY|DE)|^INVALID_(CA|PURPOSE)$/],
-  ["proxy", /^ERR_PROXY_TUNNEL$/], // its answer to CONNECT, whose status is the error's
+  ["proxy", /^ERR_PROXY_TUNNEL$/], // refused CONNECT; the error has the answer's status
 ];
 
 /** Hints for programmers that the SDK and bun add to their messages. */
 const HINTS = /(?: For more information, pass `verbose|\n)[\s\S]*/;
-/** The Failure for what a call to AWS threw. `profileProblem`: why a profile gives no credentials, if that is why. */
+/** The Failure for what a call to AWS threw. `profileProblem`: why a profile gives none, if so. */
 export function awsFailure(operation: string, thrown: unknown, profileProblem?: string): Failure {
   const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
   const status = $metadata?.httpStatusCode ?? 0;
   const error = typeof name === "string" && name ? name : "UnknownError";
   const refused = status >= 300;
   const known = recognize(error, refused && typeof message === "string" ? message : undefined);
-  const notSent = status > 0 ? undefined : firstFit(NOT_SENT, String(code)); // in an answer, each field is the endpoint's
+  const notSent = status > 0 ? undefined : firstFit(NOT_SENT, String(code)); // else the endpoint set `code`
   const isFinal = notSent === "certificate" || (notSent === "proxy" && Number(proxyStatus) < 500);
   // Without a status, the request or its answer was lost; with one of success, the answer broke off.
   const isLost = !refused && $metadata !== undefined;
   const isThrottled = firstFit(BY_NAME, error) === "throttled" || status === 429;
   const isRetryable = isThrottled || status >= 500 || (isLost && !isFinal);
-  // A conflict means that the token, which is nobody else's, has started a task.
+  // A conflict means that this token, which is ours alone, has already started a task.
   const mayHaveStarted = status >= 500 || (refused && error === "ConflictException") || (isLost && !notSent);
   const cause = { operation, error, ...known, isRetryable, mayHaveStarted };
   let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(HINTS, "");
@@ -1022,13 +1022,13 @@ const isThrottling = (error: unknown): boolean => causeOf(error).problem === "th
 
 const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
 
-/** What is not of its type counts as not given. */
+/** A value of another type counts as absent. */
 const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(schema), undefined);
 const texts = <K extends string>(...keys: K[]) => v.entriesFromList(keys, given(v.string()));
 const listed = <T extends v.ObjectEntries>(entries: T) => given(v.array(v.fallback(v.object(entries), {} as never)));
 const pairs = listed(texts("name", "value"));
 const networkInterfaces = listed(texts("privateIpv4Address", "ipv6Address"));
-/** What this driver looks at in ECS's answers; the SDK passes on whatever has come. */
+/** What this driver reads in ECS's answers, whose types the SDK does not check. */
 const AnswerSchema = v.object({
   tasks: listed({
     ...texts("taskArn", "startedBy", "lastStatus", "desiredStatus", "stopCode", "stoppedReason"),
@@ -1042,7 +1042,7 @@ const AnswerSchema = v.object({
   ...texts("nextToken"),
 });
 type Answer = v.InferOutput<typeof AnswerSchema>;
-/** Whether an answer has what its call is made for; if not, it is a proxy's and not that of ECS. */
+/** Whether an answer has what its call asked for; if not, it comes from a proxy and not from ECS. */
 const IS_WHOLE = {
   RunTask: ({ tasks, failures }: Answer) => Boolean(tasks?.length ? tasks[0]?.taskArn : failures?.length),
   DescribeTasks: ({ tasks }: Answer) => Boolean(tasks),
@@ -1050,7 +1050,7 @@ const IS_WHOLE = {
   StopTask: () => true,
 };
 
-/** An error as the SDK throws it for an answer that did not come, or not whole. */
+/** An error like the SDK's own for a missing or incomplete answer. */
 const lostAnswer = (message: string) => Object.assign(new Error(message), { $metadata: {} });
 type Abort = { abortSignal: AbortSignal }; // how the SDK takes a signal
 
@@ -1113,9 +1113,9 @@ export class Aws {
     const once = async () => {
       onSend?.();
       const begun = now();
-      // RunTask, which alone has a grace, is not cut short by `until`: its answer is worth more than the time.
+      // Only RunTask has a grace. `until` does not cut it short, because its answer matters more than the time.
       const most = grace ? CALL_TIMEOUT : Math.min(CALL_TIMEOUT, Math.max(until - begun, 1_000));
-      // Not left to the SDK, which looks at no signal while it gets credentials, and writes into the signal's reason.
+      // Not left to the SDK, which ignores signals while it gets credentials, and modifies the signal's reason.
       const sdk = new AbortController();
       const cut = Promise.withResolvers<never>();
       const end = () => {
@@ -1142,7 +1142,7 @@ export class Aws {
         signal?.removeEventListener("abort", onSignal);
       }
     };
-    // A call that was throttled must not come again sooner than the one that it stands for.
+    // After throttling, waits longer each time, up to 5 s: the limits are shared by all jobs of the account.
     const least = (error: unknown) => (isThrottling(error) ? Math.min(500 * 2 ** ++this.throttled, 5_000) : 0);
     const isOfCall = (error: unknown) => causeOf(error).operation === action; // else nothing was sent
     const mayRepeat = (error: unknown) => isOfCall(error) && again(error);
@@ -1171,7 +1171,7 @@ export class Aws {
     return new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`, cause);
   }
 
-  /** The tasks that ECS knows of these, in calls of 100. */
+  /** Those of these tasks that ECS knows, in calls of 100. */
   async describeTasks(arns: readonly string[], limits: Limits): Promise<Task[]> {
     if (arns.length === 0) return [];
     const asked = { cluster: this.place.Cluster, tasks: arns.slice(0, 100) };
@@ -1227,7 +1227,7 @@ export class Aws {
 export function interfaceOf(task: Task): Record<"id" | "address", string | undefined> {
   const eni = task.attachments?.find((attachment) => attachment.type === "ElasticNetworkInterface");
   const detail = (wanted: string) => eni?.details?.find(({ name }) => name === wanted)?.value;
-  const shared = task.containers?.flatMap((container) => container.networkInterfaces ?? [])[0]; // by all containers
+  const shared = task.containers?.flatMap((container) => container.networkInterfaces ?? [])[0]; // by all
   const address = detail("privateIPv4Address") || shared?.privateIpv4Address || shared?.ipv6Address;
   return { id: detail("networkInterfaceId"), address };
 }
@@ -1965,7 +1965,7 @@ async function ownKey({ config: { SSH }, log }: Context): Promise<KeyPair | unde
   }
 }
 
-/** Warns if the runner does not wait for a cancelled script. It names its config.toml in CONFIG_FILE. */
+/** Warns if the runner's time limits are too short for cancelled scripts. Its CONFIG_FILE names its config.toml. */
 function checkRunner({ config, env, log }: Context): void {
   const needed = config.SSH.CancelGracePeriod + 10;
   type Custom = { run_exec: string; graceful_kill_timeout?: number };
@@ -1981,7 +1981,7 @@ function checkRunner({ config, env, log }: Context): void {
         if (value < needed) log.warn("{limit} in the runner's config.toml: it should be {needed} s or more", told);
       }
     }
-  } catch {} // not this user's to read, or of another runner, which was started with --config
+  } catch {} // this user cannot read it; or CONFIG_FILE names another file, as it may after --config
 }
 
 const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
@@ -2029,8 +2029,8 @@ export async function prepare(context: Context): Promise<void> {
       log.info("Ready: logged in to {host} as {user} ({seconds} s)", told);
     } catch (error) {
       try {
-        // If the disk is full, the record in memory knows more than the one on disk. A known task is always stopped; to
-        // look for one, a prepare that got a signal has no time, but cleanup, which follows, has.
+        // If the disk is full, the record in memory knows more than the one on disk. A known task is always stopped.
+        // After a signal there is no time to look for an unknown one; cleanup, which follows, does that.
         const signal = record.TaskARN ? leave.signal : stop;
         if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
       } catch (failure) {
@@ -2059,14 +2059,14 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
   return { Version: RECORD_VERSION, TaskARN: "", ContainerIP: "", PrivateKey, ...task, ...login, ...times };
 }
 
-/** Writes a record, if one is given. @throws {Failure} if the old is gone: nobody would stop what is then started */
+/** Writes a record, if given. @throws {Failure} if the old one is gone: nobody would stop a task started after that */
 function keepRecord(context: Context, record?: TaskRecord): void {
   const path = recordPath(context);
   if (!fs.existsSync(path)) throw new Failure("system", "the job was cleaned up while prepare ran");
   if (record) writeRecord(path, record);
 }
 
-/** Where to try a task: in all subnets, in each from the second on, then the same with the fallback strategy. Pure. */
+/** Where to start a task: all subnets, then each alone (the first one last), then the same with the fallback. Pure. */
 function placements(f: Config["Fargate"]) {
   const subnets = f.Subnets ?? [f.Subnet as string];
   const each = [...subnets.slice(1), ...subnets.slice(0, 1)].map((subnet) => [subnet]);
@@ -2081,7 +2081,7 @@ function placements(f: Config["Fargate"]) {
 export const pauseAfter = (attempts: number, placements: number): number =>
   Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
 
-/** Starts a task and waits for a login. Until StartTimeout, a start without capacity is repeated, elsewhere first. */
+/** Starts a task and waits for a login. Until StartTimeout, tries elsewhere, or again, if capacity is lacking. */
 async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, log, now, stop } = context;
   const until = begun + config.Fargate.StartTimeout * 1000;
@@ -2167,8 +2167,8 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
 // For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
 // OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
 const REFUSAL_PATIENCE = 25_000;
-// ms; within this time of hearing from a task, its address cannot be another's, which takes longer to start. Later, one
-// with the same image and host key may answer there, and let any key in. With PrivateKeyPath, ECS is always asked.
+// ms; within this time of hearing from a task, its address cannot have been reassigned: a new task takes longer.
+// Later, one with the same host key may answer there and accept any key. With PrivateKeyPath, ECS is always asked.
 const FRESH = 10_000;
 // Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches
 // for the task's death. Throws a Failure when the task ends, or is not ready in time.
@@ -2233,7 +2233,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
       keepRecord(context);
       if (task?.lastStatus && task.lastStatus !== status) {
         status = task.lastStatus;
-        const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info"; // as attempts without capacity go
+        const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info"; // they repeat in each attempt
         log[level]("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
       }
       if (task && isEnding(task)) throw stopped(task);
@@ -2268,12 +2268,12 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
   }
 }
 
-/** The `run` stage: runs a script of the job in its task. @returns the exit code; if not 0, the script has said why */
+/** The `run` stage: runs a script of the job in its task. @returns the exit code; if not 0, the script said why */
 export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log, now, wallTime } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   const forget = () => exitCodeFile && fs.rmSync(exitCodeFile, { force: true });
-  withContext("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", forget); // this stage would answer with its code
+  withContext("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", forget); // the runner would read its code
   const script = readFile(scriptPath, `the script of ${stage},`);
   const path = recordPath(context);
   checkDirectory(context.config.TaskMetadata.Directory);
@@ -2287,7 +2287,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   const timer = setInterval(end, 1_000); // one timer until then would fire early if that is more than 24.8 days away
   const done = announce(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
-  const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the stage before ended
+  const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the previous stage ended
   const seen = now() + mtimeMs - wallTime();
   const code = await runInTask({ ...context, stop }, record, seen, script, stage).finally(() => {
     clearInterval(timer);
@@ -2295,7 +2295,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   });
   try {
     fs.lutimesSync(path, new Date(), new Date());
-  } catch {} // cleaned up meanwhile; or the next stage asks ECS
+  } catch {} // best effort: without it, the next stage asks ECS
   log.debug("{stage} ended with exit code {code}", { stage, code });
   if (code === 0) return 0;
   try {
@@ -2328,7 +2328,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
   };
   const attempt = async (): Promise<number> => {
     if (++tries > 2 && now() > asked + 5_000) {
-      // A task that has ended is not waited for: the stages after its end would each take the whole ConnectTimeout.
+      // Do not wait for a task that has ended: each later stage would take the whole ConnectTimeout.
       asked = now();
       await verify();
     }
@@ -2340,7 +2340,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
       const outcome = await runScript(connection, script, shells, context);
       if (outcome.ended === "lost") {
         if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
-        // ECS may learn of an end some seconds after the connection; after a silence of keep-alives it has had them.
+        // ECS may learn of the end some seconds late; once keep-alives have gone unanswered, that time has passed.
         const { says, cause } = await fateOf(context, record, outcome.wasSilent ? 0 : 10_000);
         const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${says}`;
         throw new Failure("system", lost, cause);
@@ -2380,7 +2380,7 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
 }
 
 // What ECS says about a record's task; `ended` is undefined if that is not known. ECS may learn the exit codes up to
-// 10 s after the end; one that has not ended is asked about for `patience` ms.
+// 10 s after the end; a task that has not ended is asked about for `patience` ms.
 async function fateOf(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
   const aws = new Aws(record, context);
@@ -2416,7 +2416,7 @@ export async function cleanup(given: Context): Promise<void> {
   if (!fs.existsSync(Directory))
     return log.warn("{Directory} is not there: nothing was ever started, or its records are lost", { Directory });
   const until = now() + PREPARE_LASTS;
-  // Looked for before its record is: a prepare that has ended by now has left there what it started.
+  // Looked for before its record: a prepare that has ended by now has recorded what it started.
   const first = prepareOf(context);
   for (let busy = first; busy; busy = prepareOf(context)) {
     log.debug("prepare still runs, as process {pid}", { pid: busy.pid });
@@ -2450,13 +2450,13 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     if (!record) return false;
     trace = record;
     try {
-      // The task is to go: whatever becomes of this process, sweep need not wait for the deadline.
+      // If this process dies, sweep stops the task without waiting for its deadline.
       if (record.Deadline > 1) writeRecord(path, { ...record, Deadline: 1 });
     } catch {} // a full disk is no reason to let a task run
   } catch (error) {
     log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
     const own = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
-    // Others can have written this: it counts if ECS, too, says that the task is this job's.
+    // Others could have written this: it counts only if ECS confirms that the task is this job's.
     const named = { ...own, ...remainsOf(path, 0) };
     const describe = () => new Aws(named, context).describeTask(named.TaskARN, { until: now() + 5_000, signal });
     const claimed = own.TaskARN || !named.TaskARN ? undefined : await describe();
@@ -2543,7 +2543,7 @@ function readRecords(directory: string) {
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
  * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
  * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage. A clock
- * set forward makes every lock look old, so it looks twice: meanwhile, live processes touch theirs, or a stage begins.
+ * set forward makes every lock look old, so it looks twice: in between, live processes touch theirs, or a stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
@@ -2562,7 +2562,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     });
   };
 
-  // The records after the tasks: a task that is listed without one has lost it.
+  // Records are read after the tasks: a listed task without one has lost it.
   const listed = await aws.describeTasks(await aws.listTasks(undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const here = fs.existsSync(Directory);
@@ -2625,7 +2625,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
       for (const swept of running.filter((task) => !isAmong(tasks, task)).map(judge))
         if (swept.why && swept.why !== ABANDONED) await end(there, swept);
-      // A prepare makes its lock before its record. Should it lose that here, it finds out, and stops its task.
+      // A prepare makes its lock before its record. If its record is removed here, it notices, and stops its task.
       ({ seconds, records, users } = look());
       const { UpdatedAt } = records.find(({ name }) => name === record.name) ?? {};
       if (running.length > 0 || inUse(record.job) || UpdatedAt !== record.UpdatedAt) return;
@@ -2659,7 +2659,7 @@ export function formatSweep(report: SweepReport, json: boolean): string {
 
 // 13. Command line ----------------------------------------------------------------------------------------
 
-/** Makes a command's errors Failures of one line: what is wrong, and what is known (which `only` has already said). */
+/** Turns a command's errors into one-line Failures: what is wrong, and what is valid (unless `only` has said it). */
 const withErrors = (command: Command): Command =>
   command.exitOverride((error) => {
     if (error.exitCode === 0) throw error; // it has printed the help or the version
@@ -2782,7 +2782,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
     if (!job) throw new Failure("system", none);
     const context: Context = { ...operator, job, byJob, refusal };
-    const parent = process.ppid; // once it has ended, nobody takes this stage's result, nor goes on with the job
+    const parent = process.ppid; // once it has ended, nobody reads this stage's result or goes on with the job
     const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
     if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
     if (command === "run") {
