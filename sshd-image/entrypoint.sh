@@ -1,14 +1,14 @@
 #!/bin/sh
-# Entry point of the worker container: lets one public key in, then becomes sshd.
+# Entry point of the worker container: permits login with one public key, then becomes sshd.
 #
 #   SSH_PUBLIC_KEY  required; the key that may log in, as a line of authorized_keys
-#   SSH_USER        the account it logs in to, which must exist (the user that the container runs as)
-#   SSH_PORT        the port sshd listens on (22)
+#   SSH_USER        the account to log in to, which must exist (default: the user that the container runs as)
+#   SSH_PORT        the port sshd listens on (default: 22)
 #   FARGATE_DEADLINE
-#                   when the container ends by itself, in seconds since 1970 (never)
+#                   when the container ends by itself, in seconds since 1970 (default: never)
 #
-# The container may run as any user that /etc/passwd knows, and with a read-only root file system: all that is written
-# goes to /run/sshd or, if that is not possible, to a new directory in /tmp.
+# The container may run as any user in /etc/passwd, and with a read-only root file system: all files are written to
+# /run/sshd or, if that is not possible, to a new directory in /tmp.
 #
 # POSIX sh, so that it serves in images without bash too. Needs getent, sed, ssh-keygen and sshd.
 set -eu
@@ -28,7 +28,7 @@ case ${FARGATE_DEADLINE:-} in
   *[!0-9]* | ????????????????*)
     say "FARGATE_DEADLINE is '$FARGATE_DEADLINE', not a whole number of at most 15 digits: it is ignored" ;;
   *)
-    deadline=${FARGATE_DEADLINE#"${FARGATE_DEADLINE%%[!0]*}"} # without the zeros that would make it octal
+    deadline=${FARGATE_DEADLINE#"${FARGATE_DEADLINE%%[!0]*}"} # without leading zeros, which would make it octal
     deadline=${deadline:-0}
     if [ "$deadline" -le "$(date +%s)" ]; then
       say "the deadline $deadline has passed: nothing is started"
@@ -57,25 +57,25 @@ if [ "$own" -ne 0 ]; then
     fail "$user may not listen on port $port: set SSH_PORT (and Port of the driver) to $lowest or higher"
 fi
 
-# A directory for what sshd reads. As root, sshd also isolates its unprivileged half in /run/sshd.
+# A directory for the files that sshd reads. As root, sshd also confines its unprivileged process to /run/sshd.
 state=/run/sshd
 strict=yes
 if ! (umask 077 && mkdir -p "$state" && true >"$state/config") 2>/dev/null; then
   [ "$own" -ne 0 ] || [ -d "$state" ] || fail "$state does not exist and cannot be made: make it in the image"
   state=$(mktemp -d /tmp/sshd.XXXXXX 2>/dev/null) ||
     fail "neither /run/sshd nor /tmp can be written to: mount a writable volume there"
-  strict=no # It would refuse any path below /tmp, which everybody can write to. Nobody else can change this one.
+  strict=no # StrictModes refuses any path below /tmp, because everybody can write there; but not to this directory.
 fi
 chmod 755 "$state"
 
-# The key, owned as sshd wants it. The variable has done its work: nothing below inherits it.
+# The key, with the owner that sshd requires. No process below inherits the variable.
 printf '%s\n' "$SSH_PUBLIC_KEY" >"$state/authorized_keys"
 chmod 600 "$state/authorized_keys"
 [ "$uid" -eq "$own" ] || chown "$uid:$gid" "$state/authorized_keys"
 unset SSH_PUBLIC_KEY
 
-# sshd run by root refuses an account whose password starts with "!", as useradd leaves it, even for a key.
-# "*" is as impossible to log in with, but is not refused.
+# If root runs sshd, it refuses even key logins to an account whose password starts with "!", as useradd leaves it.
+# "*" does not allow a password login either, but sshd accepts it.
 if [ "$own" -eq 0 ] && grep -q "^$user:!" /etc/shadow; then
   sed -i "s/^$user:![^:]*:/$user:*:/" /etc/shadow 2>/dev/null ||
     fail "the account $user is locked, and /etc/shadow cannot be written: unlock it in the image (usermod -p '*' $user)"
@@ -88,9 +88,9 @@ for type in ed25519 ecdsa; do
   ssh-keygen -q -t "$type" -N '' -C '' -f "$state/host_$type"
 done
 
-# sshd starts sessions with an environment of its own. They get the container's as well: what the image's ENV, the task
-# definition's `environment` and `secrets`, and ECS have set. Not what a login sets itself, nor what would change how a
-# shell works. One line each, as NAME=value; a line break in a value is the character \036 meanwhile.
+# sshd starts sessions with a new environment. They get the container's variables too: those of the image's ENV, of the
+# task definition's `environment` and `secrets`, and of ECS, except those that a login sets itself or that change how a
+# shell works. One line each, as NAME=value; meanwhile, \036 stands for a line break in a value.
 environment=$(tr '\0\n' '\n\036' <"/proc/$$/environ" | LC_ALL=C sed -E \
   -e '/^[A-Za-z_][A-Za-z0-9_]*=/!d' \
   -e '/^(SSH_.*|FARGATE_.*|HOME|USER|LOGNAME|SHELL|MAIL|PWD|OLDPWD|SHLVL|_)=/d' \
@@ -131,9 +131,9 @@ SetEnv FARGATE_ENVIRONMENT=passed $set_env
 END
 )
 
-# So that a task that nobody stops does not run, and cost, for ever; no defence against a hostile job, which is root.
-# Looks at the clock once a minute, because it may be set meanwhile. Asks again until it is heard, because process 1
-# hears no TERM before sshd is ready. Deaf itself, so that a job's `kill -TERM -1` does not end it.
+# Ends the container at the deadline, so that a forgotten task does not run, and cost, for ever. No defence against a
+# hostile job, which is root. Looks at the clock every minute, because it may be set in between. Repeats TERM, because
+# process 1 ignores it until sshd is ready. Ignores signals itself, so that a job's `kill -TERM -1` does not end it.
 watch() {
   trap '' HUP INT TERM
   while left=$((deadline - $(date +%s))) && [ "$left" -gt 0 ]; do
@@ -148,5 +148,5 @@ watch() {
 }
 [ -z "$deadline" ] || watch &
 
-# As process 1: TERM ends sshd at once, and with it the kernel ends the container and every session.
+# As process 1: TERM ends sshd at once, and then the kernel ends the container and every session.
 exec /usr/sbin/sshd -D -e -f "$state/config"
