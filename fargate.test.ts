@@ -788,7 +788,7 @@ describe("configuration", () => {
       expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedPlatformVersions\S* is .*; expected: .*1\.4\.0/);
   });
 
-  test("a job's variable that nothing reads is named, with the one that it may be meant for", () => {
+  test("a job's variable that nothing reads is reported, with the name that it may misspell", () => {
     const reportOn = (...names: string[]) =>
       unreadVariables(Object.fromEntries(names.map((name) => [`CUSTOM_ENV_${name}`, "x"])));
     const meant = (name: string, known: string) => [{ name, meant: known }];
@@ -986,7 +986,7 @@ describe("the job's identity", () => {
     expect(new Set(others).size).toBe(others.length);
   });
 
-  test("image and services are taken as far as they have names, and have no say in anything else", () => {
+  test("of image and services only the names are read, and nothing depends on them", () => {
     const jobOf = (changes: object) => readJob({ JOB_RESPONSE_FILE: response(changes) });
     const none = jobOf({ image: { name: "" }, services: [] });
     const services = [{ name: "postgres:16", alias: "db" }, { name: "redis" }];
@@ -1022,7 +1022,7 @@ describe("the job's identity", () => {
     expect(readJob({})).toBeUndefined();
   });
 
-  test("the host name in config's answer means nothing to a shell", () => {
+  test("the host name in config's answer has no character that is special in a shell", () => {
     const nameFor = (host: string) => JSON.parse(configAnswer(readJob(variables), host)).hostname;
     expect(nameFor('$(id)`id`"\\!$HOME;a\nb_c é')).toBe("ididHOMEabc");
     expect(nameFor('$(`"')).toBe("");
@@ -1381,7 +1381,7 @@ describe("calls to AWS", () => {
     expect(addressOf({ attachments: attached(eni), containers: both })).toBe("192.0.2.1");
   });
 
-  test("why a task stopped is told in AWS's words, with each container's exit", () => {
+  test("the reason why a task stopped is in AWS's words, with each container's exit", () => {
     expect(
       explainStop({
         stopCode: "EssentialContainerExited",
@@ -1567,7 +1567,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("a deadline that is further away than the longest timer does not come early, and comes", async () => {
+  test("a deadline beyond the range of a timer does not end a run early, but does end it", async () => {
     const day = 86_400_000;
     let days = 0;
     let reads = 0;
@@ -2277,7 +2277,7 @@ describe("the marks before a script's output", () => {
     return { preamble, own: Buffer.concat([...own, rest]).toString("latin1") };
   };
 
-  test("are taken out wherever the stream is cut into chunks, and nothing else is", () => {
+  test("are removed wherever the stream is split into chunks, and nothing else is", () => {
     const piece = fc.oneof(
       fc.constantFrom("fargate-", mark, `${mark} complete`, `${mark} $$ x\n`, "\n", " ", "pipe:[1]\n"),
       fc.string({ unit: "binary" }).map((text) => Buffer.from(text).toString("latin1")),
@@ -2304,7 +2304,7 @@ describe("the marks before a script's output", () => {
     );
   });
 
-  test("what follows them is the script's, were it the marks themselves", () => {
+  test("all that follows them is the script's output, even if it looks like marks", () => {
     const own = `${first}${mark} incomplete\n${mark} complete\n`;
     const { preamble, own: out } = read([Buffer.from(`${first}${mark} complete\n${own}`), Buffer.from(own)]);
     expect(out).toBe(own + own);
@@ -2316,7 +2316,7 @@ describe("the marks before a script's output", () => {
     expect(preamble).toMatchObject({ shell: { pid: 12, session: 12, start: 0 }, pipes: [] });
   });
 
-  test("when they do not come, what came is passed on, and not held for ever", () => {
+  test("if they do not come, the output so far is passed on", () => {
     const noise = "x".repeat(10_000);
     expect(read([Buffer.from(noise)])).toMatchObject({ own: noise, preamble: { state: "pending", shell: undefined } });
     const { preamble } = read([Buffer.from(first), Buffer.from(noise)]);
@@ -2422,7 +2422,7 @@ async function startTask(on: TaskHosts = hosts, environment: Record<string, stri
   return { host, target, logIn };
 }
 
-/** Filters, and what becomes of the lines "b" and "a" behind them. `sort` says nothing for 3 s. */
+/** Filters, and what they make of the lines "b" and "a". `sort` prints nothing for 3 s. */
 const filters = {
   tee: ["tee /dev/null", "b\na\n"],
   sed: ["sed s/^/x/", "xb\nxa\n"],
@@ -2474,7 +2474,7 @@ async function lostOutput(
   return wrong;
 }
 
-test("a server may say all that a command has to say in the packet that opens its channel", async () => {
+test("output and exit status that arrive with the channel's confirmation are not lost", async () => {
   const { privateKey } = await makeKeyPair("ed25519");
   const server = new SshServerOfAPacket(
     { hostKeys: [privateKey], algorithms: { cipher: ["aes128-gcm@openssh.com"] } },
@@ -2510,7 +2510,7 @@ test("a server may say all that a command has to say in the packet that opens it
   server.close();
 });
 
-test("lines that come by turns on both streams, at once, keep their order", async () => {
+test("lines written alternately to both streams keep their order", async () => {
   const { privateKey } = await makeKeyPair("ed25519");
   const lines = Array.from({ length: 400 }, (_, index) => `line ${index}\n`);
   const server = new SshServerOfAPacket(
@@ -2857,7 +2857,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
 
     taskTest(
-      "a container without cat is told what it needs, at once",
+      "without cat in the container, the failure says so at once",
       async () => {
         await task.host.exec("mv /usr/bin/cat /usr/bin/cat.off");
         try {
@@ -2925,7 +2925,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
   );
 
   taskTest(
-    "BusyBox's ls, too, tells what holds a channel open",
+    "BusyBox's ls shows what holds a channel open, too",
     async () => {
       const { output } = await task.host.exec("echo | sh -c 'busybox ls -ln /proc/$$/fd/[0-2]; :'");
       const [, pipe = ""] = /fd\/1 -> (.*)/.exec(output) ?? [];
@@ -2942,7 +2942,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     await task.host.exec(`kill ${ran.stderr.toString().trim()}`);
   });
 
-  taskTest("with a filter that outlives its process in the background, all that it writes comes", async () => {
+  taskTest("all output of a filter that outlives a background process arrives", async () => {
     const ran = await runOnce("exec > >(cat; sleep 1; echo filtered); sleep 0.5 & echo done");
     expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("done\nfiltered\n") });
   });
@@ -3918,7 +3918,7 @@ describe("the compiled program", () => {
   });
 
   taskTest(
-    "a job's variable names the task definition; one that does not take the key is told how to be",
+    "a job's variable names the task definition; if that does not accept the key, the failure says what to change",
     async () => {
       const legacy = await makeRunner({
         job: { variables: { FARGATE_TASK_DEFINITION: "legacy-task" }, script: ["true"] },
@@ -4561,7 +4561,7 @@ describe("an AWS endpoint with a certificate of a private CA", () => {
     world = await makeWorld({ embedded: true, tls: authority.issue() });
   });
   afterAll(() => world?.close());
-  /** Calls ListTasks. Where the tests themselves have been told what to trust does not count. */
+  /** Calls ListTasks, with none of the CA settings of the tests' own environment. */
   const list = (env: Record<string, string | undefined> = {}, wrapper: string[] = []) =>
     start([...wrapper, driver, "--config", world.configure(), "sweep"], { env: { ...world.aws.environment, ...env } })
       .finished;
@@ -5530,7 +5530,7 @@ describe.concurrent("run gets a signal", () => {
     });
   }
 
-  /** The last words of a script's trap must come, none of its processes may be left, and after_script must work. */
+  /** The output of a script's trap must arrive, none of its processes may be left, and after_script must work. */
   const releasesLock = async (scene: Scene, trap: string) => {
     const mark = `600.${process.pid}${faultJobs}`;
     const script = `trap '${trap}' TERM; echo running; sleep ${mark} & wait; echo never`;
@@ -5713,7 +5713,7 @@ describe.concurrent("sweep", () => {
     },
   );
 
-  /** Makes the last sign of a live process on any job so many seconds old, as a clock that is set forward does. */
+  /** Makes every lock and record that many seconds old, as a clock that is set forward does. */
   const idle = (scene: Scene, seconds: number) => {
     const then = Date.now() / 1000 - seconds;
     for (const name of filesLeft(scene.world)) fs.utimesSync(join(scene.world.records, name), then, then);
@@ -7287,7 +7287,7 @@ describe.concurrent("the record cannot be kept", () => {
     return { stage: "prepare", finished };
   });
 
-  /** A script fails, its exit code cannot be kept: the job still fails as its author's, and no file says otherwise. */
+  /** A script fails and its exit code cannot be stored: still a build failure, and no file says otherwise. */
   const failsWithoutExitCode = async (scene: Scene, file: string) => {
     ended(await scene.stage("prepare"), 0);
     const env = { BUILD_EXIT_CODE_FILE: file, BUILD_FAILURE_EXIT_CODE: "11" };
