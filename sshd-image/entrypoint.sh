@@ -64,7 +64,7 @@ if ! (umask 077 && mkdir -p "$state" && true >"$state/config") 2>/dev/null; then
   [ "$own" -ne 0 ] || [ -d "$state" ] || fail "$state does not exist and cannot be made: make it in the image"
   state=$(mktemp -d /tmp/sshd.XXXXXX 2>/dev/null) ||
     fail "neither /run/sshd nor /tmp can be written to: mount a writable volume there"
-  strict=no # StrictModes refuses any path below /tmp, because everybody can write there; but not to this directory.
+  strict=no # StrictModes refuses any path below /tmp, which is world-writable. This directory is not.
 fi
 chmod 755 "$state"
 
