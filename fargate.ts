@@ -1282,33 +1282,26 @@ export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Soc
 
 /** Why there is no connection. `unreachable` and `unverified` (ECS did not answer) are transient, the others final. */
 export class SshFailure extends Failure {
-  constructor(
-    readonly why: "unreachable" | "unverified" | "login" | "host-key",
-    message: string,
-    cause: Cause = {},
-  ) {
+  readonly why: "unreachable" | "unverified" | "login" | "host-key";
+  constructor(why: SshFailure["why"], message: string, cause: Cause = {}) {
     super("system", message, cause);
+    this.why = why;
   }
 }
 
 /** The level that ssh2 gives its errors, and the operating system's code. */
 type SshError = Error & { level?: string; code?: unknown };
-function sshProblem({ level, code }: SshError): Problem {
-  if (level === "handshake") return "algorithms";
-  if (code === undefined) return "noServer";
-  return code === "ECONNREFUSED" ? "refused" : "silent";
-}
 
 // Bounds in bytes that a server which keeps to the protocol stays far below; ssh2 has none of its own.
 const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, besides the script: each of 36 bytes takes 1.5 KB
-const MOST_UNREAD = 32 * 2 ** 20; // unread output: ssh2 lets a server send two windows of 2 MiB a stream
+const MOST_UNREAD = 32 * 2 ** 20; // unread output: a stream has two windows of 2 MiB, which ssh2 does not enforce
 const MOST_GROWTH = 512 * 2 ** 20; // of the whole process
 const MOST_WAITING = 2 ** 20; // with more unread output, the server's window is not opened again
 
 /** Why SSH failed. A server's own words are quoted, so that nobody takes them for ours or for AWS's. */
 function sshReason(error: Error): string {
   if (error instanceof TypeError || error instanceof RangeError) return "the server broke the protocol";
-  if (error.message.startsWith("Wrong signature type: ")) return "the server signs in another way than agreed"; // its words
+  if (error.message.startsWith("Wrong signature type: ")) return "the server signs in another way than agreed";
   const said = ("code" in error && typeof error.code === "number") || "reason" in error;
   return said ? `the server says "${printable(reasonOf(error)).replaceAll('"', "'").slice(0, 300)}"` : reasonOf(error);
 }
@@ -1326,8 +1319,7 @@ const LOGIN_TIMEOUT = 30_000; // ms from those to the login: busy hosts, name lo
 
 /**
  * Logs in once. @throws {SshFailure}
- * @param silence max ms from the TCP connection to the server's first bytes
- * @param onAnswer called when these have come
+ * @param silence max ms from the TCP connection to the server's first bytes, which `onAnswer` reports
  */
 export async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
   const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net")]);
@@ -1346,7 +1338,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   socket.setNoDelay(true); // else each short packet may wait 40 ms for the last one's acknowledgement
   const where = `${target.Username}@${target.host.replace(/.*:.*/, "[$&]")}:${target.Port}`; // IPv6 as in URLs
   let hostKey: Buffer | undefined;
-  let changed = false;
+  const isChanged = () => hostKey !== undefined && target.hostKey?.equals(hostKey) === false;
   const done = Promise.withResolvers<Connection>();
   const end = (reason: unknown) => {
     done.reject(reason);
@@ -1384,9 +1376,12 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   });
   // This listener stays: an error event without one would end the process.
   client.on("error", (error: SshError) => {
-    if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared", "hostKey");
-    else if (error.level === "client-authentication") fail("login", "the server refused the key", "key");
-    else fail("unreachable", sshReason(error), sshProblem(error));
+    const { level, code } = error;
+    if (isChanged()) fail("host-key", "the server's key is not the one seen when the task was prepared", "hostKey");
+    else if (level === "client-authentication") fail("login", "the server refused the key", "key");
+    else if (level === "handshake") fail("unreachable", sshReason(error), "algorithms");
+    else if (code === undefined) fail("unreachable", sshReason(error), "noServer");
+    else fail("unreachable", sshReason(error), code === "ECONNREFUSED" ? "refused" : "silent");
   });
   client.on("close", () => fail("unreachable", "the server closed the connection", "noServer"));
   try {
@@ -1414,8 +1409,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
       },
       hostVerifier: (key: Buffer) => {
         hostKey = Buffer.from(key);
-        changed = target.hostKey !== undefined && !target.hostKey.equals(hostKey);
-        return !changed;
+        return !isChanged();
       },
     });
     return await withAbort(signal, () => end(signal.reason), done.promise);
@@ -1427,30 +1421,25 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   }
 }
 
-// In ms, except `open`. Attempts overlap until one is answered: packets to an address that is not up yet may be dropped.
+// In ms, except `open`. Attempts overlap until one is answered: packets to an address that is not up may be dropped.
 // A refused login makes a pause: the key may come later, and OpenSSH 9.8 bars an address that failed for 5 s.
 const LOGIN = { every: 250, open: 4, pauseAfterRefusal: 5_000 } as const;
 
-/**
- * Tries to log in until it works, and reports each failed attempt. It never gives up by itself.
- * @throws the reason of `signal`
- */
+/** Tries to log in until it works or `signal` aborts; reports each failed attempt. @throws the reason of `signal` */
 export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failure: SshFailure) => void) {
   const won = Promise.withResolvers<Connection>();
   const over = new AbortController();
   const ended = AbortSignal.any([signal, over.signal]);
-  const open = new Set<{ isAnswered: boolean }>();
+  const open = new Map<symbol, boolean>(); // attempts, and whether the server has answered them
   let pause = 0;
   let silence = CONNECT_TIMEOUT;
   const attempt = async () => {
-    if (--pause > 0 || open.size >= LOGIN.open || [...open].some(({ isAnswered }) => isAnswered)) return;
-    const own = { isAnswered: false };
-    open.add(own);
+    if (--pause > 0 || open.size >= LOGIN.open || [...open.values()].includes(true)) return;
+    const own = Symbol();
+    open.set(own, false);
     const begun = performance.now();
     try {
-      const connection = await connect(target, silence, ended, () => {
-        own.isAnswered = true;
-      });
+      const connection = await connect(target, silence, ended, () => open.set(own, true));
       if (ended.aborted) return void connection.client.destroy();
       over.abort();
       won.resolve(connection);
@@ -1499,23 +1488,15 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   } catch {
     lost(); // authenticated, then disconnected
   }
-  const removeListener = () => client.removeListener("close", lost);
-  return withAbort(signal, () => client.destroy(), opened.promise).finally(removeListener);
+  return withAbort(signal, () => client.destroy(), opened.promise).finally(() => client.off("close", lost));
 }
 
-/** What `ask` can report of a command beside its standard output. */
-type Report = { errors: string; ended: Exit };
+/** `within`: ms; `apart`: over a connection of its own; `report`: gets standard error and how the command ended. */
+type Asking = { within?: number; apart?: boolean; report?: { errors: string; ended: Exit } };
 
-/**
- * Runs a short command of our own, and returns at most 1 MiB of its standard output. If the server opens no channel for
- * it, as with `MaxSessions 1` beside a script, it gets a connection of its own.
- */
-async function ask(
-  connection: Connection,
-  command: string,
-  signal: AbortSignal,
-  { within = 10_000, apart = false, report = { errors: "", ended: undefined } as Report } = {},
-): Promise<string> {
+/** Runs a short command, if need be (MaxSessions 1) over a new connection; returns up to 1 MiB of standard output. */
+async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
+  const { within = 10_000, apart, report = { errors: "", ended: undefined } } = asking;
   const late = new AbortController();
   const failure = new SshFailure("unreachable", `the container did not answer for ${Math.round(within / 1000)} s`);
   const timer = setTimeout(() => late.abort(failure), within);
@@ -1549,10 +1530,7 @@ async function ask(
   }
 }
 
-/**
- * Finds the container's shells, and whether PassEnvironment works; if not, `warning` says why.
- * @throws {Failure} with the login shell's own output if it runs no command
- */
+/** Finds the shells; `warning` says why PassEnvironment cannot work. @throws {Failure} with the login shell's output */
 export async function findShells(connection: Connection, signal: AbortSignal) {
   // Absolute paths, because a start-up file may have broken PATH; `sh -c`, so that any login shell understands it.
   const question = [
@@ -1562,7 +1540,7 @@ export async function findShells(connection: Connection, signal: AbortSignal) {
     // ECS sets AWS_* and ECS_* in every container: if the session has some, the image passes the variables itself.
     'env | grep -Eq "^(FARGATE_ENVIRONMENT|(AWS|ECS)_[A-Z0-9_]+)=" && s=passed; echo "fargate-environment $s"',
   ].join(" ");
-  const report: Report = { errors: "", ended: undefined };
+  const report = { errors: "", ended: undefined as Exit };
   const output = await ask(connection, `exec /bin/sh -c '${question}'`, signal, { report });
   const [, login = "", best] = /fargate-shells (\S*) (\S+)/.exec(output) ?? [];
   if (!best) {
@@ -1602,9 +1580,8 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
 const tool = (words: string) => `{ command ${words} 2>/dev/null || command -p ${words} 2>/dev/null; }`;
 
 /**
- * Passes variables of the container's first process to the script, without evaluating a value. What the login or a
- * start-up file has set stays; in PATH, the first process's value replaces sshd's part. sshd as the first process has
- * overwritten its environment with its title. \036 stands for a value's line breaks.
+ * Passes on variables of the container's first process, unevaluated; what the login or a start-up file has set stays. In
+ * PATH, its value replaces sshd's part. sshd as first process has overwritten its own. \036 stands for line breaks.
  */
 function passEnvironment(patterns: readonly string[]): string {
   const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"; // what a range means depends on the locale
@@ -1627,14 +1604,14 @@ function passEnvironment(patterns: readonly string[]): string {
 }
 
 /**
- * The program that the remote shell runs, with the script and the mark on its standard input. It is one line without
- * single quotes, so that any login shell passes it on. It
- *  - undoes changes by start-up files: shell options, aliases, IFS. The assignment puts bash into POSIX mode, in which no
- *    function replaces a special builtin; `command` ignores all other functions;
+ * The program of the remote shell, which gets the script and the mark on standard input. It is one line without single
+ * quotes, so that any login shell passes it on. It
+ *  - undoes changes by start-up files: shell options, aliases, IFS. The assignment turns on bash's POSIX mode, in which
+ *    no function replaces a special builtin; `command` ignores all other functions;
  *  - prints the first mark with its process id and /proc/PID/stat, then the pipes that it writes to;
- *  - reads the whole script into a variable, and goes on only if the mark follows it: of a script that was cut off, it
- *    runs nothing. No part of the script is in an argument, a file or the environment;
- *  - prints the second mark, then evaluates the script in the same shell, with empty standard input.
+ *  - reads the script into a variable, and goes on only if the mark follows it: a cut connection runs nothing of it;
+ *  - prints the second mark, then evaluates the script in the same shell, with empty standard input. No part of the
+ *    script is in an argument, a file or the environment.
  */
 export function remoteProgram(mark: string, patterns: readonly string[] = []): string {
   const program = [
@@ -1652,12 +1629,10 @@ export function remoteProgram(mark: string, patterns: readonly string[] = []): s
   return `POSIXLY_CORRECT=1; ${neutral}; \\eval "${program.replace(/[\\"$`]/g, "\\$&")}"`;
 }
 
-/** The shell that evaluates a script; `start` is in ticks since the boot. Without /proc, it counts as session leader. */
-export type RemoteShell = Readonly<{ pid: number; session: number; start: number }>;
-
 /** Takes what `remoteProgram` prints out of the output, wherever that is cut into chunks. */
 export class Preamble {
-  shell: RemoteShell | undefined; // known from the first mark on
+  /** Known from the first mark on. `start`: ticks since the boot. Without /proc, it counts as its session's leader. */
+  shell: Readonly<{ pid: number; session: number; start: number }> | undefined;
   pipes: readonly string[] = []; // such as pipe:[123]: the shell's standard output and error
   state: "pending" | "incomplete" | "complete" = "pending";
   held: Buffer = Buffer.alloc(0); // may be part of a mark; if none came, the output of start-up files
@@ -1682,7 +1657,6 @@ export class Preamble {
     if (!second) return data.subarray(0, own);
     this.state = second[1] as "incomplete" | "complete";
     this.pipes = second.input.slice(0, second.index).match(/\w+:\[\d+\]$/gm) ?? [];
-    this.held = Buffer.alloc(0);
     return Buffer.concat([data.subarray(0, own), data.subarray(own + second.index + second[0].length)]);
   }
 }
@@ -1709,13 +1683,12 @@ export function holdersOf(listing: string, pipes: readonly string[]) {
 }
 
 /**
- * Terminates a script: TERM to its process group and to what left the group but not the session (as `timeout` and
- * `set -m` do), KILL to what is left after the grace period. By a command, because OpenSSH ignores signal requests for
- * root. In /proc/PID/stat, the name in parentheses is followed by: 1 state, 3 process group, 4 session, 20 start. Under
- * dropbear, the server's process for the connection leads session and group; it is older than the script's shell and
- * left alone, and that shell gets TERM first.
+ * Terminates a script: TERM to its process group and to what left the group but not the session (`timeout`, `set -m`),
+ * KILL after the grace period. By a command: OpenSSH ignores signal requests for root. In /proc/PID/stat, the name is
+ * followed by 1 state, 3 process group, 4 session, 20 start. Under dropbear, the server's process leads session and
+ * group; it is older than the script's shell and left alone, and that shell gets TERM first.
  */
-async function terminate(connection: Connection, { pid, session, start }: RemoteShell) {
+async function terminate(connection: Connection, { pid, session, start }: NonNullable<Preamble["shell"]>) {
   const grace = connection.target.CancelGracePeriod;
   const apart = pid !== session; // under dropbear, all channels of a connection are of one session
   const first = apart ? `${pid}` : `-${pid}`;
@@ -1724,14 +1697,13 @@ async function terminate(connection: Connection, { pid, session, start }: Remote
     `[ "$4" = ${session} ] && [ "$1" != Z ] && [ "\${20}" -ge ${start} ] || continue;`,
     '[ "$3" = "$skip" ] || [ "$i" = "$skip" ] || echo "$i"; done;',
     `[ -e /proc/self ] || { [ -z "$skip" ] && kill -0 ${first} && echo ${first}; }; }; skip=; set -- $(left);`,
-    // The grace period begins here, however long this shell took to start.
     `kill -TERM ${first}; skip=${pid}; kill -TERM $(left); skip=; sleep ${grace} >/dev/null 2>&1 & k=$!;`,
     'while [ -n "$(left)" ] && kill -0 $k; do sleep 0.1 || sleep 1; done; kill $k; i=0;',
     `kill -KILL ${first}; kill -KILL $(left);`,
     'while [ -n "$(left)" ] && [ $i -lt 10 ]; do i=$((i+1)); sleep 0.1 || { sleep 1; i=$((i+9)); }; done;',
     "echo fargate-terminated $# left $(left)", // how many processes there were, and those that KILL did not end
   ].join(" ");
-  // 8 s for the shell to start and KILL to take effect: less than the 10 s beside CancelGracePeriod of SECURITY.md.
+  // 8 s for this shell to start, and for KILL to take effect: less than the 10 s that SECURITY.md promises.
   const asking = { within: grace * 1000 + 8_000, apart };
   const answer = await ask(connection, `exec sh -c '${program}'`, new AbortController().signal, asking).catch(() => "");
   const [, found, left] = /^fargate-terminated (\d+) left(.*)$/m.exec(answer) ?? [];
@@ -1762,14 +1734,9 @@ export async function runScript(
   // In the login shell if that is the right one: what its start-up files define is then there for the script.
   const isRight = interpreter === "bash" ? loginShell === "bash" : /^(sh|dash|ash)$/.test(loginShell);
   const command = isRight ? program : `exec ${interpreter} -c '${program}' ${interpreter}`;
-  let reason: string | undefined;
-  let wasSilent = false;
+  let lastError: SshError | undefined;
   connection.client.on("error", (error: SshError) => {
-    reason = sshReason(error);
-    wasSilent = error.level === "client-timeout";
-  });
-  connection.client.on("close", () => {
-    reason ??= "the server closed the connection";
+    lastError = error;
   });
   const { channel, exit } = await execute(connection, command, stop);
   const errors = channel.stderr as Readable;
@@ -1788,9 +1755,8 @@ export async function runScript(
     sink.once("drain", () => source.resume());
   };
   channel.on("data", (chunk: Buffer) => {
-    const begun = preamble.shell !== undefined;
     write(channel, stdout, preamble.push(chunk));
-    if (begun || !preamble.shell) return;
+    if (!preamble.shell || channel.writableEnded) return;
     channel.write(script);
     channel.end(mark);
   });
@@ -1801,25 +1767,23 @@ export async function runScript(
     return Promise.all(writing);
   });
   const unread = () => channel.readableLength + errors.readableLength;
-  // ssh2 opens the channel's window again for what is read of one stream, however much of the other is unread: hold that
-  // back until there is room. The types lack this part of ssh2, whose version is pinned.
-  type Adjuster = { channelWindowAdjust(id: number, bytes: number): void };
-  const { _protocol: protocol } = connection.client as unknown as { _protocol: Adjuster };
-  const adjust = protocol.channelWindowAdjust.bind(protocol);
+  // For what is read of one stream, ssh2 opens the window of both again, however much of the other is unread: hold that
+  // back until there is room.
+  // @ts-expect-error: not in the types; the version of ssh2 is pinned
+  const protocol = connection.client._protocol;
+  const adjust: (id: number, bytes: number) => void = protocol.channelWindowAdjust.bind(protocol);
   const server = channel.outgoing as { id: number; state: string };
   let owed = 0;
-  const grant = () => {
+  const grant = (bytes: number) => {
+    owed += bytes;
     if (owed === 0 || unread() > MOST_WAITING || server.state === "closed") return;
     adjust(server.id, owed);
     owed = 0;
   };
-  protocol.channelWindowAdjust = (id, bytes) => {
-    if (id !== server.id || server.state === "closed") return adjust(id, bytes); // another channel, even with this number
-    owed += bytes;
-    grant();
-  };
-  for (const stream of [channel, errors]) stream.on("data", grant);
-  // ssh2 accepts what a server sends beyond its window.
+  // Once closed, the number may be another channel's.
+  protocol.channelWindowAdjust = (id: number, bytes: number) =>
+    id === server.id && server.state !== "closed" ? grant(bytes) : adjust(id, bytes);
+  for (const stream of [channel, errors]) stream.on("data", () => grant(0));
   connection.socket.on("data", () => {
     if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
@@ -1846,7 +1810,8 @@ export async function runScript(
         return "";
       });
       holders = holdersOf(await Promise.race([closes, answer]), preamble.pipes);
-      if (holders?.filter === false) most = Math.max(DRAIN.background, waited + DRAIN.silence); // of a filter that has just ended
+      // The filter may have ended just now: time for its last output.
+      if (holders?.filter === false) most = Math.max(DRAIN.background, waited + DRAIN.silence);
     }
     for (const stream of [channel, errors]) stream.removeAllListeners("data");
     await Promise.all(writing);
@@ -1860,40 +1825,34 @@ export async function runScript(
     if (status === undefined) {
       await over;
       await sleep(50); // a lost connection closes the channel first
-      reason ??= "the server closed the script's channel without an exit status";
+      const closed = connection.socket.destroyed ? "connection" : "script's channel without an exit status";
+      const reason = lastError ? sshReason(lastError) : `the server closed the ${closed}`;
+      const wasSilent = lastError?.level === "client-timeout";
       return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
     }
     await drain();
-    if (!preamble.shell)
-      throw new Failure("system", `the container's login shell ended with ${status} before it took the script`, {
-        problem: "startUpFile",
-      });
+    const what = `the container's login shell ended with ${status} before it took the script`;
+    if (!preamble.shell) throw new Failure("system", what, { problem: "startUpFile" });
     if (preamble.state !== "complete")
       throw new Failure("system", "the container's shell could not take the script whole: it needs cat");
     const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
     return { ended: "exited", code: Math.min(code, 255) }; // SSH allows larger ones
   };
 
-  const stopped = Promise.withResolvers<never>();
-  const onStop = async () => {
-    const { shell } = preamble;
-    if (shell) {
-      log.debug("terminating the script's session {session}", { session: shell.session });
-      const came = await terminate(connection, shell);
-      await Promise.race([over, sleep(1_000)]); // for its last output, which perhaps nobody reads
-      const exited = (await Promise.race([exit, undefined])) !== undefined; // by itself, in the same moment
-      if (came !== "terminated" && !(came === "not found" && exited))
-        log.warn("the script may still run in the container: {came}", { came });
-    }
-    connection.client.destroy();
-    stopped.reject(stop.reason);
-  };
-  const outcome = Promise.race([end(), stopped.promise]);
-  return withAbort(
-    stop,
-    onStop,
-    outcome.then((how) => (stop.aborted ? stopped.promise : how)),
-  );
+  const aborted = Promise.withResolvers<undefined>();
+  const outcome = await withAbort(stop, () => aborted.resolve(undefined), Promise.race([end(), aborted.promise]));
+  if (outcome && !stop.aborted) return outcome;
+  const { shell } = preamble;
+  if (shell) {
+    log.debug("terminating the script's session {session}", { session: shell.session });
+    const came = await terminate(connection, shell);
+    await Promise.race([over, sleep(1_000)]); // for its last output, which perhaps nobody reads
+    const exited = (await Promise.race([exit, undefined])) !== undefined; // by itself, in the same moment
+    if (came !== "terminated" && !(came === "not found" && exited))
+      log.warn("the script may still run in the container: {came}", { came });
+  }
+  connection.client.destroy();
+  throw stop.reason;
 }
 
 // 10. Stages ----------------------------------------------------------------------------------------------
