@@ -1498,11 +1498,13 @@ type Asking = { within?: number; apart?: boolean; report?: { errors: string; end
 async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
   const { within = 10_000, apart, report = { errors: "", ended: undefined } } = asking;
   const late = new AbortController();
-  const failure = new SshFailure("unreachable", `the container did not answer for ${Math.round(within / 1000)} s`);
+  const failure = new SshFailure("unreachable", `the container did not answer for ${within / 1000} s`);
   const timer = setTimeout(() => late.abort(failure), within);
   const bound = AbortSignal.any([signal, late.signal]);
-  const askOver = async (used: Connection) => {
-    const { channel, exit } = await execute(used, command, bound);
+  let own: Connection | undefined;
+  try {
+    if (apart) own = await connect(connection.target, within, bound);
+    const { channel, exit } = await execute(own ?? connection, command, bound);
     let output = "";
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 2 ** 20) output += chunk.toString();
@@ -1515,18 +1517,12 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     report.ended = await withAbort(bound, () => closed.reject(bound.reason), closed.promise);
     if (report.ended === undefined) throw new SshFailure("unreachable", "the connection was lost");
     return output;
-  };
-  const askApart = async () => {
-    const own = await connect(connection.target, within, bound);
-    return askOver(own).finally(() => own.client.end());
-  };
-  try {
-    return await (apart ? askApart() : askOver(connection));
   } catch (error) {
     if (apart || bound.aborted || connection.socket.destroyed) throw error;
-    return await askApart();
+    return await ask(connection, command, bound, { ...asking, apart: true });
   } finally {
     clearTimeout(timer);
+    own?.client.end();
   }
 }
 
@@ -1580,7 +1576,7 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
 const tool = (words: string) => `{ command ${words} 2>/dev/null || command -p ${words} 2>/dev/null; }`;
 
 /**
- * Passes on variables of the container's first process, unevaluated; what the login or a start-up file has set stays. In
+ * Passes on variables of the container's first process, unevaluated; what a login or start-up file has set stays. In
  * PATH, its value replaces sshd's part. sshd as first process has overwritten its own. \036 stands for line breaks.
  */
 function passEnvironment(patterns: readonly string[]): string {
@@ -1604,14 +1600,13 @@ function passEnvironment(patterns: readonly string[]): string {
 }
 
 /**
- * The program of the remote shell, which gets the script and the mark on standard input. It is one line without single
- * quotes, so that any login shell passes it on. It
+ * The program of the remote shell. The script comes on standard input, followed by the mark: no part of it is in an
+ * argument, a file or the environment. One line without single quotes, so that any login shell passes it on. It
  *  - undoes changes by start-up files: shell options, aliases, IFS. The assignment turns on bash's POSIX mode, in which
  *    no function replaces a special builtin; `command` ignores all other functions;
  *  - prints the first mark with its process id and /proc/PID/stat, then the pipes that it writes to;
  *  - reads the script into a variable, and goes on only if the mark follows it: a cut connection runs nothing of it;
- *  - prints the second mark, then evaluates the script in the same shell, with empty standard input. No part of the
- *    script is in an argument, a file or the environment.
+ *  - prints the second mark, then evaluates the script in the same shell, with empty standard input.
  */
 export function remoteProgram(mark: string, patterns: readonly string[] = []): string {
   const program = [
@@ -1649,8 +1644,7 @@ export class Preamble {
     const own = this.shell ? 0 : (first?.index ?? Math.max(data.length - 1_024, 0)); // bytes before the program's
     if (first) {
       const [, , , session, ...more] = first[2]?.replace(/^.*\) /, "").split(" ") ?? []; // after "pid (name) "
-      const pid = Number(first[1]);
-      this.shell = { pid, session: Number(session ?? pid), start: Number(more[15] ?? 0) };
+      this.shell = { pid: Number(first[1]), session: Number(session ?? first[1]), start: Number(more[15] ?? 0) };
     }
     const second = this.shell && new RegExp(`${this.mark} (complete|incomplete)\\n`).exec(text.slice(own));
     this.held = data.subarray(this.shell ? Math.max(own, data.length - 8_192) : own); // both marks are much shorter
@@ -1666,9 +1660,8 @@ const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500 } as c
 const MOST_LEFT = 16 * 2 ** 20; // bytes; more than sshd, the network and ssh2 hold of a script that has ended
 
 /**
- * Finds the processes that hold a channel open: those that can write to one of its pipes. One that reads from a pipe
- * itself is a filter, such as `tee` in `exec > >(tee log)`; any other is a process in the background.
- * @param listing lines such as "l-wx------ ... /proc/12/fd/1 -> pipe:[345]"
+ * Finds what holds a channel open, in a listing of /proc: the processes that can write to one of its pipes. One that
+ * reads from a pipe itself is a filter, such as `tee` in `exec > >(tee log)`; any other is a process in the background.
  * @returns a path to each pipe that is held, by its oldest process; undefined if the listing does not tell
  */
 export function holdersOf(listing: string, pipes: readonly string[]) {
@@ -1740,10 +1733,28 @@ export async function runScript(
   });
   const { channel, exit } = await execute(connection, command, stop);
   const errors = channel.stderr as Readable;
+  const unread = () => channel.readableLength + errors.readableLength;
+  // For what is read of one stream, ssh2 opens the window of both again, however much of the other is unread: hold that
+  // back until there is room.
+  // @ts-expect-error: not in the types; the version of ssh2 is pinned
+  const protocol = connection.client._protocol;
+  const adjust: (id: number, bytes: number) => void = protocol.channelWindowAdjust.bind(protocol);
+  const server = channel.outgoing as { id: number; state: string };
+  let owed = 0;
+  const grant = (bytes = 0) => {
+    owed += bytes;
+    if (owed === 0 || unread() > MOST_WAITING || server.state === "closed") return;
+    adjust(server.id, owed);
+    owed = 0;
+  };
+  // Once closed, the number may be another channel's.
+  protocol.channelWindowAdjust = (id: number, bytes: number) =>
+    id === server.id && server.state !== "closed" ? grant(bytes) : adjust(id, bytes);
   const preamble = new Preamble(mark);
   const writing = new Set<Promise<unknown>>(); // what no sink has taken yet
   let received = 0; // bytes
   const write = (source: Readable, sink: Writable, part: Buffer) => {
+    grant();
     if (part.length === 0) return;
     received += part.length;
     const { promise, resolve } = Promise.withResolvers<unknown>();
@@ -1766,24 +1777,6 @@ export async function runScript(
     if (!preamble.shell) write(channel, stdout, preamble.held);
     return Promise.all(writing);
   });
-  const unread = () => channel.readableLength + errors.readableLength;
-  // For what is read of one stream, ssh2 opens the window of both again, however much of the other is unread: hold that
-  // back until there is room.
-  // @ts-expect-error: not in the types; the version of ssh2 is pinned
-  const protocol = connection.client._protocol;
-  const adjust: (id: number, bytes: number) => void = protocol.channelWindowAdjust.bind(protocol);
-  const server = channel.outgoing as { id: number; state: string };
-  let owed = 0;
-  const grant = (bytes: number) => {
-    owed += bytes;
-    if (owed === 0 || unread() > MOST_WAITING || server.state === "closed") return;
-    adjust(server.id, owed);
-    owed = 0;
-  };
-  // Once closed, the number may be another channel's.
-  protocol.channelWindowAdjust = (id: number, bytes: number) =>
-    id === server.id && server.state !== "closed" ? grant(bytes) : adjust(id, bytes);
-  for (const stream of [channel, errors]) stream.on("data", () => grant(0));
   connection.socket.on("data", () => {
     if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
