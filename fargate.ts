@@ -1298,7 +1298,7 @@ const MOST_UNREAD = 32 * 2 ** 20; // unread output: a stream has two windows of 
 const MOST_GROWTH = 512 * 2 ** 20; // of the whole process
 const MOST_WAITING = 2 ** 20; // with more unread output, the server's window is not opened again
 
-/** Why SSH failed. A server's own words are quoted, so that nobody takes them for ours or for AWS's. */
+/** Why SSH failed. A server's own words are quoted or left out, so that nobody takes them for ours or for AWS's. */
 function sshReason(error: Error): string {
   if (error instanceof TypeError || error instanceof RangeError) return "the server broke the protocol";
   if (error.message.startsWith("Wrong signature type: ")) return "the server signs in another way than agreed";
@@ -1354,16 +1354,16 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   };
   limit(Math.min(silence, CONNECT_TIMEOUT), "nothing answered", "silent");
   const { toSend = 0 } = target;
-  const most = process.memoryUsage.rss() + MOST_GROWTH + 2 * toSend;
-  let looked = 0;
+  const maxRss = process.memoryUsage.rss() + MOST_GROWTH + 2 * toSend;
+  let checked = 0; // bytes read at the last check
   socket.on("data", () => {
     if (socket.writableLength > MOST_UNSENT + toSend)
       socket.destroy(new Error("the server makes requests and does not read the answers"));
-    if (socket.bytesRead < looked + 2 ** 20) return;
-    looked = socket.bytesRead;
+    if (socket.bytesRead < checked + 2 ** 20) return;
+    checked = socket.bytesRead;
     // bun is late to collect the garbage of many small packets.
-    if (process.memoryUsage.rss() > most - MOST_GROWTH / 2) Bun.gc(true);
-    if (process.memoryUsage.rss() > most) socket.destroy(new Error("the server makes this process too large"));
+    if (process.memoryUsage.rss() > maxRss - MOST_GROWTH / 2) Bun.gc(true);
+    if (process.memoryUsage.rss() > maxRss) socket.destroy(new Error("the server makes this process too large"));
   });
   socket.once("connect", () => limit(silence, "nothing answered", "silent"));
   socket.once("data", () => {
