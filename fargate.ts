@@ -1267,107 +1267,82 @@ export function pollPause(polls: number, addressKnown: boolean, random: number, 
 
 // 9. SSH --------------------------------------------------------------------------------------------------
 
-/** Where to log in, and how; the rest of `Config["SSH"]` says as whom and on which port. */
+/** The server to log in to, and how. */
 export interface SshTarget
   extends Pick<Config["SSH"], "Port" | "Username" | "KeepAliveInterval" | "CancelGracePeriod"> {
   readonly host: string;
   readonly privateKey: string;
   readonly hostKey?: Buffer; // the only server key that is accepted; undefined on first use, which pins it
-  readonly toSend?: number; // bytes that are to be sent at most, beside our own commands
+  readonly toSend?: number; // max bytes to send, besides our own commands
   readonly PassEnvironment?: readonly string[];
 }
 
 /** `target` is for a second connection to the same server. */
 export type Connection = Readonly<{ client: Client; hostKey: Buffer; socket: Socket; target: SshTarget }>;
 
-/** Why no connection came about. `unreachable` and `unverified` (ECS did not answer) may pass, the others are final. */
+/** Why there is no connection. `unreachable` and `unverified` (ECS did not answer) are transient, the others final. */
 export class SshFailure extends Failure {
-  constructor(
-    readonly why: "unreachable" | "unverified" | "login" | "host-key",
-    message: string,
-    cause: Cause = {},
-  ) {
+  readonly why: "unreachable" | "unverified" | "login" | "host-key";
+  constructor(why: SshFailure["why"], message: string, cause: Cause = {}) {
     super("system", message, cause);
+    this.why = why;
   }
 }
 
 /** The level that ssh2 gives its errors, and the operating system's code. */
 type SshError = Error & { level?: string; code?: unknown };
-const sshProblem = ({ level, code }: SshError): Problem =>
-  code === "ECONNREFUSED"
-    ? "refused"
-    : level === "handshake"
-      ? "algorithms"
-      : code === undefined
-        ? "noServer"
-        : "silent";
 
-// What a server that keeps to the protocol does not come near, in bytes; ssh2 has no bounds of its own.
-const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, beside the script: each of 36 bytes takes 1.5 KB
-const MOST_UNREAD = 32 * 2 ** 20; // what nobody has read yet: ssh2 lets a server send two windows of 2 MiB a stream
-const MOST_GROWTH = 512 * 2 ** 20; // what the whole process grows by
-const MOST_WAITING = 2 ** 20; // with so much unread, we let a server send no more
+// Bounds in bytes that a server which keeps to the protocol stays far below; ssh2 has none of its own.
+const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, besides the script: each of 36 bytes takes 1.5 KB
+const MOST_UNREAD = 32 * 2 ** 20; // unread output: a stream has two windows of 2 MiB, which ssh2 does not enforce
+const MOST_GROWTH = 512 * 2 ** 20; // of the whole process
+const MOST_WAITING = 2 ** 20; // with more unread output, the server's window is not opened again
 
-// The only ones that are taken. Under bun, ssh2 tests the prime of each exchange with a Diffie-Hellman group, and nothing
-// else happens meanwhile, for half a minute at 8192 bits. OpenSSH has had the others since 5.7.
-const KEX = [
-  "curve25519-sha256",
-  "curve25519-sha256@libssh.org",
-  "ecdh-sha2-nistp256",
-  "ecdh-sha2-nistp384",
-  "ecdh-sha2-nistp521",
-] as const;
-
-const GLOBAL_REQUEST = 80; // message number of RFC 4254
-
-/** A part of ssh2's client that it does not publish; its version is pinned. */
-interface WindowAdjuster {
-  channelWindowAdjust(id: number, bytes: number): void;
-}
-
-/** Why SSH failed. A server's own words are quoted, so that nobody takes them for ours or for AWS's. */
+/** Why SSH failed. A server's own words are quoted or left out, so that nobody takes them for ours or for AWS's. */
 function sshReason(error: Error): string {
   if (error instanceof TypeError || error instanceof RangeError) return "the server broke the protocol";
-  if (error.message.startsWith("Wrong signature type: ")) return "the server signs in another way than agreed"; // its words
+  if (error.message.startsWith("Wrong signature type: ")) return "the server signs in another way than agreed";
   const said = ("code" in error && typeof error.code === "number") || "reason" in error;
   return said ? `the server says "${printable(reasonOf(error)).replaceAll('"', "'").slice(0, 300)}"` : reasonOf(error);
 }
 
-const LOGIN_TIMEOUT = 30_000; // ms from the first packet to the login: busy hosts, name look-ups and PAM take long
+/** Waits for `promise`. `onAbort` is called if `signal` aborts meanwhile, or has aborted before. */
+async function withAbort<T>(signal: AbortSignal, onAbort: () => void, promise: Promise<T>): Promise<T> {
+  signal.addEventListener("abort", onAbort);
+  if (signal.aborted) onAbort();
+  return promise.finally(() => signal.removeEventListener("abort", onAbort));
+}
 
-const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt finds out sooner than TCP's own repetitions
-const LONGEST_SILENCE = 15_000; // ms from the TCP connection to the server's first bytes, at most
+const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt is faster than TCP's own retransmissions
+const LONGEST_SILENCE = 15_000; // max ms from the TCP connection to the server's first bytes
+const LOGIN_TIMEOUT = 30_000; // ms from those to the login: busy hosts, name look-ups and PAM take long
 
 /**
- * Logs in once.
- * @param silence ms from the TCP connection to the server's first bytes
- * @param onAnswer called when these have come
- * @throws {SshFailure}
+ * Logs in once. @throws {SshFailure}
+ * @param silence max ms from the TCP connection to the server's first bytes, which `onAnswer` reports
  */
 export async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
   const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net")]);
   // @ts-expect-error: no types; a table of functions by message number
   const { default: handlers } = await import("ssh2/lib/protocol/handlers.js");
   signal.throwIfAborted();
-  // None of a server's global requests concerns us. ssh2 would read the host keys that one may announce by regular
-  // expressions that take minutes for some texts, and keep them until the server proves that it has them.
-  handlers[GLOBAL_REQUEST] = (protocol: { requestFailure(): void; ping(): void }, payload: Buffer) => {
+  // Message 80 of RFC 4254, a global request: we need none. ssh2 would parse the host keys that a server announces by
+  // regular expressions that take minutes for some texts, and keep them until the server proves that it has them.
+  handlers[80] = (protocol: { requestFailure(): void; ping(): void }, payload: Buffer) => {
     const wantsReply = payload[5 + payload.readUInt32BE(1)]; // behind the request's name
     if (wantsReply) protocol.requestFailure();
-    // Unasked as well: else sshd's next packet waits 40 ms for TCP's acknowledgement of this one.
-    else protocol.ping();
+    else protocol.ping(); // without it, sshd's next packet waits 40 ms for TCP's acknowledgement of this one
   };
   const client = new Client();
   const socket = new Socket();
   socket.setNoDelay(true); // else each short packet may wait 40 ms for the last one's acknowledgement
-  const where = `${target.Username}@${target.host.replace(/.*:.*/, "[$&]")}:${target.Port}`; // as IPv6 is written in URLs
+  const where = `${target.Username}@${target.host.replace(/.*:.*/, "[$&]")}:${target.Port}`; // IPv6 as in URLs
   let hostKey: Buffer | undefined;
-  let changed = false;
+  const isChanged = () => hostKey !== undefined && target.hostKey?.equals(hostKey) === false;
   const done = Promise.withResolvers<Connection>();
   const end = (reason: unknown) => {
     done.reject(reason);
-    // After the login as well: ssh2 closes its own half after an error, and waits for a server that need not close.
-    client.destroy();
+    // After the login as well: after an error, ssh2 closes its own half only, and the server need not close the other.
     socket.destroy();
   };
   const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
@@ -1378,19 +1353,17 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     timer = setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
   };
   limit(Math.min(silence, CONNECT_TIMEOUT), "nothing answered", "silent");
-  const abort = () => end(signal.reason);
-  signal.addEventListener("abort", abort);
   const { toSend = 0 } = target;
-  const most = process.memoryUsage.rss() + MOST_GROWTH + 2 * toSend;
-  let looked = 0;
+  const maxRss = process.memoryUsage.rss() + MOST_GROWTH + 2 * toSend;
+  let checked = 0; // bytes read at the last check
   socket.on("data", () => {
     if (socket.writableLength > MOST_UNSENT + toSend)
       socket.destroy(new Error("the server makes requests and does not read the answers"));
-    if (socket.bytesRead < looked + 2 ** 20) return;
-    looked = socket.bytesRead;
-    // Of many small packets, bun collects the garbage late.
-    if (process.memoryUsage.rss() > most - MOST_GROWTH / 2) Bun.gc(true);
-    if (process.memoryUsage.rss() > most) socket.destroy(new Error("the server makes this process too large"));
+    if (socket.bytesRead < checked + 2 ** 20) return;
+    checked = socket.bytesRead;
+    // bun is late to collect the garbage of many small packets.
+    if (process.memoryUsage.rss() > maxRss - MOST_GROWTH / 2) Bun.gc(true);
+    if (process.memoryUsage.rss() > maxRss) socket.destroy(new Error("the server makes this process too large"));
   });
   socket.once("connect", () => limit(silence, "nothing answered", "silent"));
   socket.once("data", () => {
@@ -1401,11 +1374,14 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
     else fail("host-key", "the server let us in before it had shown its key", "hostKey");
   });
-  // Stays for the connection's life: an error event without a listener would end the process.
+  // This listener stays: an error event without one would end the process.
   client.on("error", (error: SshError) => {
-    if (changed) fail("host-key", "the server's key is not the one seen when the task was prepared", "hostKey");
-    else if (error.level === "client-authentication") fail("login", "the server refused the key", "key");
-    else fail("unreachable", sshReason(error), sshProblem(error));
+    const { level, code } = error;
+    if (isChanged()) fail("host-key", "the server's key is not the one seen when the task was prepared", "hostKey");
+    else if (level === "client-authentication") fail("login", "the server refused the key", "key");
+    else if (level === "handshake") fail("unreachable", sshReason(error), "algorithms");
+    else if (code === undefined) fail("unreachable", sshReason(error), "noServer");
+    else fail("unreachable", sshReason(error), code === "ECONNREFUSED" ? "refused" : "silent");
   });
   client.on("close", () => fail("unreachable", "the server closed the connection", "noServer"));
   try {
@@ -1417,104 +1393,92 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
       readyTimeout: 0,
       keepaliveInterval: target.KeepAliveInterval * 1000,
       keepaliveCountMax: 2,
-      // chacha20-poly1305 does not work under bun; ssh-rsa signs with SHA-1, which OpenSSH refuses since 8.8 as well.
       algorithms: {
-        cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] },
-        serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] },
-        kex: [...KEX],
-        compress: ["none"], // a few bytes of a server's could become many
+        cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] }, // does not work under bun
+        serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] }, // SHA-1, which OpenSSH 8.8 refuses as well
+        // No Diffie-Hellman group: under bun, ssh2 tests its prime in each exchange, which blocks this process for half
+        // a minute at 8192 bits. OpenSSH has had ECDH since 5.7.
+        kex: [
+          "curve25519-sha256",
+          "curve25519-sha256@libssh.org",
+          "ecdh-sha2-nistp256",
+          "ecdh-sha2-nistp384",
+          "ecdh-sha2-nistp521",
+        ],
+        compress: ["none"], // a few bytes from a server could become many
       },
       hostVerifier: (key: Buffer) => {
         hostKey = Buffer.from(key);
-        changed = target.hostKey !== undefined && !target.hostKey.equals(hostKey);
-        return !changed;
+        return !isChanged();
       },
     });
-    return await done.promise;
+    return await withAbort(signal, () => end(signal.reason), done.promise);
   } catch (error) {
     socket.destroy(); // also when connect itself throws, for a key that it cannot read
     throw error instanceof Failure ? error : new SshFailure("login", `${where}: ${reasonOf(error)}`);
   } finally {
     clearTimeout(timer);
-    signal.removeEventListener("abort", abort);
   }
 }
 
-// In ms, but for `open`. Attempts overlap until one is answered: packets to an address that is not up yet may be
-// dropped. After each silent attempt, the next waits longer for the first bytes: a busy server may need that. A login that
-// the server refused makes a pause: the key may come later, and OpenSSH 9.8 bars an address that failed for 5 s.
+// In ms, except `open`. Attempts overlap until one is answered: packets to an address that is not up may be dropped.
+// A refused login makes a pause: the key may come later, and OpenSSH 9.8 bars an address that failed for 5 s.
 const LOGIN = { every: 250, open: 4, pauseAfterRefusal: 5_000 } as const;
 
-/**
- * Tries to log in until it works.
- * @param onFailure hears of each attempt that failed
- * @throws the reason of `signal`; it never gives up by itself
- */
+/** Tries to log in until it works or `signal` aborts; reports each failed attempt. @throws the reason of `signal` */
 export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failure: SshFailure) => void) {
   const won = Promise.withResolvers<Connection>();
   const over = new AbortController();
-  let open = 0;
-  let answered = 0;
+  const ended = AbortSignal.any([signal, over.signal]);
+  const open = new Map<symbol, boolean>(); // attempts, and whether the server has answered them
   let pause = 0;
   let silence = CONNECT_TIMEOUT;
   const attempt = async () => {
-    if (--pause > 0 || open >= LOGIN.open || answered > 0) return;
-    open++;
-    let answers = 0;
+    if (--pause > 0 || open.size >= LOGIN.open || [...open.values()].includes(true)) return;
+    const own = Symbol();
+    open.set(own, false);
     const begun = performance.now();
     try {
-      const connection = await connect(target, silence, over.signal, () => {
-        answers = 1;
-        answered++;
-      });
-      if (over.signal.aborted) return void connection.client.destroy();
-      over.abort(new SshFailure("unreachable", "no longer needed"));
+      const connection = await connect(target, silence, ended, () => open.set(own, true));
+      if (ended.aborted) return void connection.client.destroy();
+      over.abort();
       won.resolve(connection);
     } catch (error) {
-      if (over.signal.aborted) return;
+      if (ended.aborted) return;
       const failure = error as SshFailure;
+      // A busy server may need longer for its first bytes: the next attempt waits longer.
       if (performance.now() - begun >= silence) silence = Math.min(Math.round(silence / 800) * 1_000, LONGEST_SILENCE);
       if (failure.why === "login") pause = LOGIN.pauseAfterRefusal / LOGIN.every;
       onFailure(failure);
     } finally {
-      open--;
-      answered -= answers;
+      open.delete(own);
     }
   };
   const timer = setInterval(attempt, LOGIN.every);
-  const abort = () => won.reject(signal.reason);
-  signal.addEventListener("abort", abort);
-  if (signal.aborted) abort();
-  else attempt();
-  return won.promise.finally(() => {
-    clearInterval(timer);
-    signal.removeEventListener("abort", abort);
-    over.abort(new SshFailure("unreachable", "no longer needed"));
-  });
+  attempt();
+  return withAbort(signal, () => won.reject(signal.reason), won.promise).finally(() => clearInterval(timer));
 }
 
 /** A command's exit code, or the signal that ended it; undefined when its channel closed without either. */
 type Exit = number | NodeJS.Signals | undefined;
 
-/** Opens a channel that executes a command in the login user's shell; `signal` ends the connection until it is open. */
+/** Opens a channel that runs a command in the login shell. An abort of `signal` before that ends the connection. */
 async function execute({ client }: Connection, command: string, signal: AbortSignal) {
   signal.throwIfAborted();
   const opened = Promise.withResolvers<{ channel: ClientChannel; exit: Promise<Exit> }>();
   const fail = (text: string) => opened.reject(new SshFailure("unreachable", text));
   const lost = () => (signal.aborted ? opened.reject(signal.reason) : fail("the connection was lost"));
-  const abort = () => client.destroy();
   client.once("close", lost);
-  signal.addEventListener("abort", abort);
   try {
     client.exec(command, (error, channel) => {
       if (error) return fail(`the server opened no channel: ${sshReason(error)}`);
-      // ssh2 cuts what is written into packets of this size: of none, for ever and without a pause.
+      // ssh2 cuts what is written into packets of this size: for a size of 0, in an endless loop.
       const { packetSize } = channel.outgoing as { packetSize: number };
       if (packetSize < 1024) {
         opened.reject(new Failure("system", `the server takes packets of ${packetSize} bytes only`));
         return client.destroy();
       }
-      // At once: all that a short command has to say can come in the packet that opens its channel.
+      // At once: the packet that opens the channel may hold all that a short command has to say.
       const exit = new Promise<Exit>((ended) => {
         channel.on("exit", (code: number | null, name?: string) => ended(code ?? (name as NodeJS.Signals)));
         channel.on("close", () => ended(undefined));
@@ -1522,30 +1486,19 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
       opened.resolve({ channel, exit });
     });
   } catch {
-    lost(); // let in and cut off in one breath
+    lost(); // authenticated, then disconnected
   }
-  return opened.promise.finally(() => {
-    client.removeListener("close", lost);
-    signal.removeEventListener("abort", abort);
-  });
+  return withAbort(signal, () => client.destroy(), opened.promise).finally(() => client.off("close", lost));
 }
 
-/** How `ask` asks. */
-interface Asking {
-  readonly within?: number; // ms
-  readonly apart?: boolean; // over a connection of its own
-  readonly report?: { errors: string; ended: Exit }; // gets its standard error and how it ended
-}
+/** `within`: ms; `apart`: over a connection of its own; `report`: gets standard error and how the command ended. */
+type Asking = { within?: number; apart?: boolean; report?: { errors: string; ended: Exit } };
 
-/**
- * Runs a short command of our own, and returns at most 1 MiB of its standard output. If the server opens no channel for
- * it, as with `MaxSessions 1` beside a script, it gets a connection of its own.
- */
+/** Runs a short command, if need be (MaxSessions 1) over a new connection; returns up to 1 MiB of standard output. */
 async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
   const { within = 10_000, apart, report = { errors: "", ended: undefined } } = asking;
-  const begun = performance.now();
   const late = new AbortController();
-  const failure = new SshFailure("unreachable", `the container did not answer for ${Math.round(within / 1000)} s`);
+  const failure = new SshFailure("unreachable", `the container did not answer for ${within / 1000} s`);
   const timer = setTimeout(() => late.abort(failure), within);
   const bound = AbortSignal.any([signal, late.signal]);
   let own: Connection | undefined;
@@ -1559,39 +1512,33 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     channel.stderr.on("data", (chunk: Buffer) => {
       if (report.errors.length < 65_536) report.errors += chunk.toString();
     });
-    report.ended = await new Promise<Exit>((resolve, reject) => {
-      channel.on("close", () => resolve(exit));
-      bound.addEventListener("abort", () => reject(bound.reason));
-    });
+    const closed = Promise.withResolvers<Exit>();
+    channel.on("close", () => closed.resolve(exit));
+    report.ended = await withAbort(bound, () => closed.reject(bound.reason), closed.promise);
     if (report.ended === undefined) throw new SshFailure("unreachable", "the connection was lost");
     return output;
   } catch (error) {
     if (apart || bound.aborted || connection.socket.destroyed) throw error;
-    const left = within - (performance.now() - begun);
-    return await ask(connection, command, signal, { ...asking, within: left, apart: true });
+    return await ask(connection, command, bound, { ...asking, apart: true });
   } finally {
     clearTimeout(timer);
     own?.client.end();
   }
 }
 
-/**
- * Which shells a container has.
- * @returns `warning`: PassEnvironment has no effect, and the image does not pass those variables by itself either
- * @throws {Failure} with the login shell's own output when it runs no command
- */
+/** Finds the shells; `warning` says why PassEnvironment cannot work. @throws {Failure} with the login shell's output */
 export async function findShells(connection: Connection, signal: AbortSignal) {
   // Absolute paths, because a start-up file may have broken PATH; `sh -c`, so that any login shell understands it.
   const question = [
     'PATH=$PATH:/usr/local/bin:/usr/bin:/bin; echo "fargate-shells $SHELL $(command -v bash || command -v sh)";',
     "n=; { read -r n </proc/1/comm; } 2>/dev/null; s=closed; { true </proc/1/environ; } 2>/dev/null && s=open;",
-    'command -v tr >/dev/null || s=tr; [ "$n" = sshd ] && s=sshd;', // sshd overwrites its own with its title
-    // ECS sets AWS_* and ECS_* in every container: an image that passes them knows how to.
+    'command -v tr >/dev/null || s=tr; [ "$n" = sshd ] && s=sshd;',
+    // ECS sets AWS_* and ECS_* in every container: if the session has some, the image passes the variables itself.
     'env | grep -Eq "^(FARGATE_ENVIRONMENT|(AWS|ECS)_[A-Z0-9_]+)=" && s=passed; echo "fargate-environment $s"',
   ].join(" ");
-  const report: Asking["report"] = { errors: "", ended: undefined };
+  const report = { errors: "", ended: undefined as Exit };
   const output = await ask(connection, `exec /bin/sh -c '${question}'`, signal, { report });
-  const [, login, best] = /fargate-shells (\S*) (\S+)/.exec(output) ?? [];
+  const [, login = "", best] = /fargate-shells (\S*) (\S+)/.exec(output) ?? [];
   if (!best) {
     const said = `${output}\n${report.errors}`.split("\n").filter((line) => line.trim() !== "");
     const how = `it ended with ${report.ended}${said.length > 0 ? ":" : " and said nothing"}`;
@@ -1609,10 +1556,10 @@ export async function findShells(connection: Connection, signal: AbortSignal) {
   const instead = 'start sshd with -o "SetEnv=NAME=$NAME ..." (see the README), or set PassEnvironment = []';
   const isLost = state && connection.target.PassEnvironment?.length;
   const warning = isLost ? `PassEnvironment has no effect: ${reasons[state]}; ${instead}` : undefined;
-  return { Interpreter, LoginShell: login?.split("/").at(-1) ?? "", warning };
+  return { Interpreter, LoginShell: login.replace(/^.*\//, ""), warning };
 }
 
-/** The shell that a script's beginning asks for. @throws {Failure} for any but bash and sh: the wrong shell does harm */
+/** The shell that a script's first line asks for. @throws {Failure} for any but bash and sh: a wrong one does harm */
 export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): "bash" | "sh" {
   const start = script.subarray(0, 256).toString("latin1");
   const [, named = "bash"] = /^#!\s*(?:\S*\/env\s+(?:-\S+\s+)*)?(\S+)/.exec(start) ?? [];
@@ -1625,13 +1572,12 @@ export function interpreterOf(script: Buffer, best: TaskRecord["Interpreter"]): 
   throw new Failure("system", `the script is for ${name}, but ${instead}`);
 }
 
-/** Runs a program of the image, also if a start-up file has broken PATH or defined a function of that name. */
+/** Runs a program of the image, even if a start-up file has broken PATH or defined a function of that name. */
 const tool = (words: string) => `{ command ${words} 2>/dev/null || command -p ${words} 2>/dev/null; }`;
 
 /**
- * The part of `remoteProgram` that passes variables of the container's first process to the script, as if the session
- * had begun with them: what a login or a start-up file has set stays, also what it has put around sshd's PATH. No value
- * is evaluated. sshd as first process has lost its environment. Meanwhile \036 stands for the line breaks of a value.
+ * Passes on variables of the container's first process, unevaluated; what a login or start-up file has set stays. In
+ * PATH, its value replaces sshd's part. sshd as first process has overwritten its own. \036 stands for line breaks.
  */
 function passEnvironment(patterns: readonly string[]): string {
   const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"; // what a range means depends on the locale
@@ -1654,14 +1600,13 @@ function passEnvironment(patterns: readonly string[]): string {
 }
 
 /**
- * The program that the remote shell runs, with the script and the mark on its standard input. On one line and without
- * single quotes, so that any login shell passes it on. It
- *  - undoes what start-up files may have changed in how a shell works: options, aliases, IFS. In bash's POSIX mode, which
- *    begins with the assignment, no function replaces a special builtin, and `command` passes over all other functions;
+ * The program of the remote shell. The script comes on standard input, followed by the mark: no part of it is in an
+ * argument, a file or the environment. One line without single quotes, so that any login shell passes it on. It
+ *  - undoes changes by start-up files: shell options, aliases, IFS. The assignment turns on bash's POSIX mode, in which
+ *    no function replaces a special builtin; `command` ignores all other functions;
  *  - prints the first mark with its process id and /proc/PID/stat, then the pipes that it writes to;
- *  - reads the whole script into a variable and looks for the mark behind it, so that a cut connection runs nothing of it;
- *  - prints the second mark, then evaluates the script in this same shell, with empty standard input. The script's end
- *    is the shell's end. No part of the script is in an argument, a file or the environment.
+ *  - reads the script into a variable, and goes on only if the mark follows it: a cut connection runs nothing of it;
+ *  - prints the second mark, then evaluates the script in the same shell, with empty standard input.
  */
 export function remoteProgram(mark: string, patterns: readonly string[] = []): string {
   const program = [
@@ -1679,24 +1624,13 @@ export function remoteProgram(mark: string, patterns: readonly string[] = []): s
   return `POSIXLY_CORRECT=1; ${neutral}; \\eval "${program.replace(/[\\"$`]/g, "\\$&")}"`;
 }
 
-/**
- * The command that runs `program`: as it is when the login shell is the wanted one (what its start-up files define
- * is then there for the script, as with the official driver), else handed to the wanted one.
- */
-export function remoteCommand(program: string, interpreter: "bash" | "sh", loginShell: string): string {
-  const same = interpreter === "bash" ? loginShell === "bash" : /^(sh|dash|ash)$/.test(loginShell);
-  return same ? program : `exec ${interpreter} -c '${program}' ${interpreter}`;
-}
-
-/** The shell that evaluates a script; `start` is in ticks since the boot. Without /proc, it counts as its session's leader. */
-export type RemoteShell = Readonly<{ pid: number; session: number; start: number }>;
-
-/** Reads what `remoteProgram` prints ahead of the script's output, across the boundaries of chunks. */
+/** Takes what `remoteProgram` prints out of the output, wherever that is cut into chunks. */
 export class Preamble {
-  shell: RemoteShell | undefined; // known from the first mark on
+  /** Known from the first mark on. `start`: ticks since the boot. Without /proc, it counts as its session's leader. */
+  shell: Readonly<{ pid: number; session: number; start: number }> | undefined;
   pipes: readonly string[] = []; // such as pipe:[123]: the shell's standard output and error
   state: "pending" | "incomplete" | "complete" = "pending";
-  held: Buffer = Buffer.alloc(0); // maybe part of a mark; of start-up files' output if the stream ends without one
+  held: Buffer = Buffer.alloc(0); // may be part of a mark; if none came, the output of start-up files
 
   constructor(readonly mark: string) {}
 
@@ -1705,40 +1639,34 @@ export class Preamble {
     if (this.state !== "pending") return chunk;
     const data = Buffer.concat([this.held, chunk]);
     const text = data.toString("latin1");
-    // Start-up files may print the program itself, as `ps` does: there, the lines of the marks do not end like this.
+    // A start-up file may show the program itself, as by `ps`: no number follows the mark there.
     const first = this.shell ? undefined : new RegExp(`${this.mark} (\\d{1,10}) (.{0,600})\\n`).exec(text);
-    const own = this.shell ? 0 : (first?.index ?? Math.max(data.length - 1_024, 0)); // length of what is not the program's
+    const own = this.shell ? 0 : (first?.index ?? Math.max(data.length - 1_024, 0)); // bytes before the program's
     if (first) {
       const [, , , session, ...more] = first[2]?.replace(/^.*\) /, "").split(" ") ?? []; // after "pid (name) "
-      const pid = Number(first[1]);
-      this.shell = { pid, session: Number(session ?? pid), start: Number(more[15] ?? 0) };
+      this.shell = { pid: Number(first[1]), session: Number(session ?? first[1]), start: Number(more[15] ?? 0) };
     }
     const second = this.shell && new RegExp(`${this.mark} (complete|incomplete)\\n`).exec(text.slice(own));
     this.held = data.subarray(this.shell ? Math.max(own, data.length - 8_192) : own); // both marks are much shorter
     if (!second) return data.subarray(0, own);
     this.state = second[1] as "incomplete" | "complete";
     this.pipes = second.input.slice(0, second.index).match(/\w+:\[\d+\]$/gm) ?? [];
-    this.held = Buffer.alloc(0);
     return Buffer.concat([data.subarray(0, own), data.subarray(own + second.index + second[0].length)]);
   }
 }
 
-// How long a script's output is waited for when its shell has exited and its channel stays open, in ms.
+// How long to wait for a script's output when its shell has exited and its channel stays open, in ms.
 const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500 } as const;
 const MOST_LEFT = 16 * 2 ** 20; // bytes; more than sshd, the network and ssh2 hold of a script that has ended
-const LIST_DESCRIPTORS = "exec sh -c 'ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null'";
 
 /**
- * What holds a channel open: the processes that can write to one of its pipes. One that reads from a pipe itself is a
- * filter, such as `tee` in `exec > >(tee log)`; any other is a process in the background.
- * @param listing what LIST_DESCRIPTORS prints: "l-wx------ ... /proc/12/fd/1 -> pipe:[345]"
+ * Finds what holds a channel open, in a listing of /proc: the processes that can write to one of its pipes. One that
+ * reads from a pipe itself is a filter, such as `tee` in `exec > >(tee log)`; any other is a process in the background.
  * @returns a path to each pipe that is held, by its oldest process; undefined if the listing does not tell
  */
 export function holdersOf(listing: string, pipes: readonly string[]) {
-  const pattern = /^l.(?<mode>.).* \/proc\/(?<pid>\d+)\/fd\/(?<fd>\d) -> (?<target>.+)$/gm;
-  const links = [...listing.matchAll(pattern)].map(
-    ({ groups }) => groups as Record<"mode" | "pid" | "fd" | "target", string>,
-  );
+  const found = listing.matchAll(/^l.(.).* \/proc\/(\d+)\/fd\/(\d) -> (.+)$/gm);
+  const links = [...found].map(([, mode, pid, fd, target = ""]) => ({ mode, pid, fd, target }));
   if (links.length === 0 || pipes.length === 0) return undefined;
   const writers = links.filter(({ mode, target }) => mode === "w" && pipes.includes(target));
   const readers = links.filter(({ fd, target }) => fd === "0" && target.startsWith("pipe:")).map(({ pid }) => pid);
@@ -1748,15 +1676,16 @@ export function holdersOf(listing: string, pipes: readonly string[]) {
 }
 
 /**
- * Terminates a script: TERM to its process group and to what left the group but not the session (`timeout` and `set -m`
- * do), KILL to what is left after `grace` seconds. By a command, because OpenSSH ignores signal requests for root. Prints
- * how many processes there were, and those that could not be ended. In /proc/PID/stat, the name in parentheses is followed
- * by: 1 state, 3 process group, 4 session, 20 start. Under dropbear, the server's process for the connection leads session
- * and group; it is older than the script's shell and left alone, and that shell gets TERM first.
+ * Terminates a script: TERM to its process group and to what left the group but not the session (`timeout`, `set -m`),
+ * KILL after the grace period. By a command: OpenSSH ignores signal requests for root. In /proc/PID/stat, the name is
+ * followed by 1 state, 3 process group, 4 session, 20 start. Under dropbear, the server's process leads session and
+ * group; it is older than the script's shell and left alone, and that shell gets TERM first.
  */
-export function terminateProgram({ pid, session, start }: RemoteShell, grace: number): string {
-  const first = pid === session ? `-${pid}` : `${pid}`;
-  return [
+async function terminate(connection: Connection, { pid, session, start }: NonNullable<Preamble["shell"]>) {
+  const grace = connection.target.CancelGracePeriod;
+  const apart = pid !== session; // under dropbear, all channels of a connection are of one session
+  const first = apart ? `${pid}` : `-${pid}`;
+  const program = [
     'left() { for f in /proc/[0-9]*/stat; do { read -r l <"$f"; } 2>/dev/null || continue; i=${l%% *}; set -- ${l##*) };',
     `[ "$4" = ${session} ] && [ "$1" != Z ] && [ "\${20}" -ge ${start} ] || continue;`,
     '[ "$3" = "$skip" ] || [ "$i" = "$skip" ] || echo "$i"; done;',
@@ -1765,78 +1694,80 @@ export function terminateProgram({ pid, session, start }: RemoteShell, grace: nu
     'while [ -n "$(left)" ] && kill -0 $k; do sleep 0.1 || sleep 1; done; kill $k; i=0;',
     `kill -KILL ${first}; kill -KILL $(left);`,
     'while [ -n "$(left)" ] && [ $i -lt 10 ]; do i=$((i+1)); sleep 0.1 || { sleep 1; i=$((i+9)); }; done;',
-    "echo fargate-terminated $# left $(left)",
+    "echo fargate-terminated $# left $(left)", // how many processes there were, and those that KILL did not end
   ].join(" ");
-}
-
-// ms beside CancelGracePeriod, less than the 10 s that SECURITY.md promises: until the shell that terminates has started
-// and KILL has had its effect; then for the script's last output.
-const TERMINATE = { command: 8_000, output: 1_000 } as const;
-
-/** Terminates a script. The grace period begins when it has got TERM, however long the shell takes to start. */
-async function terminate(connection: Connection, shell: RemoteShell) {
-  const grace = connection.target.CancelGracePeriod;
-  const command = `exec sh -c '${terminateProgram(shell, grace)}'`;
-  const apart = shell.pid !== shell.session; // under dropbear, all channels of a connection are of one session
-  const asking = { within: grace * 1000 + TERMINATE.command, apart };
-  const answer = await ask(connection, command, new AbortController().signal, asking).catch(() => "");
+  // 8 s for this shell to start, and for KILL to take effect: less than the 10 s that SECURITY.md promises.
+  const asking = { within: grace * 1000 + 8_000, apart };
+  const answer = await ask(connection, `exec sh -c '${program}'`, new AbortController().signal, asking).catch(() => "");
   const [, found, left] = /^fargate-terminated (\d+) left(.*)$/m.exec(answer) ?? [];
   if (found === undefined) return "no answer";
   if (left?.trim()) return "not ended";
   return found === "0" ? "not found" : "terminated";
 }
 
-/** How a script ended. */
+/** How a script ended. `begun`: some of it may have run; `wasSilent`: the server answered no keep-alive. */
 export type Outcome =
   | { readonly ended: "exited"; readonly code: number }
-  // begun: some of it may have run; wasSilent: the server answered no keep-alive
   | { readonly ended: "lost"; readonly begun: boolean; readonly wasSilent: boolean; readonly reason: string };
 
 /**
- * Runs a script over a connection and passes its output on. Aborting `stop` ends the script and its processes first.
+ * Runs a script over a connection and passes its output on. If `stop` aborts, it ends the script's processes first.
  * @returns how it ended; death by signal n counts as 128 + n, as in a shell
- * @throws {Failure} when the container's shell cannot take the script; the reason of `stop`
+ * @throws {Failure} if the container's shell cannot take the script; the reason of `stop`
  */
 export async function runScript(
   connection: Connection,
   script: Buffer,
-  shells: { interpreter: "bash" | "sh"; loginShell: string },
+  { interpreter, loginShell }: { interpreter: "bash" | "sh"; loginShell: string },
   { stop, log, stdout, stderr }: Pick<Context, "stop" | "log"> & Sinks,
 ): Promise<Outcome> {
   const mark = `fargate-${randomBytes(16).toString("hex")}`;
   if (script.includes(0)) throw new Failure("system", "the script has NUL characters, which no shell can take");
   const program = remoteProgram(mark, connection.target.PassEnvironment);
-  const command = remoteCommand(program, shells.interpreter, shells.loginShell);
-  let reason: string | undefined;
-  let wasSilent = false;
+  // In the login shell if that is the right one: what its start-up files define is then there for the script.
+  const isRight = interpreter === "bash" ? loginShell === "bash" : /^(sh|dash|ash)$/.test(loginShell);
+  const command = isRight ? program : `exec ${interpreter} -c '${program}' ${interpreter}`;
+  let lastError: SshError | undefined;
   connection.client.on("error", (error: SshError) => {
-    reason = sshReason(error);
-    wasSilent = error.level === "client-timeout";
-  });
-  connection.client.on("close", () => {
-    reason ??= "the server closed the connection";
+    lastError = error;
   });
   const { channel, exit } = await execute(connection, command, stop);
   const errors = channel.stderr as Readable;
+  const unread = () => channel.readableLength + errors.readableLength;
+  // For what is read of one stream, ssh2 opens the window of both again, however much of the other is unread: hold that
+  // back until there is room.
+  // @ts-expect-error: not in the types; the version of ssh2 is pinned
+  const protocol = connection.client._protocol;
+  const adjust: (id: number, bytes: number) => void = protocol.channelWindowAdjust.bind(protocol);
+  const server = channel.outgoing as { id: number; state: string };
+  let owed = 0;
+  const grant = (bytes = 0) => {
+    owed += bytes;
+    if (owed === 0 || unread() > MOST_WAITING || server.state === "closed") return;
+    adjust(server.id, owed);
+    owed = 0;
+  };
+  // Once closed, the number may be another channel's.
+  protocol.channelWindowAdjust = (id: number, bytes: number) =>
+    id === server.id && server.state !== "closed" ? grant(bytes) : adjust(id, bytes);
   const preamble = new Preamble(mark);
   const writing = new Set<Promise<unknown>>(); // what no sink has taken yet
   let received = 0; // bytes
   const write = (source: Readable, sink: Writable, part: Buffer) => {
+    grant();
     if (part.length === 0) return;
     received += part.length;
-    let room = true;
-    const written: Promise<unknown> = new Promise((done) => {
-      room = sink.write(part, done);
-    }).then(() => writing.delete(written));
-    writing.add(written);
-    if (room || source.isPaused()) return;
+    const { promise, resolve } = Promise.withResolvers<unknown>();
+    const hasRoom = sink.write(part, resolve);
+    writing.add(promise);
+    promise.then(() => writing.delete(promise));
+    if (hasRoom || source.isPaused()) return;
     source.pause();
     sink.once("drain", () => source.resume());
   };
   channel.on("data", (chunk: Buffer) => {
-    const begun = preamble.shell !== undefined;
     write(channel, stdout, preamble.push(chunk));
-    if (begun || !preamble.shell) return;
+    if (!preamble.shell || channel.writableEnded) return;
     channel.write(script);
     channel.end(mark);
   });
@@ -1846,101 +1777,75 @@ export async function runScript(
     if (!preamble.shell) write(channel, stdout, preamble.held);
     return Promise.all(writing);
   });
-  const unread = () => channel.readableLength + errors.readableLength;
-  // For a word on one stream, ssh2 opens the window of both anew, however much of the other waits: not before there is room.
-  const { _protocol: protocol } = connection.client as unknown as { _protocol: WindowAdjuster };
-  const adjust = protocol.channelWindowAdjust.bind(protocol);
-  const server = channel.outgoing as { id: number; state: string };
-  let owed = 0;
-  const grant = () => {
-    if (owed === 0 || unread() > MOST_WAITING || server.state === "closed") return;
-    adjust(server.id, owed);
-    owed = 0;
-  };
-  protocol.channelWindowAdjust = (id, bytes) => {
-    if (id !== server.id || server.state === "closed") return adjust(id, bytes); // another channel's, of that number too
-    owed += bytes;
-    grant();
-  };
-  for (const stream of [channel, errors]) stream.on("data", grant);
-  // ssh2 takes in what a server sends beyond its window.
   connection.socket.on("data", () => {
     if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
 
-  /** Waits until the channel has closed, or what holds it open is not waited for any longer. */
+  /** Waits until the channel has closed, or has been held open for too long. */
   const drain = async () => {
     const before = received;
-    let holders: ReturnType<typeof holdersOf>;
-    let filter = true; // until it is known: nothing of a filter's output must be lost
+    let holders: ReturnType<typeof holdersOf>; // until they are known, as if a filter: none of its output must be lost
     let most: number = DRAIN.filter;
     const closes = over.then(() => "");
+    const askSoon = (program: string) => ask(connection, `exec sh -c '${program}'`, stop, { within: DRAIN.background });
     for (let waited = 0, quiet = 0; waited < most; ) {
       const seen = received;
+      const inBackground = holders?.filter === false;
       if ((await Promise.race([closes, delay(DRAIN.tick)])) === "" || stop.aborted) return;
-      // Time counts only while output is read and written, or comes from a process in the background.
+      // Time does not count while the sinks take the rest of the script's output.
       if (writing.size > 0 && received - before < MOST_LEFT) continue;
       waited += DRAIN.tick;
       quiet = received === seen ? quiet + DRAIN.tick : 0;
-      if (!filter && quiet >= DRAIN.silence) break;
-      if (!filter || waited % DRAIN.silence !== 2 * DRAIN.tick) continue; // most filters end before the first question
-      const answer = ask(connection, LIST_DESCRIPTORS, stop, { within: DRAIN.background }).catch(() => {
+      if (inBackground && quiet >= DRAIN.silence) break;
+      if (inBackground || waited % DRAIN.silence !== 2 * DRAIN.tick) continue; // most filters end before the first look
+      const answer = askSoon("ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null").catch(() => {
         waited += DRAIN.background;
         return "";
       });
       holders = holdersOf(await Promise.race([closes, answer]), preamble.pipes);
-      filter = holders?.filter ?? true;
-      if (!filter) most = Math.max(DRAIN.background, waited + DRAIN.silence); // of a filter that has just ended
+      // The filter may have ended just now: time for its last output.
+      if (holders?.filter === false) most = Math.max(DRAIN.background, waited + DRAIN.silence);
     }
     for (const stream of [channel, errors]) stream.removeAllListeners("data");
     await Promise.all(writing);
     if (!holders?.paths.length) return;
-    // With no reader left, SIGPIPE would end a process in the background.
-    const keepReading = `for f in ${holders.paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done`;
-    await ask(connection, `exec sh -c '${keepReading}'`, stop, { within: DRAIN.background }).catch(() => {});
+    // Somebody must go on reading the pipes: else SIGPIPE would end the process in the background.
+    await askSoon(`for f in ${holders.paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done`).catch(() => {});
   };
 
   const end = async (): Promise<Outcome> => {
     const status = await exit;
     if (status === undefined) {
       await over;
-      await sleep(50); // the end of the connection, where that is the cause, is told after the channel's
-      reason ??= "the server closed the script's channel without an exit status";
+      await sleep(50); // a lost connection closes the channel first
+      const closed = connection.socket.destroyed ? "connection" : "script's channel without an exit status";
+      const reason = lastError ? sshReason(lastError) : `the server closed the ${closed}`;
+      const wasSilent = lastError?.level === "client-timeout";
       return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
     }
     await drain();
-    if (!preamble.shell)
-      throw new Failure("system", `the container's login shell ended with ${status} before it took the script`, {
-        problem: "startUpFile",
-      });
+    const what = `the container's login shell ended with ${status} before it took the script`;
+    if (!preamble.shell) throw new Failure("system", what, { problem: "startUpFile" });
     if (preamble.state !== "complete")
       throw new Failure("system", "the container's shell could not take the script whole: it needs cat");
     const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
-    return { ended: "exited", code: Math.min(code, 255) }; // SSH has room for more
+    return { ended: "exited", code: Math.min(code, 255) }; // SSH allows larger ones
   };
 
-  const stopped = Promise.withResolvers<never>();
-  const onStop = async () => {
-    const { shell } = preamble;
-    if (shell) {
-      log.debug("terminating the script's session {session}", { session: shell.session });
-      const came = await terminate(connection, shell);
-      await Promise.race([over, sleep(TERMINATE.output)]); // its last output; nobody may be reading
-      const exited = (await Promise.race([exit, undefined])) !== undefined; // by itself, in the same moment
-      if (came !== "terminated" && !(came === "not found" && exited))
-        log.warn("the script may still run in the container: {came}", { came });
-    }
-    connection.client.destroy();
-    stopped.reject(stop.reason);
-  };
-  stop.addEventListener("abort", onStop, { once: true });
-  if (stop.aborted) onStop();
-  try {
-    const outcome = await Promise.race([end(), stopped.promise]);
-    return stop.aborted ? await stopped.promise : outcome;
-  } finally {
-    stop.removeEventListener("abort", onStop);
+  const aborted = Promise.withResolvers<undefined>();
+  const outcome = await withAbort(stop, () => aborted.resolve(undefined), Promise.race([end(), aborted.promise]));
+  if (outcome && !stop.aborted) return outcome;
+  const { shell } = preamble;
+  if (shell) {
+    log.debug("terminating the script's session {session}", { session: shell.session });
+    const came = await terminate(connection, shell);
+    await Promise.race([over, sleep(1_000)]); // for its last output, which perhaps nobody reads
+    const exited = (await Promise.race([exit, undefined])) !== undefined; // by itself, in the same moment
+    if (came !== "terminated" && !(came === "not found" && exited))
+      log.warn("the script may still run in the container: {came}", { came });
   }
+  connection.client.destroy();
+  throw stop.reason;
 }
 
 // 10. Stages ----------------------------------------------------------------------------------------------
