@@ -278,7 +278,7 @@ describe("failures", () => {
     ["cluster", refusal("ClusterNotFoundException", "Cluster not found.")],
     ["platform", refusal("PlatformUnknownException", "The specified platform does not exist.")],
     ["platform", refusal("PlatformTaskDefinitionIncompatibilityException", "x")],
-    ["incompatible", refusal("UnsupportedFeatureException", "The specified task isn't supported in this Region.")],
+    ["unsupported", refusal("UnsupportedFeatureException", "The specified task isn't supported in this Region.")],
     // ClientException and InvalidParameterException: how the message begins.
     ["definition", refusal("ClientException", "TaskDefinition not found.")],
     ["definition", refusal("InvalidParameterException", "TaskDefinition is inactive")],
@@ -299,7 +299,7 @@ describe("failures", () => {
       "fargateOnly",
       refusal("InvalidParameterException", "The platform version must be null when specifying an EC2 launch type."),
     ],
-    ["fargateOnly", refusal("InvalidParameterException", "Assign public IP is not supported for this launch type.")],
+    ["publicIp", refusal("InvalidParameterException", "Assign public IP is not supported for this launch type.")],
     [
       "taskRole",
       refusal(
@@ -345,7 +345,7 @@ describe("failures", () => {
     ["instances", recognize("", "AGENT")],
     ["addresses", recognize("", "RESOURCE:ENI")],
     ["placement", recognize("", "ATTRIBUTE")],
-    ["placement", recognize("", "LOCATION")],
+    ["location", recognize("", "LOCATION")],
     // Tasks that do not start.
     ["awsFault", stopped("Timeout waiting for network interface provisioning to complete.")],
     [
@@ -445,6 +445,9 @@ describe("failures", () => {
     for (const planted of ["InterfaceLimitExceeded", "Capacity is unavailable at this time", "RESOURCE:ENI"])
       expect(refusal("AccessDeniedException", `${denied}${planted}:1`).problem).toBe("accessDenied");
     expect(stopped(capacity, "UserInitiated").problem).toBe("userStop");
+    // A path that a task definition may name.
+    const mount = "ResourceInitializationError: failed to invoke EFS utils commands: mount.nfs4: mounting fs-1:";
+    expect(stopped(`${mount}/configure ENI failed, reason given by server: No such file`).problem).toBe("efsAccess");
     expect(refusal("ClientException", `Invalid value: ${capacity}`).problem).toBeUndefined();
     const unknown = new Failure("system", `the server says "${capacity}"`);
     expect(adviceFor(unknown.cause)).toBeUndefined();
@@ -5474,6 +5477,18 @@ describe.concurrent("a script's output outlives its shell", () => {
     { container: true },
   );
   faultTest(
+    "a filter of a script's output writes 3 s after the script has failed, and no further command begins meanwhile",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const finished = await scene.run("exec > >(sleep 3; sort) 2>&1; echo b; echo a >&2; exit 3");
+      ended(finished, 1);
+      expect(finished.stdout.toString()).toBe("a\nb\n");
+      return { stage: "run", finished };
+    },
+    // The question what holds the channel open.
+    { misbehaviour: { holdExec: (command) => (command.includes("/fd/[0-2]") ? forever : undefined) } },
+  );
+  faultTest(
     "a process in the background goes on writing to the job's output after its stage",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
@@ -5805,6 +5820,72 @@ describe.concurrent("sweep", () => {
       return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
     },
   );
+
+  faultTest(
+    "a stage fails long after the one before it; sweep waits for AbandonedAfter from its end",
+    async (scene) => {
+      await prepared(scene);
+      const run = scene.begin("run", { script: "echo running; sleep 600" });
+      await run.shows("running");
+      const then = Date.now() / 1000 - 1_800;
+      fs.utimesSync(scene.record, then, then); // as old as the end of the stage before
+      run.process.kill("SIGTERM");
+      ended(await run.finished, 2);
+      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+      idle(scene, 901);
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toEqual([]);
+      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+    },
+  );
+
+  faultTest(
+    "no lock can be made, because the disk of the records is full; sweep leaves the running job",
+    async (scene) => {
+      const path = directory();
+      const mount = ["-t", "tmpfs", "-o", "size=1m,nr_inodes=20,mode=0700", "tmpfs", path];
+      if (spawnSync("mount", mount, { stdio: "ignore" }).status !== 0) throw new SkipFault("mount(8) is not permitted");
+      try {
+        scene.configure({ TaskMetadata: { Directory: path } });
+        await prepared(scene);
+        expect(() => {
+          for (let count = 0; count < 100; count++) fs.writeFileSync(join(path, `full-${count}`), "");
+        }).toThrow("ENOSPC");
+        const run = scene.begin("run", { script: "echo running; sleep 600" });
+        await run.shows("running");
+        expect(fs.readdirSync(path).filter((name) => name.endsWith(".lock"))).toEqual([]);
+        const then = Date.now() / 1000 - 1_800;
+        fs.utimesSync(join(path, basename(scene.record)), then, then);
+        const finished = await sweeping(scene);
+        ended(finished, 2);
+        expect(scene.world.aws.running()).toHaveLength(1);
+        run.process.kill("SIGTERM");
+        await run.finished;
+        ended(await scene.stage("cleanup"), 0);
+        scene.configure();
+        return { stage: "sweep", finished };
+      } finally {
+        spawnSync("umount", [path]);
+      }
+    },
+  );
+
+  faultTest("a lock is touched by a clock that is an hour behind sweep's; sweep leaves its job", async (scene) => {
+    await prepared(scene);
+    const lock = join(scene.world.records, `${basename(scene.record, ".json")}.run.17.123.0123456789.lock`);
+    fs.writeFileSync(lock, "", { mode: 0o600 });
+    const touch = () => fs.utimesSync(lock, Date.now() / 1000 - 3_600, Date.now() / 1000 - 3_600);
+    idle(scene, 3_600);
+    touch();
+    const timer = setInterval(touch, 1_000);
+    try {
+      const finished = await sweeping(scene);
+      expect(scene.world.aws.running()).toHaveLength(1);
+      return { stage: "sweep", finished: report(finished) };
+    } finally {
+      clearInterval(timer);
+    }
+  });
 
   faultTest("the host is booted anew in the middle of a job; sweep need not wait", async (scene) => {
     scene.configure({ Fargate: { AbandonedAfter: 604_800 } });
@@ -6143,6 +6224,11 @@ describe.concurrent("RunTask is refused", () => {
     ],
     ["no network interface", { failures: [{ reason: "RESOURCE:ENI" }] }, /more free addresses/],
     [
+      "an instance is in another zone, and one has no room",
+      { failures: [{ reason: "LOCATION" }, { reason: "RESOURCE:CPU" }] },
+      /give the cluster's instances more room/,
+    ],
+    [
       "the provisioning limit",
       { error: "LimitExceededException", message: "Tasks provisioning capacity limit exceeded." },
       /too many tasks wait for capacity/,
@@ -6258,6 +6344,37 @@ describe.concurrent("RunTask is refused", () => {
     return { stage: "prepare", finished };
   });
 
+  for (const [what, changes, says, advice] of [
+    [
+      "no credentials, and a profile that only has a region",
+      { AWS_CONFIG_FILE: "config", AWS_EC2_METADATA_DISABLED: "true" },
+      "Could not load credentials from any providers",
+      "what to do: give the runner's host a role",
+    ],
+    [
+      "a web identity token that is not there",
+      { AWS_WEB_IDENTITY_TOKEN_FILE: "token", AWS_ROLE_ARN: "arn:aws:iam::123456789012:role/r" },
+      "ENOENT",
+      "",
+    ],
+  ] as const)
+    faultTest(`the runner's host has ${what}`, async (scene) => {
+      const where = directory();
+      fs.writeFileSync(join(where, "config"), "[default]\nregion = us-east-2\n");
+      const files = Object.entries(changes).map(([name, value]) => [
+        name,
+        name.endsWith("_FILE") ? join(where, value) : value,
+      ]);
+      const none = { AWS_ACCESS_KEY_ID: undefined, AWS_SECRET_ACCESS_KEY: undefined };
+      const finished = await scene.stage("prepare", { env: { ...none, ...Object.fromEntries(files) } });
+      ended(finished, 2);
+      expect(finished.stderr).toMatch(new RegExp(`ecs:RunTask was not sent: .*${says}`));
+      expect(finished.stderr).toContain(advice);
+      expect(finished.stderr).not.toContain("NAT gateway");
+      const line = { ...finished, stderr: finished.stderr.replaceAll(where, "...") };
+      return { stage: "prepare", finished: line };
+    });
+
   const sharedConfig = `[profile broken]\ncredential_process = /nonexistent/program --password ${["hidden", "words"].join("-")}\n`;
   for (const [what, profile, says] of [
     ["a profile that does not exist", "missing", "profile missing (AWS_PROFILE) is not in the shared config"],
@@ -6292,6 +6409,17 @@ describe.concurrent("RunTask is refused", () => {
     ended(finished, 2);
     expect(aws.callsTo("RunTask")).toHaveLength(1);
     expect(finished.stderr).toContain("what to do: allow ecs:RunTask in the IAM policy of the runner's host");
+    return { stage: "prepare", finished };
+  });
+
+  faultTest("no instance is in the zones of Subnets, for a task definition that the job has chosen", async (scene) => {
+    const { aws } = scene.world;
+    aws.inject({ operation: "RunTask", times: Infinity, do: { failures: [{ reason: "LOCATION" }] } });
+    const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "test-task", BUILD_FAILURE_EXIT_CODE: "11" };
+    const finished = await scene.stage("prepare", { env });
+    ended(finished, 2); // the operator's trouble, not the job's
+    expect(finished.stderr).toContain("what to do: add instances in the zones of Subnets");
+    expect(aws.callsTo("RunTask")).toHaveLength(1);
     return { stage: "prepare", finished };
   });
 
@@ -6342,7 +6470,7 @@ describe.concurrent("the task stops", () => {
         stopCode: "TaskFailedToStart",
         stoppedReason: "ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout",
       },
-      /give the subnet a route to ECR, S3, Secrets Manager/,
+      /the subnet's route to ECR, S3, Secrets Manager/,
     ],
     ...(
       [

@@ -120,14 +120,14 @@ const OF_DEFINITION = {
   container: "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath",
   secret: "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath",
   taskRole: "give the task definition a taskRoleArn, or set EnableExecuteCommand = false",
-  placement: "add instances that match the task definition's requirements and the zones of Subnets",
+  placement: "add instances that match the task definition's requirements",
   architecture: "build the image for the task definition's cpuArchitecture, or change that",
 };
 
 /** The platform version is at fault. */
 const OF_PLATFORM = {
   platform: "set PlatformVersion to one that AWS lists and the task definition supports, or to LATEST",
-  fargateOnly: "remove PlatformVersion and EnablePublicIP: only Fargate tasks have them",
+  fargateOnly: "remove PlatformVersion: only Fargate tasks have one",
 };
 
 const ADVICE = {
@@ -147,6 +147,9 @@ const ADVICE = {
   // Settings.
   cluster: "check Cluster and Region in the configuration file",
   network: "check Subnet, SecurityGroup and Region: all must belong to one VPC",
+  publicIp: "set EnablePublicIP = false: only Fargate tasks have public addresses",
+  location: "add instances in the zones of Subnets",
+  unsupported: "use a region that offers what the task definition asks for, or another task definition",
   launchType: 'set LaunchType = "FARGATE", or give the cluster a default capacity provider strategy',
   capacityProvider: "add it to the cluster: aws ecs put-cluster-capacity-providers",
   taskSize: "make the task smaller, or ask AWS for a higher Fargate quota",
@@ -154,7 +157,8 @@ const ADVICE = {
   linkedRole: "create it: aws iam create-service-linked-role --aws-service-name ecs.amazonaws.com",
   // Tasks that do not start.
   executionRole: "allow $1 to the task definition's execution role",
-  route: "give the subnet a route to ECR, S3, Secrets Manager and CloudWatch Logs: NAT or VPC endpoints",
+  route:
+    "check secrets and logging, and the subnet's route to ECR, S3, Secrets Manager and CloudWatch (NAT, endpoints)",
   missing: "create what the task definition names: a secret, a parameter, a file, a log group",
   efsName: "give EFS a mount target in each zone of Subnets, and let the VPC resolve DNS host names",
   efsPort: "allow port 2049 from the task's security group to the EFS mount targets",
@@ -169,7 +173,7 @@ const ADVICE = {
   exited: "read the container's log: its SSH server must run until the task is stopped",
   unhealthy: "correct the health check of ci-coordinator, or give it a longer startPeriod",
   noHealth: "give ci-coordinator a healthCheck in the task definition, or set WaitForHealthy = false",
-  ownStop: "this driver did: see GitLab Runner's log, and what runs fargate sweep",
+  ownStop: "the reason names this driver: see GitLab Runner's log, and what runs fargate sweep",
   userStop: "look in CloudTrail for who called StopTask",
   noTask: "look for the task in the ECS console",
   // Logins.
@@ -906,7 +910,7 @@ const BY_NAME: Patterns = [
   ["account", /^(BlockedException|OptInRequired|SubscriptionRequiredException)$/],
   ["cluster", /^ClusterNotFoundException$/],
   ["platform", /^Platform(Unknown|TaskDefinitionIncompatibility)Exception$/],
-  ["incompatible", /^UnsupportedFeatureException$/],
+  ["unsupported", /^UnsupportedFeatureException$/],
   ["spot", /^SpotInterruption$/],
   ["userStop", /^UserInitiated$/],
 ];
@@ -923,7 +927,8 @@ const BY_TEXT: Patterns = [
   ["networkMode", /^Network Configuration is not valid for the given networkMode/],
   ["container", /^Override for container named \S+ is not a container in the TaskDefinition/],
   ["secret", /^The secret name must be unique/],
-  ["fargateOnly", /^(The platform version must be null|Assign public IP is not supported)/],
+  ["fargateOnly", /^The platform version must be null/],
+  ["publicIp", /^Assign public IP is not supported/],
   ["taskRole", /^The execute command failed because a valid task role/],
   ["capacityProvider", /^The specified capacity provider/],
   ["launchType", /^(No Container Instances were found|NO ACTIVE INSTANCES|EMPTY CAPACITY PROVIDER)/],
@@ -936,12 +941,16 @@ const BY_TEXT: Patterns = [
   ["quota", /^You've reached the limit on the number of/],
   ["addresses", /^(RESOURCE:ENI|Unexpected EC2 error.*\bInsufficientFreeAddressesInSubnet)/],
   ["instances", /^(RESOURCE:|AGENT\b|Unable to attach network interface to unused device index)/],
-  ["placement", /^(LOCATION|ATTRIBUTE|MemberOf placement constraint)/],
+  ["location", /^LOCATION/],
+  ["placement", /^(ATTRIBUTE|MemberOf placement constraint)/],
   ["throttled", /^(Error retrieving|Unexpected EC2 error).*\b(RequestLimitExceeded|Throttling|Rate exceeded)/],
   ["interfaces", /^Unexpected EC2 error.*InterfaceLimitExceeded/],
   ["network", /^(Error retrieving|Unexpected EC2 error).*\b(Invalid(Subnet|Group|Security|Param)|Unauthorized)/],
   ["awsFault", /^(Error retrieving|Unexpected EC2 error|Timeout waiting for|Network interface provision)/],
-  ["awsFault", /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeout|CannotInspect|ResourceInit.*configure ENI)/],
+  [
+    "awsFault",
+    /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeout|CannotInspect|ResourceInit\w*: failed to configure ENI)/,
+  ],
   // Tasks that do not start. AWS's word at the beginning decides; the rest of the text only chooses the advice.
   ["executionRole", /^(ResourceInit|Fetching|CannotPull).*(AccessDenied|not authorized|KMS is not allowed)/],
   ["efsName", /^ResourceInit.*invoke EFS utils.*Failed to resolve/],
@@ -1008,7 +1017,8 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
     new Failure("system", `${operation} ${outcome}: ${reason}`, { ...cause, problem });
   if (refused) return fail("was refused", text, known.problem);
   if (profileProblem) return fail("was not sent", profileProblem, "profile");
-  const problem = known.problem === "credentials" ? known.problem : (notSent ?? "unreachable");
+  const hasFailedBefore = $metadata === undefined; // over credentials, a file, an address
+  const problem = hasFailedBefore ? known.problem : (notSent ?? "unreachable");
   return fail(problem === "unreachable" ? "got no answer" : "was not sent", text, problem);
 }
 
@@ -1069,9 +1079,11 @@ async function trustedCas(path: string): Promise<string[]> {
 async function explainProfile({ AWS_PROFILE: name = "default" }: Environment): Promise<string | undefined> {
   const { configFile, credentialsFile } = await (await import("@smithy/core/config")).loadSharedConfigFiles();
   const profile = { ...configFile[name], ...credentialsFile[name] };
+  const isSource = Object.keys(profile).some((key) => /^(credential|role_arn|sso_|aws_|web_identity|login_)/.test(key));
   const source = profile.credential_process ? "the credential_process of profile" : "profile";
-  if (Object.keys(profile).length > 0) return `${source} ${name} gave no credentials`;
-  if (name !== "default") return `profile ${name} (AWS_PROFILE) is not in the shared config and credentials files`;
+  if (isSource) return `${source} ${name} gave no credentials`;
+  if (name !== "default" && Object.keys(profile).length === 0)
+    return `profile ${name} (AWS_PROFILE) is not in the shared config and credentials files`;
 }
 
 /** The calls to AWS that this driver makes. Each SDK is loaded, and its client made, at first use. */
@@ -1167,7 +1179,10 @@ export class Aws {
     const arn = tasks?.[0]?.taskArn;
     if (arn) return arn;
     const reasons = failures.map((f) => [f.reason, f.detail].filter(Boolean).join(" ")).join("; ");
-    const cause = { operation: "ecs:RunTask", ...recognize("", ...failures.map(({ reason }) => reason)) };
+    // On a cluster of instances, each has its own reason: one that only lacks room is worth another attempt.
+    const causes = failures.map(({ reason }) => recognize("", reason));
+    const known = causes.find(({ problem = "" }) => problem in PASSING) ?? causes.find(({ problem }) => problem);
+    const cause = { operation: "ecs:RunTask", ...known };
     return new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`, cause);
   }
 
@@ -1462,7 +1477,7 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
 /** A command's exit code, or the signal that ended it; undefined when its channel closed without either. */
 type Exit = number | NodeJS.Signals | undefined;
 
-/** Opens a channel that runs a command in the login shell. An abort of `signal` before that ends the connection. */
+/** Opens a channel that runs a command in the login shell. An abort of `signal` before that leaves the connection open. */
 async function execute({ client }: Connection, command: string, signal: AbortSignal) {
   signal.throwIfAborted();
   const opened = Promise.withResolvers<{ channel: ClientChannel; exit: Promise<Exit> }>();
@@ -1472,6 +1487,7 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   try {
     client.exec(command, (error, channel) => {
       if (error) return fail(`the server opened no channel: ${sshReason(error)}`);
+      if (signal.aborted) return channel.close();
       // ssh2 cuts what is written into packets of this size: for a size of 0, in an endless loop.
       const { packetSize } = channel.outgoing as { packetSize: number };
       if (packetSize < 1024) {
@@ -1488,7 +1504,8 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   } catch {
     lost(); // authenticated, then disconnected
   }
-  return withAbort(signal, () => client.destroy(), opened.promise).finally(() => client.off("close", lost));
+  const abort = () => opened.reject(signal.reason);
+  return withAbort(signal, abort, opened.promise).finally(() => client.off("close", lost));
 }
 
 /** `within`: ms; `apart`: over a connection of its own; `report`: gets standard error and how the command ended. */
@@ -2194,10 +2211,8 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   const stop = AbortSignal.any([context.stop, late.signal]);
   const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the previous stage ended
   const seen = now() + mtimeMs - wallTime();
-  const code = await runInTask({ ...context, stop }, record, seen, script, stage).finally(() => {
-    clearInterval(timer);
-    done();
-  });
+  const code = await runInTask({ ...context, stop }, record, seen, script, stage).finally(() => clearInterval(timer));
+  done(); // after a failure, the lock stays with the record, and shows sweep when the job was last worked on
   try {
     fs.lutimesSync(path, new Date(), new Date());
   } catch {} // best effort: without it, the next stage asks ECS
@@ -2478,10 +2493,19 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     users: here ? usersOf(config.TaskMetadata, wallTime()) : [],
   });
   let { seconds, records, users } = look();
+  let canLock = false; // if not, as on a full disk, live jobs have no locks, and none counts as abandoned
+  await attempt(async () => {
+    const probe = join(Directory, `.manager-id.${randomBytes(6).toString("hex")}.tmp`);
+    const make = () => fs.closeSync(fs.openSync(probe, "wx", 0o600));
+    if (!here || AbandonedAfter === 0) return;
+    withContext(`no lock can be made in ${Directory}, so no job counts as abandoned`, make, "disk");
+    fs.rmSync(probe);
+    canLock = true;
+  });
   const usersOfJob = (job: string) => users.filter(({ stem }) => stem.slice(-64, -32) === job);
   const inUse = (job: string) => usersOfJob(job).some(({ lives }) => lives);
 
-  const judge = ({ taskArn = "", startedBy = "", ...task }: Task): SweptTask => {
+  const judge = ({ taskArn = "", startedBy = "", ...task }: Task): { swept: SweptTask; lastSign: number } => {
     const job = startedBy.slice(-32);
     const mine = own.includes(startedBy.split("-")[1]);
     const record = mine ? records.find((record) => record.job === job) : undefined;
@@ -2493,9 +2517,9 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER && "its record is gone";
     const late = seconds > deadline && "it is past its deadline";
     const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...usersOfJob(job).map(({ mtimeMs }) => mtimeMs)) / 1000;
-    const isIdle = AbandonedAfter > 0 && lastSign < seconds - Math.min(uptime(), AbandonedAfter);
+    const isIdle = canLock && lastSign < seconds - Math.min(uptime(), AbandonedAfter);
     const why = !(mine && inUse(job)) && (lost || late || (isIdle && ABANDONED));
-    return { taskArn, startedBy, createdAt, deadline, ...(why && { why }) };
+    return { lastSign, swept: { taskArn, startedBy, createdAt, deadline, ...(why && { why }) } };
   };
   const end = async (aws: Aws, task: SweptTask) => {
     if (!dryRun) await aws.stopTask(task.taskArn, `fargate sweep: ${task.why}`, limits());
@@ -2505,15 +2529,17 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const judged = tasks.filter((task) => !isEnding(task)).map((task) => ({ task, first: judge(task) }));
   const isDoubtful = ({ why, startedBy }: SweptTask) =>
     why === ABANDONED || (why && usersOfJob(startedBy.slice(-32)).length > 0);
-  if (judged.some(({ first }) => isDoubtful(first))) {
+  if (judged.some(({ first }) => isDoubtful(first.swept))) {
     log.debug("looking again at what may be abandoned, {seconds} s later", { seconds: DEAD_AFTER / 1000 });
     await sleep(DEAD_AFTER, stop);
   }
   for (const { task, first } of judged) {
-    if (first.why) ({ seconds, records, users } = look());
-    const { why, ...swept } = judge(task);
-    if (why && why === first.why) await attempt(() => end(aws, { ...swept, why }));
-    else report.left.push(swept);
+    if (first.swept.why) ({ seconds, records, users } = look());
+    const { swept, lastSign } = judge(task);
+    const { why, ...left } = swept;
+    // A touch between the two looks is a sign of life, whatever the time of the clock behind it.
+    if (why && why === first.swept.why && lastSign === first.lastSign) await attempt(() => end(aws, swept));
+    else report.left.push(left);
   }
 
   const isAmong = (all: Pick<Task, "taskArn">[], { taskArn }: Task) => all.some((task) => task.taskArn === taskArn);
@@ -2523,12 +2549,13 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
       const { TaskARN, StartedBy } = record;
       const there = new Aws({ ...config.Fargate, ...record }, context);
       const listed = !TaskARN && StartedBy ? await there.listTasks(StartedBy, limits()) : [];
-      const named = await there.describeTasks(TaskARN ? [TaskARN] : listed, limits());
+      const known = TaskARN && (await there.describeTask(TaskARN, limits()));
+      const named = known ? [known] : await there.describeTasks(listed, limits());
       const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
         (task) => !isEnding(task) && !isAmong(report.stopped, task),
       );
       // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
-      for (const swept of running.filter((task) => !isAmong(tasks, task)).map(judge))
+      for (const { swept } of running.filter((task) => !isAmong(tasks, task)).map(judge))
         if (swept.why && swept.why !== ABANDONED) await end(there, swept);
       // A prepare makes its lock before its record. If its record is removed here, it notices, and stops its task.
       ({ seconds, records, users } = look());
