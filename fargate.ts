@@ -1075,7 +1075,7 @@ async function trustedCas(path: string): Promise<string[]> {
   });
 }
 
-/** Why a profile gives no credentials. The SDK does not say, and what it logs may hold a credential_process's output. */
+/** Why a profile gives no credentials. The SDK's own messages may hold the output of a credential_process. */
 async function explainProfile({ AWS_PROFILE: name = "default" }: Environment): Promise<string | undefined> {
   const { configFile, credentialsFile } = await (await import("@smithy/core/config")).loadSharedConfigFiles();
   const profile = { ...configFile[name], ...credentialsFile[name] };
@@ -1477,7 +1477,7 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
 /** A command's exit code, or the signal that ended it; undefined when its channel closed without either. */
 type Exit = number | NodeJS.Signals | undefined;
 
-/** Opens a channel that runs a command in the login shell. An abort of `signal` before that leaves the connection open. */
+/** Opens a channel that runs a command in the login shell. An abort of `signal` leaves the connection open. */
 async function execute({ client }: Connection, command: string, signal: AbortSignal) {
   signal.throwIfAborted();
   const opened = Promise.withResolvers<{ channel: ClientChannel; exit: Promise<Exit> }>();
@@ -1999,7 +1999,7 @@ function placements(f: Config["Fargate"]) {
   return how.flatMap((strategy) => where.map((Subnets) => ({ ...strategy, Subnets })));
 }
 
-/** Pause after a number of failed attempts, in ms: 2 s until each placement has been tried, then doubled every round. */
+/** Pause after failed attempts, in ms: 2 s until each placement has been tried, then doubled every round. */
 export const pauseAfter = (attempts: number, placements: number): number =>
   Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
 
@@ -2086,7 +2086,7 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
   return new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`, causeOf(error));
 }
 
-// For how long the server may refuse the key before prepare gives up, in ms: an image may put the key in place late, and
+// ms for which the server may refuse the key before prepare gives up: an image may put the key in place late, and
 // OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
 const REFUSAL_PATIENCE = 25_000;
 // ms; within this time of hearing from a task, its address cannot have been reassigned: a new task takes longer.
@@ -2460,8 +2460,8 @@ function readRecords(directory: string) {
 }
 
 /**
- * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks on whose job no
- * process has worked for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
+ * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks whose job no
+ * process has worked on for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
  * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage. A clock
  * set forward makes every lock look old, so it looks twice: in between, live processes touch theirs, or a stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
