@@ -15,7 +15,7 @@
  * Files          reads the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath, AWS_CA_BUNDLE,
  *                and two time limits of the runner's config.toml;
  *                writes <Directory>/<stem>.json (0600, one for each running job), <Directory>/.manager-id,
- *                <Directory>/<stem>.*.lock (empty, while a process works on the job), BUILD_EXIT_CODE_FILE and LogFile.
+ *                <Directory>/<stem>.*.lock (empty, by each process of the job), BUILD_EXIT_CODE_FILE, LogFile.
  * Secrets        the job's private key: in memory and in the record. AWS credentials: in memory of the AWS
  *                SDK only, never written, never sent to a task. Stage scripts hold the job's secrets: they
  *                pass through memory into SSH and are never parsed, logged or stored.
@@ -2461,7 +2461,7 @@ function readRecords(directory: string) {
 
 /**
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks whose job no
- * process has worked on for AbandonedAfter or since this host was booted; of any manager, tasks past their deadline. Then
+ * process has worked on for AbandonedAfter or since the last boot; of any manager, tasks past their deadline. Then
  * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage. A clock
  * set forward makes every lock look old, so it looks twice: in between, live processes touch theirs, or a stage begins.
  * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
