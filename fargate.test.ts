@@ -1341,6 +1341,7 @@ describe("calls to AWS", () => {
     ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false, false],
     ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false, true],
     ["no credentials", { name: "CredentialsProviderError" }, false, false],
+    ["no credentials, with metadata", { name: "CredentialsProviderError", $metadata: {} }, false, false],
     ["an untrusted certificate", { code: "SELF_SIGNED_CERT_IN_CHAIN", $metadata: {} }, false, false],
     ["a proxy's refusal", { code: "ERR_PROXY_TUNNEL", status: 403, $metadata: {} }, false, false],
     ["a proxy's failure", { code: "ERR_PROXY_TUNNEL", status: 502, $metadata: {} }, true, false],
@@ -5562,22 +5563,18 @@ describe.concurrent("run gets a signal", () => {
     expect(after).toMatchObject({ code: 0, stdout: Buffer.from("after\n") });
     return { stage: "run", finished };
   };
-  faultTest(
-    "run gets SIGTERM; the task's SSH server is dropbear, under which a script's shell does not lead its session",
-    async (scene) => {
-      ended(await scene.stage("prepare"), 0);
-      return releasesLock(scene, "echo released; exit 1");
-    },
-    { container: DROPBEAR },
-  );
-  faultTest(
-    "run gets SIGTERM; the task's SSH server opens one channel a connection (MaxSessions 1)",
-    async (scene) => {
-      ended(await scene.stage("prepare"), 0);
-      return releasesLock(scene, "echo released; exit 1");
-    },
-    { container: ONE_SESSION },
-  );
+  for (const [what, container] of [
+    ["the task's SSH server is dropbear, under which a script's shell does not lead its session", DROPBEAR],
+    ["the task's SSH server opens one channel a connection (MaxSessions 1)", ONE_SESSION],
+  ] as const)
+    faultTest(
+      `run gets SIGTERM; ${what}`,
+      async (scene) => {
+        ended(await scene.stage("prepare"), 0);
+        return releasesLock(scene, "echo released; exit 1");
+      },
+      { container },
+    );
   faultTest(
     "run gets SIGTERM; a .bashrc takes 4 s, and the script's trap 8 s",
     async (scene) => {

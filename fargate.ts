@@ -947,10 +947,8 @@ const BY_TEXT: Patterns = [
   ["interfaces", /^Unexpected EC2 error.*InterfaceLimitExceeded/],
   ["network", /^(Error retrieving|Unexpected EC2 error).*\b(Invalid(Subnet|Group|Security|Param)|Unauthorized)/],
   ["awsFault", /^(Error retrieving|Unexpected EC2 error|Timeout waiting for|Network interface provision)/],
-  [
-    "awsFault",
-    /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeout|CannotInspect|ResourceInit\w*: failed to configure ENI)/,
-  ],
+  ["awsFault", /^(Internal ?[eE]rror|ContainerRuntime|DockerTimeout|CannotInspect)/],
+  ["awsFault", /^ResourceInitializationError: failed to configure ENI/],
   // Tasks that do not start. AWS's word at the beginning decides; the rest of the text only chooses the advice.
   ["executionRole", /^(ResourceInit|Fetching|CannotPull).*(AccessDenied|not authorized|KMS is not allowed)/],
   ["efsName", /^ResourceInit.*invoke EFS utils.*Failed to resolve/],
@@ -1001,7 +999,7 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
   const notSent = status > 0 ? undefined : firstFit(NOT_SENT, String(code)); // else the endpoint set `code`
   const isFinal = notSent === "certificate" || (notSent === "proxy" && Number(proxyStatus) < 500);
   // Without a status, the request or its answer was lost; with one of success, the answer broke off.
-  const isLost = !refused && $metadata !== undefined;
+  const isLost = !refused && $metadata !== undefined && known.problem !== "credentials";
   const isThrottled = firstFit(BY_NAME, error) === "throttled" || status === 429;
   const isRetryable = isThrottled || status >= 500 || (isLost && !isFinal);
   // A conflict means that this token, which is ours alone, has already started a task.
@@ -1017,8 +1015,7 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
     new Failure("system", `${operation} ${outcome}: ${reason}`, { ...cause, problem });
   if (refused) return fail("was refused", text, known.problem);
   if (profileProblem) return fail("was not sent", profileProblem, "profile");
-  const hasFailedBefore = $metadata === undefined; // over credentials, a file, an address
-  const problem = hasFailedBefore ? known.problem : (notSent ?? "unreachable");
+  const problem = isLost ? (notSent ?? "unreachable") : known.problem; // else it failed before, as over a token's file
   return fail(problem === "unreachable" ? "got no answer" : "was not sent", text, problem);
 }
 
@@ -1026,7 +1023,7 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
 const isTransient = (error: unknown): boolean => causeOf(error).isRetryable === true;
 /** The same if a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
 const mayPass = (error: unknown): boolean =>
-  isTransient(error) || /^(credentials|profile)$/.test(causeOf(error).problem ?? "");
+  isTransient(error) || ["credentials", "profile"].includes(causeOf(error).problem ?? "");
 /** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
 const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
 
