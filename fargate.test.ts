@@ -3199,7 +3199,8 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     const connection = await task.logIn();
     try {
       Object.assign(process.memoryUsage, { rss: () => rss() + 2 ** 30 }); // as if what came had taken that much
-      const { outcome } = await runIn(connection, "head -c 20000000 /dev/zero");
+      // The script must not end before the connection does.
+      const { outcome } = await runIn(connection, "head -c 20000000 /dev/zero; sleep 600");
       const reason = "the server makes this process too large";
       expect(outcome).toEqual({ ended: "lost", begun: true, wasSilent: false, reason });
     } finally {
@@ -8095,7 +8096,9 @@ describe("any input", () => {
       const response = join(where, "response.json");
       fs.writeFileSync(response, JSON.stringify(gitlabJob().response));
       const file = configFile("guide").replace("/opt/gitlab-runner/metadata", records);
-      const bad = configText([file]).filter((text) => "failure" in attempt(() => readConfig(text, "f", {}, {})));
+      // The search for secrets may add --log-level, which overrides a level that is none.
+      const options = { LogLevel: "debug" };
+      const bad = configText([file]).filter((text) => "failure" in attempt(() => readConfig(text, "f", options, {})));
       const env = { ...awsEnvironment(endpoint.url), JOB_RESPONSE_FILE: response };
       try {
         await forAnyAtOnce(

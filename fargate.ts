@@ -987,8 +987,7 @@ const NOT_SENT: Patterns = [
   ["proxy", /^ERR_PROXY_TUNNEL$/], // refused CONNECT; the error has the answer's status
 ];
 
-/** Hints for programmers that the SDK and bun add to their messages. */
-const HINTS = /(?: For more information, pass `verbose|\n)[\s\S]*/;
+const HINTS = /(?: For more information, pass `verbose|\n)[\s\S]*/; // for programmers, in the SDK's and bun's messages
 /** The Failure for what a call to AWS threw. `profileProblem`: why a profile gives none, if so. */
 export function awsFailure(operation: string, thrown: unknown, profileProblem?: string): Failure {
   const { name, message, code, status: proxyStatus, $metadata } = thrown as AwsError;
@@ -1325,6 +1324,7 @@ async function withAbort<T>(signal: AbortSignal, onAbort: () => void, promise: P
   return promise.finally(() => signal.removeEventListener("abort", onAbort));
 }
 
+const NIST_CURVES = (["256", "384", "521"] as const).map((bits) => `ecdh-sha2-nistp${bits}` as const);
 const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt is faster than TCP's own retransmissions
 const LONGEST_SILENCE = 15_000; // max ms from the TCP connection to the server's first bytes
 const LOGIN_TIMEOUT = 30_000; // ms from those to the login: busy hosts, name look-ups and PAM take long
@@ -1410,13 +1410,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
         serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] }, // SHA-1, which OpenSSH 8.8 refuses as well
         // No Diffie-Hellman group: under bun, ssh2 tests its prime in each exchange, which blocks this process for half
         // a minute at 8192 bits. OpenSSH has had ECDH since 5.7.
-        kex: [
-          "curve25519-sha256",
-          "curve25519-sha256@libssh.org",
-          "ecdh-sha2-nistp256",
-          "ecdh-sha2-nistp384",
-          "ecdh-sha2-nistp521",
-        ],
+        kex: ["curve25519-sha256", "curve25519-sha256@libssh.org", ...NIST_CURVES],
         compress: ["none"], // a few bytes from a server could become many
       },
       hostVerifier: (key: Buffer) => {
@@ -1767,17 +1761,29 @@ export async function runScript(
   const preamble = new Preamble(mark);
   const writing = new Set<Promise<unknown>>(); // what no sink has taken yet
   let received = 0; // bytes
-  const write = (source: Readable, sink: Writable, part: Buffer) => {
-    grant();
-    if (part.length === 0) return;
-    received += part.length;
+  let gathered: { source: Readable; sink: Writable; parts: Buffer[] } | undefined;
+  const flush = () => {
+    if (!gathered) return;
+    const { source, sink, parts } = gathered;
+    gathered = undefined;
     const { promise, resolve } = Promise.withResolvers<unknown>();
-    const hasRoom = sink.write(part, resolve);
+    const hasRoom = sink.write(parts.length === 1 ? parts[0] : Buffer.concat(parts), resolve);
     writing.add(promise);
     promise.then(() => writing.delete(promise));
     if (hasRoom || source.isPaused()) return;
     source.pause();
     sink.once("drain", () => source.resume());
+  };
+  // Short parts are gathered for a turn of the event loop: of single bytes, each would take as much memory as a line.
+  const write = (source: Readable, sink: Writable, part: Buffer) => {
+    grant();
+    if (part.length === 0) return;
+    received += part.length;
+    if (gathered?.source !== source) flush();
+    if (!gathered) setImmediate(flush);
+    gathered ??= { source, sink, parts: [] };
+    gathered.parts.push(part);
+    if (part.length > 4_096 || gathered.parts.length > 4_096) flush();
   };
   channel.on("data", (chunk: Buffer) => {
     write(channel, stdout, preamble.push(chunk));
@@ -1789,6 +1795,7 @@ export async function runScript(
   const closed = [channel, errors].map((source) => new Promise((resolve) => source.on("close", resolve)));
   const over = Promise.all(closed).then(() => {
     if (!preamble.shell) write(channel, stdout, preamble.held);
+    flush();
     return Promise.all(writing);
   });
   connection.socket.on("data", () => {
@@ -1821,6 +1828,7 @@ export async function runScript(
       if (holders?.filter === false) most = Math.max(DRAIN.background, waited + DRAIN.silence);
     }
     for (const stream of [channel, errors]) stream.removeAllListeners("data");
+    flush();
     await Promise.all(writing);
     if (!holders?.paths.length) return;
     // Somebody must go on reading the pipes: else SIGPIPE would end the process in the background.
@@ -2663,13 +2671,9 @@ export function parseCommandLine(argv: readonly string[]) {
   const command = asked.name() as "config" | "prepare" | "run" | "cleanup" | "sweep";
   const sweep: SweepOptions = { dryRun: false, json: false, ...asked.opts<Partial<SweepOptions>>() };
   const { config = "", ...given } = program.opts<Record<string, string | undefined>>();
-  const options: Options = {
-    LogLevel: given.debug ? "debug" : given.logLevel,
-    LogFormat: given.logFormat,
-    LogFile: given.logFile,
-    TaskDefinition: given.taskDef,
-    PlatformVersion: given.platformVersion,
-  };
+  const { logFormat: LogFormat, logFile: LogFile, taskDef: TaskDefinition, platformVersion: PlatformVersion } = given;
+  const LogLevel = given.debug ? "debug" : given.logLevel;
+  const options: Options = { LogLevel, LogFormat, LogFile, TaskDefinition, PlatformVersion };
   return { command, operands: asked.args, config, options, ...(command === "sweep" && { sweep }) };
 }
 
