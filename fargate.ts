@@ -1741,9 +1741,8 @@ export async function runScript(
   });
   const { channel, exit } = await execute(connection, command, stop);
   const errors = channel.stderr as Readable;
-  const unread = () => channel.readableLength + errors.readableLength;
-  // For what is read of one stream, ssh2 opens the window of both again, however much of the other is unread: hold that
-  // back until there is room.
+  // The streams are never paused, so that their order is kept: the server's window alone holds its output back.
+  let unread = 0; // bytes that no sink has taken yet
   // @ts-expect-error: not in the types; the version of ssh2 is pinned
   const protocol = connection.client._protocol;
   const adjust: (id: number, bytes: number) => void = protocol.channelWindowAdjust.bind(protocol);
@@ -1751,7 +1750,7 @@ export async function runScript(
   let owed = 0;
   const grant = (bytes = 0) => {
     owed += bytes;
-    if (owed === 0 || unread() > MOST_WAITING || server.state === "closed") return;
+    if (owed === 0 || unread > MOST_WAITING || server.state === "closed") return;
     adjust(server.id, owed);
     owed = 0;
   };
@@ -1761,45 +1760,45 @@ export async function runScript(
   const preamble = new Preamble(mark);
   const writing = new Set<Promise<unknown>>(); // what no sink has taken yet
   let received = 0; // bytes
-  let gathered: { source: Readable; sink: Writable; parts: Buffer[] } | undefined;
+  let gathered: { sink: Writable; parts: Buffer[] } | undefined;
   const flush = () => {
     if (!gathered) return;
-    const { source, sink, parts } = gathered;
+    const { sink, parts } = gathered;
+    const part = parts.length === 1 ? (parts[0] as Buffer) : Buffer.concat(parts);
     gathered = undefined;
-    const { promise, resolve } = Promise.withResolvers<unknown>();
-    const hasRoom = sink.write(parts.length === 1 ? parts[0] : Buffer.concat(parts), resolve);
-    writing.add(promise);
-    promise.then(() => writing.delete(promise));
-    if (hasRoom || source.isPaused()) return;
-    source.pause();
-    sink.once("drain", () => source.resume());
+    const written = new Promise((resolve) => sink.write(part, resolve)).then(() => {
+      writing.delete(written);
+      unread -= part.length;
+      grant();
+    });
+    writing.add(written);
   };
   // Short parts are gathered for a turn of the event loop: of single bytes, each would take as much memory as a line.
-  const write = (source: Readable, sink: Writable, part: Buffer) => {
-    grant();
+  const write = (sink: Writable, part: Buffer) => {
     if (part.length === 0) return;
     received += part.length;
-    if (gathered?.source !== source) flush();
+    unread += part.length;
+    if (gathered?.sink !== sink) flush();
     if (!gathered) setImmediate(flush);
-    gathered ??= { source, sink, parts: [] };
+    gathered ??= { sink, parts: [] };
     gathered.parts.push(part);
     if (part.length > 4_096 || gathered.parts.length > 4_096) flush();
   };
   channel.on("data", (chunk: Buffer) => {
-    write(channel, stdout, preamble.push(chunk));
+    write(stdout, preamble.push(chunk));
     if (!preamble.shell || channel.writableEnded) return;
     channel.write(script);
     channel.end(mark);
   });
-  errors.on("data", (chunk: Buffer) => write(errors, stderr, chunk));
+  errors.on("data", (chunk: Buffer) => write(stderr, chunk));
   const closed = [channel, errors].map((source) => new Promise((resolve) => source.on("close", resolve)));
   const over = Promise.all(closed).then(() => {
-    if (!preamble.shell) write(channel, stdout, preamble.held);
+    if (!preamble.shell) write(stdout, preamble.held);
     flush();
     return Promise.all(writing);
   });
   connection.socket.on("data", () => {
-    if (unread() > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
+    if (unread > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
   });
 
   /** Waits until the channel has closed, or has been held open for too long. */
@@ -1846,6 +1845,7 @@ export async function runScript(
       return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
     }
     await drain();
+    if (connection.socket.destroyed) log.warn("the connection was lost: the last output of the script may be missing");
     const what = `the container's login shell ended with ${status} before it took the script`;
     if (!preamble.shell) throw new Failure("system", what, { problem: "startUpFile" });
     if (preamble.state !== "complete")
