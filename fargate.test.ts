@@ -3861,21 +3861,22 @@ describe("the compiled program", () => {
   });
 
   taskTest("cancelled in the user's script: it is ended, and after_script runs in the same task", async () => {
+    const seconds = `9${process.pid}`; // no other process of this machine sleeps for as long
     let ready: () => void = () => {};
     const began = new Promise<void>((resolve) => {
       ready = resolve;
     });
     const runner = makeRunner({
       job: {
-        script: ["echo pid $$", "timeout 900 sleep 900"],
+        script: ["echo pid $$", `timeout ${seconds} sleep ${seconds}`],
         afterScript: [
           'echo "after: $CI_JOB_STATUS"',
           "ls /proc/*/cmdline | wc -l",
-          "grep -lz '^900$' /proc/[0-9]*/cmdline | wc -l",
+          `grep -lz '^${seconds}$' /proc/[0-9]*/cmdline | wc -l`,
         ],
       },
       onOutput: (stage, _, chunk) => {
-        if (stage === "build_script" && chunk.includes("timeout 900")) ready();
+        if (stage === "build_script" && chunk.includes(`timeout ${seconds}`)) ready();
       },
     });
     const whole = runner.runJob();
