@@ -154,6 +154,7 @@ import {
   embeddedHosts,
   NEWER_BASE_IMAGE,
   ONE_SESSION,
+  ONLY_ED25519,
   type TaskHosts,
   taskHosts,
 } from "./fixtures/tasks.ts";
@@ -425,6 +426,10 @@ describe("failures", () => {
       stopped("ECS is performing maintenance on the underlying infrastructure hosting the task.", "TerminationNotice"),
     ],
     ["exited", stopped("Essential container in task exited", "EssentialContainerExited")],
+    ["unhealthy", stopped("Task failed container health checks", "ServiceSchedulerInitiated")],
+    ["awsFault", stopped("InternalError: Unable to create the container", "TaskFailedToStart")],
+    ["awsFault", stopped("DockerTimeoutError: Could not transition to started; timed out after waiting 3m0s")],
+    ["clock", refusal("RequestExpired", "Request has expired.")],
     ["ownStop", stopped("fargate sweep: it is past its deadline", "UserInitiated")],
     ["userStop", stopped("Task stopped by user", "UserInitiated")],
     [
@@ -672,6 +677,14 @@ describe("configuration", () => {
     expect(PassEnvironment).toEqual([
       ...["AWS_CONTAINER_*", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_EXECUTION_ENV", "ECS_CONTAINER_METADATA_URI*"],
     ]);
+  });
+
+  test("CancelGracePeriod is a whole number from 0 to 240", () => {
+    const withPeriod = (value: string) => `${configFile("guide")}\n  CancelGracePeriod = ${value}\n`;
+    for (const good of [0, 240])
+      expect(readConfig(withPeriod(`${good}`), "x", {}, {}).config.SSH.CancelGracePeriod).toBe(good);
+    for (const bad of ["-1", "241", "1.5", '"10"'])
+      expect(thrown(() => readConfig(withPeriod(bad), "x", {}, {})).message).toContain("SSH.CancelGracePeriod");
   });
 
   test("LaunchType and CapacityProviderStrategy exclude each other", () => {
@@ -2554,8 +2567,13 @@ test("lines written alternately to both streams keep their order", async () => {
     new Writable({
       highWaterMark: 64, // neither takes all at once
       write(chunk: Buffer, _, done) {
-        written.push(chunk.toString());
-        setImmediate(done);
+        // As of a full pipe that both lead to: it takes a part now, and the rest when somebody has read.
+        const half = chunk.length >> 1;
+        written.push(chunk.toString("utf8", 0, half));
+        setImmediate(() => {
+          written.push(chunk.toString("utf8", half));
+          done();
+        });
       },
     });
   const outcome = await runScript(
@@ -2570,7 +2588,10 @@ test("lines written alternately to both streams keep their order", async () => {
   server.close();
 });
 
-test("a connection lost after the exit status, with the channel still open, is reported", async () => {
+test.each([
+  ["with the channel still open, is reported", false],
+  ["with the channel closed, is not: all output has come", true],
+])("a connection lost after the exit status, %s", async (_, closes) => {
   const { privateKey } = await makeKeyPair("ed25519");
   let cut = () => {};
   const server = new SshServerOfAPacket({ hostKeys: [privateKey] }, (client) =>
@@ -2585,6 +2606,7 @@ test("a connection lost after the exit status, with the channel still open, is r
           channel.resume().on("end", () => {
             channel.write(`${mark} complete\nfirst\n`);
             channel.exit(0);
+            if (closes) channel.end();
             cut();
           });
         }),
@@ -2604,16 +2626,22 @@ test("a connection lost after the exit status, with the channel still open, is r
   };
   const warnings: string[] = [];
   const log = { ...getLogger("fargate"), warn: (text: string) => warnings.push(text) } as unknown as Context["log"];
-  const out = new PassThrough();
+  let out = "";
+  const stdout = new Writable({
+    write(chunk: Buffer, _, done) {
+      out += chunk;
+      setTimeout(done, 600); // longer than the connection lasts
+    },
+  });
   const outcome = await runScript(
     await connect(target, 3_000, never),
     Buffer.from("true"),
     { interpreter: "bash", loginShell: "bash" },
-    { stop: never, log, stdout: out, stderr: new PassThrough() },
+    { stop: never, log, stdout, stderr: new PassThrough() },
   );
   expect(outcome).toEqual({ ended: "exited", code: 0 });
-  expect(out.read().toString()).toBe("first\n");
-  expect(warnings).toEqual(["the connection was lost: the last output of the script may be missing"]);
+  expect(out).toBe("first\n");
+  expect(warnings).toEqual(closes ? [] : ["connection lost: the script's last output may be lost"]);
   await proxy.close();
   server.close();
 });
@@ -2998,6 +3026,23 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
   taskTest("all output of a filter that outlives a background process arrives", async () => {
     const ran = await runOnce("exec > >(cat; sleep 1; echo filtered); sleep 0.5 & echo done");
     expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("done\nfiltered\n") });
+  });
+
+  taskTest("a filter that does not end holds the stage for 10 s, and the log says so", async () => {
+    const connection = await task.logIn();
+    const warnings: string[] = [];
+    const log = { ...getLogger("fargate"), warn: (text: string) => warnings.push(text) } as unknown as Context["log"];
+    const out = collect();
+    const outcome = await runScript(
+      connection,
+      Buffer.from("tail -f /dev/null | sleep 300 & echo done"),
+      { interpreter: "bash", loginShell: "bash" },
+      { stop: never, log, stdout: out.sink, stderr: collect().sink },
+    );
+    connection.client.end();
+    expect(outcome).toEqual(exited(0));
+    expect(out.bytes().toString()).toBe("done\n");
+    expect(warnings).toEqual(["a process holds the script's output open after 10 s: what else it writes is lost"]);
   });
 
   for (const form of ["17.9", "19.x"] as const)
@@ -3387,7 +3432,12 @@ describe("the worker image", () => {
         USER: "nobody",
         SHLVL: "7",
         BASH_ENV: "/dev/null",
+        ENV: "/dev/null",
         UID: "5",
+        EUID: "5",
+        PPID: "5",
+        SHELLOPTS: "xtrace",
+        BASHOPTS: "extglob",
         IFS: "x",
         PS4: "$(echo evil)",
         "BASH_FUNC_cat%%": "() { echo evil; }",
@@ -3434,8 +3484,12 @@ describe("the container's environment, of an image with a plain sshd under tini"
     SSH_OWN: "x",
     FARGATE_DEADLINE: "9999999999",
     UID: "5",
+    EUID: "5",
+    PPID: "5",
     BASH_ENV: "/dev/null",
+    ENV: "/dev/null",
     SHELLOPTS: "xtrace",
+    BASHOPTS: "extglob",
     IFS: "x",
     PS4: "$(echo evil)",
     HOME: "/nowhere",
@@ -3892,6 +3946,34 @@ describe("the compiled program", () => {
     expect(after.trimEnd().split("\n").at(-1)).toBe("0");
     nothingLeft();
   });
+
+  taskTest(
+    "a whole job passes in a container of user 1000 with a read-only root file system",
+    async () => {
+      const shared = scratchDirectory("shared");
+      const source = join(shared.path, "repository.bundle");
+      fs.chmodSync(shared.path, 0o755); // the container's user is not this test's
+      fs.copyFileSync(repository.bundle, source);
+      const own = await containerHosts({ mounts: [shared.path], packages: PACKAGES, user: "1000", readOnly: true });
+      const narrow = await makeWorld({ hosts: own });
+      try {
+        const config = narrow.configure({ SSH: { Username: "worker" } });
+        const job = { source, buildsDir: "/tmp/builds", script: ["id -un", "touch here; ls here"] };
+        const runner = makeRunner({ config, environment: narrow.aws.environment, job });
+        const result = await runner.runJob();
+        expect(result.status, result.trace.toString()).toBe("success");
+        const script = result.stages.find(({ stage }) => stage === "build_script")?.stdout.toString() ?? "";
+        expect(script).toContain("\nworker\n");
+        expect(script).toContain("\nhere\n");
+        expect(narrow.aws.running()).toEqual([]);
+      } finally {
+        await narrow.close();
+        await own.close();
+        shared.close();
+      }
+    },
+    { containerOnly: true, timeout: 300_000 },
+  );
 
   taskTest("cancelled in prepare: the task is stopped before the driver ends", async () => {
     const held = world.aws.inject({ operation: "RunTask", do: { address: "refusing" } });
@@ -5483,6 +5565,23 @@ describe.concurrent("cleanup", () => {
       step.options,
     );
 
+  faultTest("cleanup comes at the same time as prepare, and ListTasks is not permitted", async (scene) => {
+    const { aws } = scene.world;
+    aws.permissions = new Set(["ecs:RunTask", "ecs:StopTask", "ecs:DescribeTasks", "iam:PassRole"]);
+    aws.timing.sshDelay = 600_000;
+    const prepare = scene.begin("prepare");
+    await aws.waitFor(() => aws.running().length === 1);
+    scene.configure({ top: { LogLevel: "debug" } });
+    const cleaning = scene.begin("cleanup");
+    await cleaning.shows("prepare still runs");
+    ended(await prepare.finished, 2);
+    const finished = await cleaning.finished;
+    ended(finished, 0);
+    expect(finished.stderr.match(/could not be looked up/g)).toHaveLength(1);
+    expect(aws.running()).toEqual([]);
+    return { stage: "cleanup", finished, says: /could not be looked up/ };
+  });
+
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     faultTest(`cleanup gets ${signal} while StopTask is under way`, async (scene) => {
       await prepared(scene);
@@ -5556,7 +5655,18 @@ describe.concurrent("a script's output outlives its shell", () => {
   );
 });
 
+/** A line of .bashrc. */
+const BREAKS_PATH_AND_EXEC =
+  "PATH=/nowhere; exec() { echo meddled; }; shopt -s expand_aliases; alias exec=:; kill() { :; }; export -f kill";
+
 describe.concurrent("run gets a signal", () => {
+  faultTest("the runner writes scripts for PowerShell", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    const finished = await scene.run("& {\r\n\r\n$ErrorActionPreference = 'Stop'\r\n");
+    ended(finished, 2);
+    return { stage: "run", finished };
+  });
+
   faultTest("the runner has died, its run goes on, and the job's deadline comes", async (scene) => {
     ended(await scene.stage("prepare"), 0);
     const record = readRecord(scene.record) as TaskRecord;
@@ -5600,7 +5710,7 @@ describe.concurrent("run gets a signal", () => {
   /** The output of a script's trap must arrive, none of its processes may be left, and after_script must work. */
   const releasesLock = async (scene: Scene, trap: string) => {
     const mark = `600.${process.pid}${faultJobs}`;
-    const script = `trap '${trap}' TERM; echo running; sleep ${mark} & wait; echo never`;
+    const script = `PATH=/usr/bin:/bin; trap '${trap}' TERM; echo running; sleep ${mark} & wait; echo never`;
     const run = scene.begin("run", { script });
     await run.shows("running");
     run.process.kill("SIGTERM");
@@ -5633,6 +5743,33 @@ describe.concurrent("run gets a signal", () => {
       const [task] = scene.world.aws.running();
       await task?.host?.exec("echo 'sleep 4' >/root/.bashrc");
       return releasesLock(scene, "sleep 8; echo released; exit 1");
+    },
+    { container: true },
+  );
+  faultTest(
+    "run gets SIGTERM; CancelGracePeriod is 0 and the script ignores SIGTERM",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const mark = `600.${process.pid}0${faultJobs}`;
+      const run = scene.begin("run", { script: `trap '' TERM; echo running; while :; do sleep ${mark}; done` });
+      await run.shows("running");
+      run.process.kill("SIGTERM");
+      const finished = await run.finished;
+      expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("running\n") });
+      const [task] = scene.world.aws.running();
+      const left = await task?.host?.exec(`grep -lz '^${mark}$' /proc/[0-9]*/cmdline | wc -l`);
+      expect(left?.output.trim()).toBe("0");
+      return { stage: "run", finished };
+    },
+    { changes: { SSH: { CancelGracePeriod: 0 } } },
+  );
+  faultTest(
+    "run gets SIGTERM; a .bashrc breaks PATH and replaces exec",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      const [task] = scene.world.aws.running();
+      await task?.host?.exec(`echo '${BREAKS_PATH_AND_EXEC}' >/root/.bashrc`);
+      return releasesLock(scene, "sleep 3; echo released; exit 1");
     },
     { container: true },
   );
@@ -5911,7 +6048,7 @@ describe.concurrent("sweep", () => {
         await run.finished;
         ended(await scene.stage("cleanup"), 0);
         scene.configure();
-        const stderr = finished.stderr.replaceAll(path, "...").replace(/, open '.*'/, "");
+        const stderr = finished.stderr.replaceAll(path, "...").replace(/, open '[^']*'/, "");
         return { stage: "sweep", finished: { ...finished, stderr } };
       } finally {
         spawnSync("umount", [path]);
@@ -6401,6 +6538,12 @@ describe.concurrent("RunTask is refused", () => {
       "what to do: give the runner's host a role (a container on EC2: hop limit 2)",
     ],
     [
+      "no credentials, and the answers of IMDS do not reach its container (hop limit 1)",
+      { AWS_EC2_METADATA_SERVICE_ENDPOINT: "silent" },
+      "Could not load credentials from any providers",
+      "what to do: give the runner's host a role (a container on EC2: hop limit 2)",
+    ],
+    [
       "a web identity token that is not there",
       { AWS_WEB_IDENTITY_TOKEN_FILE: "token", AWS_ROLE_ARN: "arn:aws:iam::123456789012:role/r" },
       "ENOENT",
@@ -6410,10 +6553,11 @@ describe.concurrent("RunTask is refused", () => {
     faultTest(`the runner's host has ${what}`, async (scene) => {
       const where = directory();
       fs.writeFileSync(join(where, "config"), "[default]\nregion = us-east-2\n");
-      const files = Object.entries(changes).map(([name, value]) => [
-        name,
-        name.endsWith("_FILE") ? join(where, value) : value,
-      ]);
+      const silent = await silentServer();
+      onTestFinished(silent.close);
+      const contentOf = (name: string, value: string) =>
+        value === "silent" ? silent.url : name.endsWith("_FILE") ? join(where, value) : value;
+      const files = Object.entries<string>(changes).map(([name, value]) => [name, contentOf(name, value)]);
       const none = { AWS_ACCESS_KEY_ID: undefined, AWS_SECRET_ACCESS_KEY: undefined };
       const finished = await scene.stage("prepare", { env: { ...none, ...Object.fromEntries(files) } });
       ended(finished, 2);
@@ -6825,7 +6969,21 @@ describe.concurrent("SSH fails", () => {
   faultTest(
     "the container's sshd accepts no RSA key (KeyType = rsa)",
     (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /KeyType = "ed25519"/),
-    { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY }, changes: { SSH: { KeyType: "rsa" } } },
+    { container: ONLY_ED25519, changes: { SSH: { KeyType: "rsa" } } },
+  );
+  taskTest(
+    "that sshd accepts an Ed25519 key",
+    async () => {
+      const own = await containerHosts({ packages: PACKAGES, ...ONLY_ED25519 });
+      try {
+        const { host, logIn } = await startTask(own);
+        (await logIn()).client.end();
+        await host.stop(0);
+      } finally {
+        await own.close();
+      }
+    },
+    { containerOnly: true },
   );
   faultTest(
     "the container refuses the key at first",
@@ -6974,7 +7132,7 @@ describe.concurrent("SSH fails", () => {
   );
 
   faultTest(
-    "a start-up file breaks PATH",
+    "a start-up file breaks PATH and replaces exec",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -6982,9 +7140,12 @@ describe.concurrent("SSH fails", () => {
       const ran = await scene.run(script);
       ended(ran, 0);
       expect(ran.stdout.toString()).toBe("/nowhere\nruns\n");
+      const other = await scene.run("#!/usr/bin/env sh\necho $0 $PATH");
+      ended(other, 0);
+      expect(other.stdout.toString()).toBe("sh /nowhere\n");
       return { stage: "prepare", finished };
     },
-    { container: { lines: ["RUN echo 'PATH=/nowhere' >/root/.bashrc"] } },
+    { container: { lines: [`RUN echo '${BREAKS_PATH_AND_EXEC}' >/root/.bashrc`] } },
   );
 
   faultTest(

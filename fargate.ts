@@ -121,7 +121,6 @@ const OF_DEFINITION = {
   secret: "its container must be named ci-coordinator and get no secret SSH_PUBLIC_KEY; or set PrivateKeyPath",
   taskRole: "give the task definition a taskRoleArn, or set EnableExecuteCommand = false",
   placement: "add instances that match the task definition's requirements",
-  architecture: "build the image for the task definition's cpuArchitecture, or change that",
 };
 
 /** The platform version is at fault. */
@@ -166,6 +165,7 @@ const ADVICE = {
   volume: "check the task definition's volumes, and the disk space of the instance",
   pullRate: "copy the image to ECR, or give the registry's credentials",
   pullSpace: "give the task definition more ephemeralStorage",
+  architecture: "build the image for the task definition's cpuArchitecture, or change that",
   pull: "check the image's name, the execution role, and the subnet's route to the registry (NAT, endpoints)",
   command: "check the command and entry point in the image and the task definition, and memory",
   // Tasks that stop.
@@ -771,7 +771,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
     const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
     // While the record exists, its locks stay: they show when the job was last worked on.
     if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
-    return [{ stem, stage, pid: Number(pid), lives, mtimeMs }];
+    return [{ stem, stage, pid: Number(pid), identity, lives, mtimeMs }];
   });
 }
 
@@ -1495,15 +1495,16 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
   } catch {
     lost(); // authenticated, then disconnected
   }
-  const abort = () => opened.reject(signal.reason);
-  return withAbort(signal, abort, opened.promise).finally(() => client.off("close", lost));
+  return withAbort(signal, () => opened.reject(signal.reason), opened.promise).finally(() => client.off("close", lost));
 }
 
 /** `within`: ms; `apart`: over a connection of its own; `report`: gets standard error and how the command ended. */
 type Asking = { within?: number; apart?: boolean; report?: { errors: string; ended: Exit } };
 
-/** Runs a short command, if need be (MaxSessions 1) over a new connection; returns up to 1 MiB of standard output. */
-async function ask(connection: Connection, command: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
+const UNSET = "unset -f [ cat command echo env grep kill ls read sleep tr true"; // if a start-up file exports some
+const TOOL_PATH = "PATH=$PATH:/usr/local/bin:/usr/bin:/bin"; // even if a start-up file has broken it
+/** Runs a short program, if need be (MaxSessions 1) over a new connection; returns up to 1 MiB of standard output. */
+async function ask(connection: Connection, program: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
   const { within = 10_000, apart, report = { errors: "", ended: undefined } } = asking;
   const late = new AbortController();
   const failure = new SshFailure("unreachable", `the container did not answer for ${within / 1000} s`);
@@ -1512,7 +1513,11 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
   let own: Connection | undefined;
   try {
     if (apart) own = await connect(connection.target, within, bound);
-    const { channel, exit } = await execute(own ?? connection, command, bound);
+    const { channel, exit } = await execute(
+      own ?? connection,
+      `/bin/sh -c '${UNSET}; ${TOOL_PATH}; ${program}'`,
+      bound,
+    );
     let output = "";
     channel.on("data", (chunk: Buffer) => {
       if (output.length < 2 ** 20) output += chunk.toString();
@@ -1527,7 +1532,7 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
     return output;
   } catch (error) {
     if (apart || bound.aborted || connection.socket.destroyed) throw error;
-    return await ask(connection, command, bound, { ...asking, apart: true });
+    return await ask(connection, program, bound, { ...asking, apart: true });
   } finally {
     clearTimeout(timer);
     own?.client.end();
@@ -1536,16 +1541,15 @@ async function ask(connection: Connection, command: string, signal: AbortSignal,
 
 /** Finds the shells; `warning` says why PassEnvironment cannot work. @throws {Failure} with the login shell's output */
 export async function findShells(connection: Connection, signal: AbortSignal) {
-  // Absolute paths, because a start-up file may have broken PATH; `sh -c`, so that any login shell understands it.
   const question = [
-    'PATH=$PATH:/usr/local/bin:/usr/bin:/bin; echo "fargate-shells $SHELL $(command -v bash || command -v sh)";',
+    'echo "fargate-shells $SHELL $(command -v bash || command -v sh)";',
     "n=; { read -r n </proc/1/comm; } 2>/dev/null; s=closed; { true </proc/1/environ; } 2>/dev/null && s=open;",
     'command -v tr >/dev/null || s=tr; [ "$n" = sshd ] && s=sshd;',
     // ECS sets AWS_* and ECS_* in every container: if the session has some, the image passes the variables itself.
     'env | grep -Eq "^(FARGATE_ENVIRONMENT|(AWS|ECS)_[A-Z0-9_]+)=" && s=passed; echo "fargate-environment $s"',
   ].join(" ");
   const report = { errors: "", ended: undefined as Exit };
-  const output = await ask(connection, `exec /bin/sh -c '${question}'`, signal, { report });
+  const output = await ask(connection, question, signal, { report });
   const [, login = "", best] = /fargate-shells (\S*) (\S+)/.exec(output) ?? [];
   if (!best) {
     const said = `${output}\n${report.errors}`.split("\n").filter((line) => line.trim() !== "");
@@ -1564,7 +1568,7 @@ export async function findShells(connection: Connection, signal: AbortSignal) {
   const instead = 'start sshd with -o "SetEnv=NAME=$NAME ..." (see the README), or set PassEnvironment = []';
   const isLost = state && connection.target.PassEnvironment?.length;
   const warning = isLost ? `PassEnvironment has no effect: ${reasons[state]}; ${instead}` : undefined;
-  return { Interpreter, LoginShell: login.replace(/^.*\//, ""), warning };
+  return { Interpreter, LoginShell: basename(login), warning };
 }
 
 /** The shell that a script's first line asks for. @throws {Failure} for any but bash and sh: a wrong one does harm */
@@ -1706,7 +1710,7 @@ async function terminate(connection: Connection, { pid, session, start }: NonNul
   ].join(" ");
   // 8 s for this shell to start, and for KILL to take effect: less than the 10 s that SECURITY.md promises.
   const asking = { within: grace * 1000 + 8_000, apart };
-  const answer = await ask(connection, `exec sh -c '${program}'`, new AbortController().signal, asking).catch(() => "");
+  const answer = await ask(connection, program, new AbortController().signal, asking).catch(() => "");
   const [, found, left] = /^fargate-terminated (\d+) left(.*)$/m.exec(answer) ?? [];
   if (found === undefined) return "no answer";
   if (left?.trim()) return "not ended";
@@ -1734,31 +1738,30 @@ export async function runScript(
   const program = remoteProgram(mark, connection.target.PassEnvironment);
   // In the login shell if that is the right one: what its start-up files define is then there for the script.
   const isRight = interpreter === "bash" ? loginShell === "bash" : /^(sh|dash|ash)$/.test(loginShell);
-  const command = isRight ? program : `exec ${interpreter} -c '${program}' ${interpreter}`;
-  let lastError: SshError | undefined;
-  connection.client.on("error", (error: SshError) => {
-    lastError = error;
-  });
+  const other = `exec "$(${TOOL_PATH}; command -v ${interpreter})" -c "$0" ${interpreter}`;
+  const command = isRight ? program : `/bin/sh -c '${other}' '${program}'`; // not `exec`, which may be a function
+  const sshErrors: SshError[] = [];
+  connection.client.on("error", (error: SshError) => sshErrors.push(error));
   const { channel, exit } = await execute(connection, command, stop);
   const errors = channel.stderr as Readable;
-  // The streams are never paused, so that their order is kept: the server's window alone holds its output back.
+  // Never paused, and each part waits for the one before (both sinks may lead to one pipe): their order is kept.
   let unread = 0; // bytes that no sink has taken yet
   // @ts-expect-error: not in the types; the version of ssh2 is pinned
   const protocol = connection.client._protocol;
   const adjust: (id: number, bytes: number) => void = protocol.channelWindowAdjust.bind(protocol);
   const server = channel.outgoing as { id: number; state: string };
+  const isClosed = () => server.state === "closed"; // then its number may be another channel's
   let owed = 0;
   const grant = (bytes = 0) => {
     owed += bytes;
-    if (owed === 0 || unread > MOST_WAITING || server.state === "closed") return;
+    if (owed === 0 || unread > MOST_WAITING || isClosed()) return;
     adjust(server.id, owed);
     owed = 0;
   };
-  // Once closed, the number may be another channel's.
   protocol.channelWindowAdjust = (id: number, bytes: number) =>
-    id === server.id && server.state !== "closed" ? grant(bytes) : adjust(id, bytes);
+    id === server.id && !isClosed() ? grant(bytes) : adjust(id, bytes);
   const preamble = new Preamble(mark);
-  const writing = new Set<Promise<unknown>>(); // what no sink has taken yet
+  let written: Promise<unknown> = Promise.resolve();
   let received = 0; // bytes
   let gathered: { sink: Writable; parts: Buffer[] } | undefined;
   const flush = () => {
@@ -1766,12 +1769,11 @@ export async function runScript(
     const { sink, parts } = gathered;
     const part = parts.length === 1 ? (parts[0] as Buffer) : Buffer.concat(parts);
     gathered = undefined;
-    const written = new Promise((resolve) => sink.write(part, resolve)).then(() => {
-      writing.delete(written);
+    written = written.then(async () => {
+      await new Promise((resolve) => sink.write(part, resolve));
       unread -= part.length;
       grant();
     });
-    writing.add(written);
   };
   // Short parts are gathered for a turn of the event loop: of single bytes, each would take as much memory as a line.
   const write = (sink: Writable, part: Buffer) => {
@@ -1795,7 +1797,7 @@ export async function runScript(
   const over = Promise.all(closed).then(() => {
     if (!preamble.shell) write(stdout, preamble.held);
     flush();
-    return Promise.all(writing);
+    return written;
   });
   connection.socket.on("data", () => {
     if (unread > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
@@ -1805,30 +1807,32 @@ export async function runScript(
   const drain = async () => {
     const before = received;
     let holders: ReturnType<typeof holdersOf>; // until they are known, as if a filter: none of its output must be lost
-    let most: number = DRAIN.filter;
     const closes = over.then(() => "");
-    const askSoon = (program: string) => ask(connection, `exec sh -c '${program}'`, stop, { within: DRAIN.background });
-    for (let waited = 0, quiet = 0; waited < most; ) {
+    const askSoon = (program: string) => ask(connection, program, stop, { within: DRAIN.background });
+    for (let waited = 0, quiet = 0, most: number = DRAIN.filter; waited < most; ) {
       const seen = received;
       const inBackground = holders?.filter === false;
       if ((await Promise.race([closes, delay(DRAIN.tick)])) === "" || stop.aborted) return;
       // Time does not count while the sinks take the rest of the script's output.
-      if (writing.size > 0 && received - before < MOST_LEFT) continue;
+      if (unread > 0 && received - before < MOST_LEFT) continue;
       waited += DRAIN.tick;
       quiet = received === seen ? quiet + DRAIN.tick : 0;
       if (inBackground && quiet >= DRAIN.silence) break;
       if (inBackground || waited % DRAIN.silence !== 2 * DRAIN.tick) continue; // most filters end before the first look
-      const answer = askSoon("ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null").catch(() => {
-        waited += DRAIN.background;
-        return "";
-      });
-      holders = holdersOf(await Promise.race([closes, answer]), preamble.pipes);
+      const asked = performance.now();
+      const listing = askSoon("ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null").catch(() => "");
+      holders = holdersOf(await Promise.race([closes, listing]), preamble.pipes);
+      waited += Math.round((performance.now() - asked) / DRAIN.tick) * DRAIN.tick;
+      if (holders?.filter !== false) continue;
       // The filter may have ended just now: time for its last output.
-      if (holders?.filter === false) most = Math.max(DRAIN.background, waited + DRAIN.silence);
+      most = Math.max(DRAIN.background, waited + DRAIN.silence);
+      quiet = Math.min(quiet, 2 * DRAIN.tick);
     }
+    if (holders?.filter !== false && !isClosed())
+      log.warn("a process holds the script's output open after 10 s: what else it writes is lost");
     for (const stream of [channel, errors]) stream.removeAllListeners("data");
     flush();
-    await Promise.all(writing);
+    await written;
     if (!holders?.paths.length) return;
     // Somebody must go on reading the pipes: else SIGPIPE would end the process in the background.
     await askSoon(`for f in ${holders.paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done`).catch(() => {});
@@ -1839,13 +1843,14 @@ export async function runScript(
     if (status === undefined) {
       await over;
       await sleep(50); // a lost connection closes the channel first
+      const lastError = sshErrors.at(-1);
       const closed = connection.socket.destroyed ? "connection" : "script's channel without an exit status";
       const reason = lastError ? sshReason(lastError) : `the server closed the ${closed}`;
       const wasSilent = lastError?.level === "client-timeout";
       return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
     }
     await drain();
-    if (connection.socket.destroyed) log.warn("the connection was lost: the last output of the script may be missing");
+    if (connection.socket.destroyed && !isClosed()) log.warn("connection lost: the script's last output may be lost");
     const what = `the container's login shell ended with ${status} before it took the script`;
     if (!preamble.shell) throw new Failure("system", what, { problem: "startUpFile" });
     if (preamble.state !== "complete")
@@ -1901,8 +1906,8 @@ function checkRunner({ config, env, log }: Context): void {
     const { runners, shutdown_timeout } = parseToml(fs.readFileSync(`${env.CONFIG_FILE}`, "utf8")) as RunnerConfig;
     for (const { custom } of runners) {
       if (!custom || !fs.existsSync(custom.run_exec) || fs.realpathSync(custom.run_exec) !== process.execPath) continue;
-      const { graceful_kill_timeout } = custom;
-      const limits = { graceful_kill_timeout: graceful_kill_timeout || 600, shutdown_timeout: shutdown_timeout || 30 };
+      const graceful_kill_timeout = custom.graceful_kill_timeout || 600;
+      const limits = { graceful_kill_timeout, shutdown_timeout: shutdown_timeout || 30 };
       for (const [name, value] of Object.entries(limits)) {
         const told = { limit: `${name} = ${value}`, needed };
         if (value < needed) log.warn("{limit} in the runner's config.toml: it should be {needed} s or more", told);
@@ -1975,7 +1980,7 @@ export async function prepare(context: Context): Promise<void> {
 const prepareOf = ({ config, job, wallTime }: Context) =>
   usersOf(config.TaskMetadata, wallTime())
     .filter(({ stem, stage, lives }) => stem === job.stem && stage === "prepare" && lives)
-    .find(({ pid }) => pid !== process.pid);
+    .find(({ pid, identity }) => pid !== process.pid || identity !== identityOf("self"));
 
 function newRecord(context: Context, privateKey: string): TaskRecord {
   const { Cluster, Region } = context.config.Fargate;
@@ -2295,7 +2300,7 @@ async function runInTask(context: Context & Sinks, record: TaskRecord, seen: num
 async function explainKill(context: Context, record: TaskRecord, connection: Connection, stage: string): Promise<void> {
   // The counters of both versions of control groups; the container may well live on.
   const counters = "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null";
-  const counted = ask(connection, `exec sh -c '${counters}'`, context.stop).catch(() => "");
+  const counted = ask(connection, counters, context.stop).catch(() => "");
   const fate = await fateOf(context, record, 0);
   const isOfTask = fate.cause.problem === "memory";
   if (!/oom_kill [1-9]/.test(await counted) && !isOfTask) return;
@@ -2483,7 +2488,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     stop.throwIfAborted();
     await what().catch((error) => {
       stop.throwIfAborted();
-      report.problems.push(reasonOf(error));
+      report.problems.push([reasonOf(error), adviceFor(causeOf(error))].filter(Boolean).join("; what to do: "));
     });
   };
 
@@ -2509,7 +2514,6 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   });
   const usersOfJob = (job: string) => users.filter(({ stem }) => stem.slice(-64, -32) === job);
   const inUse = (job: string) => usersOfJob(job).some(({ lives }) => lives);
-
   const judge = ({ taskArn = "", startedBy = "", ...task }: Task): { swept: SweptTask; lastSign: number } => {
     const job = startedBy.slice(-32);
     const mine = own.includes(startedBy.split("-")[1]);
@@ -2635,11 +2639,7 @@ export function parseCommandLine(argv: readonly string[]) {
     .option("--log-file <path>", "LogFile: log to this file instead of standard error")
     .option("--task-def <definition>", "TaskDefinition: family, family:revision or ARN")
     .option("--platform-version <version>", "PlatformVersion: such as 1.4.0 or LATEST")
-    .addHelpText(
-      "after",
-      "\nOptions may stand before or after the command, and beat CUSTOM_ENV_FARGATE_TASK_DEFINITION and" +
-        "\nCUSTOM_ENV_FARGATE_PLATFORM_VERSION, which beat the configuration file.",
-    )
+    .addHelpText("after", "\nOptions may stand anywhere. They override the job's variables; these override the file.")
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
     .configureOutput({ outputError: () => {} })
