@@ -38,7 +38,7 @@ import { configureSync, getLogger, type Logger, type LogLevel, type LogRecord } 
 import { Command, CommanderError, InvalidArgumentError } from "commander";
 import { distance } from "fastest-levenshtein";
 import { parse as parseToml, TomlError } from "smol-toml";
-import type { Client, ClientChannel } from "ssh2";
+import type { Client, ClientChannel, ConnectConfig } from "ssh2";
 import * as v from "valibot";
 
 declare const BUILD: string | undefined; // set by the build: version (commit)
@@ -1303,11 +1303,27 @@ export class SshFailure extends Failure {
 /** The level that ssh2 gives its errors, and the operating system's code. */
 type SshError = Error & { level?: string; code?: unknown };
 
-// Bounds in bytes that a server which keeps to the protocol stays far below; ssh2 has none of its own.
-const MOST_UNSENT = 2 ** 20; // answers that wait to be sent, besides the script: each of 36 bytes takes 1.5 KB
-const MOST_UNREAD = 32 * 2 ** 20; // unread output: a stream has two windows of 2 MiB, which ssh2 does not enforce
-const MOST_GROWTH = 512 * 2 ** 20; // of the whole process
-const MOST_WAITING = 2 ** 20; // with more unread output, the server's window is not opened again
+// Memory limits in bytes. ssh2 has none; a server that keeps to the protocol stays far below them.
+const MAX_UNSENT = 2 ** 20; // replies waiting to be sent, besides the script: each of 36 bytes takes 1.5 KB
+const MAX_UNWRITTEN = 32 * 2 ** 20; // output not written yet: the window is 2 MiB, which ssh2 does not enforce
+const WINDOW_LIMIT = 2 ** 20; // with more unwritten output, the server may not send more
+const MAX_RSS_GROWTH = 512 * 2 ** 20; // growth of the whole process
+
+/** Destroys the socket of a server that makes this process use too much memory. `toSend`: bytes of the stage script */
+function limitMemory(socket: Socket, toSend: number): void {
+  const maxRss = process.memoryUsage.rss() + MAX_RSS_GROWTH + 2 * toSend;
+  let bytesAtLastCheck = 0;
+  socket.on("data", () => {
+    if (socket.writableLength > MAX_UNSENT + toSend)
+      socket.destroy(new Error("the server sends requests without reading the replies"));
+    if (socket.bytesRead < bytesAtLastCheck + 2 ** 20) return;
+    bytesAtLastCheck = socket.bytesRead;
+    // bun collects the garbage of many small packets late.
+    if (process.memoryUsage.rss() > maxRss - MAX_RSS_GROWTH / 2) Bun.gc(true);
+    if (process.memoryUsage.rss() > maxRss)
+      socket.destroy(new Error("the server makes this process use too much memory"));
+  });
+}
 
 /** Why SSH failed. A server's own words are quoted or left out, so that nobody takes them for ours or for AWS's. */
 function sshReason(error: Error): string {
@@ -1317,6 +1333,53 @@ function sshReason(error: Error): string {
   return said ? `the server says "${printable(reasonOf(error)).replaceAll('"', "'").slice(0, 300)}"` : reasonOf(error);
 }
 
+// ---- Begin of ssh2's internals ----
+// Everything that ssh2 does not publish is used here and nowhere else. A test fails for any version of ssh2 other than
+// the one whose source was read for this block (1.17.0).
+
+type Handler = (protocol: { requestFailure(): void; ping(): void }, payload: Buffer) => void;
+
+/**
+ * Replaces ssh2's handler of global requests (message 80 of RFC 4254), none of which this driver needs. ssh2 parses the
+ * host keys that a server announces with regular expressions that take minutes for some texts, and keeps the keys until
+ * the server proves that it has them.
+ */
+async function ignoreGlobalRequests(): Promise<void> {
+  // @ts-expect-error: no types; a table of functions by message number
+  const { default: handlers }: { default: Record<number, Handler> } = await import("ssh2/lib/protocol/handlers.js");
+  handlers[80] = (protocol, payload) => {
+    const wantsReply = payload[5 + payload.readUInt32BE(1)]; // follows the request's name
+    if (wantsReply) protocol.requestFailure();
+    else protocol.ping(); // otherwise sshd's next packet waits 40 ms for TCP's acknowledgement of this one
+  };
+}
+
+/** The largest packet the server accepts, in bytes. ssh2 splits data by it; a size of 0 would be an endless loop. */
+const maxPacketSize = (channel: ClientChannel): number => (channel.outgoing as { packetSize: number }).packetSize;
+
+/**
+ * Lets the server send more on a channel only while `mayGrow`. ssh2 opens the window whenever it has handed data to a
+ * stream. Pausing a stream would hold the window as well, but reorders standard output and standard error.
+ * @returns `update`, to be called when `mayGrow` may have changed, and whether the server has closed the channel
+ */
+function controlWindow(client: Client, channel: ClientChannel, mayGrow: () => boolean) {
+  type Protocol = { channelWindowAdjust(id: number, bytes: number): void };
+  const { _protocol: protocol } = client as unknown as { _protocol: Protocol };
+  const adjust = protocol.channelWindowAdjust.bind(protocol);
+  const server = channel.outgoing as { id: number; state: string };
+  const isClosed = () => server.state === "closed"; // the id may then be another channel's
+  let withheld = 0; // bytes
+  const update = (bytes = 0) => {
+    withheld += bytes;
+    if (withheld === 0 || !mayGrow() || isClosed()) return;
+    adjust(server.id, withheld);
+    withheld = 0;
+  };
+  protocol.channelWindowAdjust = (id, bytes) => (id === server.id && !isClosed() ? update(bytes) : adjust(id, bytes));
+  return { update, isClosed };
+}
+// ---- End of ssh2's internals ----
+
 /** Waits for `promise`. `onAbort` is called if `signal` aborts meanwhile, or has aborted before. */
 async function withAbort<T>(signal: AbortSignal, onAbort: () => void, promise: Promise<T>): Promise<T> {
   signal.addEventListener("abort", onAbort);
@@ -1324,27 +1387,65 @@ async function withAbort<T>(signal: AbortSignal, onAbort: () => void, promise: P
   return promise.finally(() => signal.removeEventListener("abort", onAbort));
 }
 
-const NIST_CURVES = (["256", "384", "521"] as const).map((bits) => `ecdh-sha2-nistp${bits}` as const);
+const ALGORITHMS: ConnectConfig["algorithms"] = {
+  cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] }, // does not work under bun
+  serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] }, // uses SHA-1, which OpenSSH 8.8 refuses as well
+  // No Diffie-Hellman groups: under bun, ssh2 tests the prime at each key exchange, which blocks this process for
+  // half a minute at 8192 bits. OpenSSH has had ECDH since 5.7.
+  kex: [
+    "curve25519-sha256",
+    "curve25519-sha256@libssh.org",
+    "ecdh-sha2-nistp256",
+    "ecdh-sha2-nistp384",
+    "ecdh-sha2-nistp521",
+  ],
+  compress: ["none"], // with compression, a few bytes from a server could become many
+};
 const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt is faster than TCP's own retransmissions
 const LONGEST_SILENCE = 15_000; // max ms from the TCP connection to the server's first bytes
 const LOGIN_TIMEOUT = 30_000; // ms from those to the login: busy hosts, name look-ups and PAM take long
+
+/** Limits the time for each phase of a login: TCP connection, the server's first bytes, login. @returns how to stop */
+function limitPhases(socket: Socket, silence: number, onTimeout: (text: string, problem: Problem) => void) {
+  let timer: NodeJS.Timeout | undefined;
+  const limit = (ms: number, text: string, problem: Problem) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => onTimeout(text, problem), ms);
+  };
+  const silent = (ms: number) => limit(ms, `nothing answered for ${ms / 1000} s`, "silent");
+  silent(Math.min(silence, CONNECT_TIMEOUT));
+  socket.once("connect", () => silent(silence));
+  const seconds = LOGIN_TIMEOUT / 1000;
+  socket.once("data", () => limit(LOGIN_TIMEOUT, `login did not complete within ${seconds} s`, "noServer"));
+  return () => clearTimeout(timer);
+}
+
+/** Classifies an error that ends a login: SshFailure's `why`, a message, and the problem. */
+function classifyLoginError(error: SshError): [SshFailure["why"], string, Problem] {
+  const { level, code } = error;
+  if (level === "client-authentication") return ["login", "the server refused the key", "key"];
+  if (level === "handshake") return ["unreachable", sshReason(error), "algorithms"];
+  if (code === undefined) return ["unreachable", sshReason(error), "noServer"];
+  return ["unreachable", sshReason(error), code === "ECONNREFUSED" ? "refused" : "silent"];
+}
+
+const loginOptions = ({ Username, privateKey, KeepAliveInterval }: SshTarget): ConnectConfig => ({
+  username: Username,
+  privateKey,
+  authHandler: ["publickey"],
+  readyTimeout: 0, // `limitPhases` limits the time
+  keepaliveInterval: KeepAliveInterval * 1000,
+  keepaliveCountMax: 2,
+  algorithms: ALGORITHMS,
+});
 
 /**
  * Logs in once. @throws {SshFailure}
  * @param silence max ms from the TCP connection to the server's first bytes, which `onAnswer` reports
  */
 export async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
-  const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net")]);
-  // @ts-expect-error: no types; a table of functions by message number
-  const { default: handlers } = await import("ssh2/lib/protocol/handlers.js");
+  const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net"), ignoreGlobalRequests()]);
   signal.throwIfAborted();
-  // Message 80 of RFC 4254, a global request: we need none. ssh2 would parse the host keys that a server announces by
-  // regular expressions that take minutes for some texts, and keep them until the server proves that it has them.
-  handlers[80] = (protocol: { requestFailure(): void; ping(): void }, payload: Buffer) => {
-    const wantsReply = payload[5 + payload.readUInt32BE(1)]; // behind the request's name
-    if (wantsReply) protocol.requestFailure();
-    else protocol.ping(); // without it, sshd's next packet waits 40 ms for TCP's acknowledgement of this one
-  };
   const client = new Client();
   const socket = new Socket();
   socket.setNoDelay(true); // else each short packet may wait 40 ms for the last one's acknowledgement
@@ -1359,60 +1460,23 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   };
   const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
     end(new SshFailure(why, `${where}: ${text}`, { problem }));
-  let timer: NodeJS.Timeout | undefined;
-  const limit = (ms: number, what: string, problem: Problem) => {
-    clearTimeout(timer);
-    timer = setTimeout(() => fail("unreachable", `${what} for ${ms / 1000} s`, problem), ms);
-  };
-  limit(Math.min(silence, CONNECT_TIMEOUT), "nothing answered", "silent");
-  const { toSend = 0 } = target;
-  const maxRss = process.memoryUsage.rss() + MOST_GROWTH + 2 * toSend;
-  let checked = 0; // bytes read at the last check
-  socket.on("data", () => {
-    if (socket.writableLength > MOST_UNSENT + toSend)
-      socket.destroy(new Error("the server makes requests and does not read the answers"));
-    if (socket.bytesRead < checked + 2 ** 20) return;
-    checked = socket.bytesRead;
-    // bun is late to collect the garbage of many small packets.
-    if (process.memoryUsage.rss() > maxRss - MOST_GROWTH / 2) Bun.gc(true);
-    if (process.memoryUsage.rss() > maxRss) socket.destroy(new Error("the server makes this process too large"));
-  });
-  socket.once("connect", () => limit(silence, "nothing answered", "silent"));
-  socket.once("data", () => {
-    onAnswer();
-    limit(LOGIN_TIMEOUT, "the server answered, but let nobody in", "noServer");
-  });
+  const clearTimer = limitPhases(socket, silence, (text, problem) => fail("unreachable", text, problem));
+  socket.once("data", onAnswer);
+  limitMemory(socket, target.toSend ?? 0);
   client.on("ready", () => {
     if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
     else fail("host-key", "the server let us in before it had shown its key", "hostKey");
   });
   // This listener stays: an error event without one would end the process.
   client.on("error", (error: SshError) => {
-    const { level, code } = error;
     if (isChanged()) fail("host-key", "the server's key is not the one seen when the task was prepared", "hostKey");
-    else if (level === "client-authentication") fail("login", "the server refused the key", "key");
-    else if (level === "handshake") fail("unreachable", sshReason(error), "algorithms");
-    else if (code === undefined) fail("unreachable", sshReason(error), "noServer");
-    else fail("unreachable", sshReason(error), code === "ECONNREFUSED" ? "refused" : "silent");
+    else fail(...classifyLoginError(error));
   });
   client.on("close", () => fail("unreachable", "the server closed the connection", "noServer"));
   try {
     client.connect({
+      ...loginOptions(target),
       sock: socket.connect({ host: target.host, port: target.Port }),
-      username: target.Username,
-      privateKey: target.privateKey,
-      authHandler: ["publickey"],
-      readyTimeout: 0,
-      keepaliveInterval: target.KeepAliveInterval * 1000,
-      keepaliveCountMax: 2,
-      algorithms: {
-        cipher: { remove: "chacha20-poly1305@openssh.com", append: [], prepend: [] }, // does not work under bun
-        serverHostKey: { remove: "ssh-rsa", append: [], prepend: [] }, // SHA-1, which OpenSSH 8.8 refuses as well
-        // No Diffie-Hellman group: under bun, ssh2 tests its prime in each exchange, which blocks this process for half
-        // a minute at 8192 bits. OpenSSH has had ECDH since 5.7.
-        kex: ["curve25519-sha256", "curve25519-sha256@libssh.org", ...NIST_CURVES],
-        compress: ["none"], // a few bytes from a server could become many
-      },
       hostVerifier: (key: Buffer) => {
         hostKey = Buffer.from(key);
         return !isChanged();
@@ -1423,7 +1487,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
     socket.destroy(); // also when connect itself throws, for a key that it cannot read
     throw error instanceof Failure ? error : new SshFailure("login", `${where}: ${reasonOf(error)}`);
   } finally {
-    clearTimeout(timer);
+    clearTimer();
   }
 }
 
@@ -1479,10 +1543,9 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
     client.exec(command, (error, channel) => {
       if (error) return fail(`the server opened no channel: ${sshReason(error)}`);
       if (signal.aborted) return channel.close();
-      // ssh2 cuts what is written into packets of this size: for a size of 0, in an endless loop.
-      const { packetSize } = channel.outgoing as { packetSize: number };
+      const packetSize = maxPacketSize(channel);
       if (packetSize < 1024) {
-        opened.reject(new Failure("system", `the server takes packets of ${packetSize} bytes only`));
+        opened.reject(new Failure("system", `the server accepts only packets of ${packetSize} bytes`));
         return client.destroy();
       }
       // At once: the packet that opens the channel may hold all that a short command has to say.
@@ -1669,7 +1732,7 @@ export class Preamble {
 
 // How long to wait for a script's output when its shell has exited and its channel stays open, in ms.
 const DRAIN = { tick: 50, filter: 10_000, background: 2_000, silence: 500 } as const;
-const MOST_LEFT = 16 * 2 ** 20; // bytes; more than sshd, the network and ssh2 hold of a script that has ended
+const MAX_BUFFERED = 16 * 2 ** 20; // bytes; more than sshd, the network and ssh2 hold of a script that has ended
 
 /**
  * Finds what holds a channel open, in a listing of /proc: the processes that can write to one of its pipes. One that
@@ -1723,154 +1786,194 @@ export type Outcome =
   | { readonly ended: "lost"; readonly begun: boolean; readonly wasSilent: boolean; readonly reason: string };
 
 /**
- * Runs a script over a connection and passes its output on. If `stop` aborts, it ends the script's processes first.
+ * Writes a script's output to its sinks, one part after the other: both sinks may lead to the same pipe, and the two
+ * streams must keep their order. The streams are never paused; `controlWindow` holds back the server instead.
+ */
+class OutputWriter {
+  received = 0; // bytes
+  unwritten = 0; // bytes that no sink has accepted yet
+  #written: Promise<void> = Promise.resolve();
+  #gathered: { sink: Writable; parts: Buffer[] } | undefined;
+
+  /** @param onWritten called whenever a sink has accepted a part */
+  constructor(private readonly onWritten: () => void) {}
+
+  /** Queues a part. Short parts are gathered for one turn of the event loop: each write costs memory and time. */
+  write(sink: Writable, part: Buffer): void {
+    if (part.length === 0) return;
+    this.received += part.length;
+    this.unwritten += part.length;
+    if (this.#gathered?.sink !== sink) this.flush();
+    if (!this.#gathered) setImmediate(() => this.flush());
+    this.#gathered ??= { sink, parts: [] };
+    this.#gathered.parts.push(part);
+    if (part.length > 4_096 || this.#gathered.parts.length > 4_096) this.flush();
+  }
+
+  /** Sends on what is gathered. Resolves when the sinks have accepted everything. */
+  flush(): Promise<void> {
+    if (this.#gathered) {
+      const { sink, parts } = this.#gathered;
+      this.#gathered = undefined;
+      const part = parts.length === 1 ? (parts[0] as Buffer) : Buffer.concat(parts);
+      this.#written = this.#written.then(async () => {
+        await new Promise((resolve) => sink.write(part, resolve));
+        this.unwritten -= part.length;
+        this.onWritten();
+      });
+    }
+    return this.#written;
+  }
+}
+
+type Shells = { readonly interpreter: "bash" | "sh"; readonly loginShell: string };
+
+/** The command that runs `remoteProgram` in the interpreter that the script asks for. */
+function scriptCommand(program: string, { interpreter, loginShell }: Shells): string {
+  // In the login shell if that is the right one, so that the script sees what its start-up files define.
+  const isRight = interpreter === "bash" ? loginShell === "bash" : /^(sh|dash|ash)$/.test(loginShell);
+  if (isRight) return program;
+  const other = `exec "$(${TOOL_PATH}; command -v ${interpreter})" -c "$0" ${interpreter}`;
+  return `/bin/sh -c '${other}' '${program}'`; // without `exec`, which may be a function in the login shell
+}
+
+/** A script that has been sent to the container. */
+interface RunningScript {
+  readonly connection: Connection;
+  readonly channel: ClientChannel;
+  readonly exit: Promise<Exit>;
+  readonly preamble: Preamble;
+  readonly output: OutputWriter;
+  readonly sshErrors: readonly SshError[];
+  readonly closed: Promise<void>; // the channel is closed and all output written
+  readonly isClosed: () => boolean; // the server has closed the channel
+}
+
+/** Opens a channel for a script, sends the script, and passes on its output. */
+async function startScript(
+  connection: Connection,
+  script: Buffer,
+  shells: Shells,
+  { stop, stdout, stderr }: Pick<Context, "stop"> & Sinks,
+): Promise<RunningScript> {
+  const preamble = new Preamble(`fargate-${randomBytes(16).toString("hex")}`);
+  const program = remoteProgram(preamble.mark, connection.target.PassEnvironment);
+  const sshErrors: SshError[] = [];
+  connection.client.on("error", (error: SshError) => sshErrors.push(error));
+  const { channel, exit } = await execute(connection, scriptCommand(program, shells), stop);
+  const errors = channel.stderr as Readable;
+  const output: OutputWriter = new OutputWriter(() => window.update());
+  const window = controlWindow(connection.client, channel, () => output.unwritten <= WINDOW_LIMIT);
+  channel.on("data", (chunk: Buffer) => {
+    output.write(stdout, preamble.push(chunk));
+    if (!preamble.shell || channel.writableEnded) return;
+    channel.write(script);
+    channel.end(preamble.mark);
+  });
+  errors.on("data", (chunk: Buffer) => output.write(stderr, chunk));
+  connection.socket.on("data", () => {
+    if (output.unwritten > MAX_UNWRITTEN)
+      connection.socket.destroy(new Error("the server sends more than there is room for"));
+  });
+  const closing = [channel, errors].map((stream) => new Promise((resolve) => stream.on("close", resolve)));
+  const closed = Promise.all(closing).then(() => {
+    if (!preamble.shell) output.write(stdout, preamble.held);
+    return output.flush();
+  });
+  return { connection, channel, exit, preamble, output, sshErrors, closed, isClosed: window.isClosed };
+}
+
+/** Waits until a script's channel has closed. Gives up on a process that holds it open for too long (DRAIN). */
+async function drainOutput(script: RunningScript, { stop, log }: Pick<Context, "stop" | "log">): Promise<void> {
+  const { connection, channel, preamble, output, closed } = script;
+  const receivedBefore = output.received;
+  let holders: ReturnType<typeof holdersOf>; // until they are known, treated as a filter, whose output must not be lost
+  const runCommand = (program: string) => ask(connection, program, stop, { within: DRAIN.background });
+  for (let waited = 0, quiet = 0, limit: number = DRAIN.filter; waited < limit; ) {
+    const { received } = output;
+    const inBackground = holders?.filter === false;
+    if ((await Promise.race([closed.then(() => true), delay(DRAIN.tick)])) === true || stop.aborted) return;
+    // Time does not count while the sinks accept the rest of the script's output.
+    if (output.unwritten > 0 && output.received - receivedBefore < MAX_BUFFERED) continue;
+    waited += DRAIN.tick;
+    quiet = output.received === received ? quiet + DRAIN.tick : 0;
+    if (inBackground && quiet >= DRAIN.silence) break;
+    // The first look comes late: most filters have ended by then.
+    if (inBackground || waited % DRAIN.silence !== 2 * DRAIN.tick) continue;
+    const asked = performance.now();
+    const listing = runCommand("ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null").catch(() => "");
+    holders = holdersOf(await Promise.race([closed.then(() => ""), listing]), preamble.pipes);
+    waited += Math.round((performance.now() - asked) / DRAIN.tick) * DRAIN.tick;
+    if (holders?.filter !== false) continue;
+    // The filter may have ended just now: this leaves time for its last output.
+    limit = Math.max(DRAIN.background, waited + DRAIN.silence);
+    quiet = Math.min(quiet, 2 * DRAIN.tick);
+  }
+  if (holders?.filter !== false && !script.isClosed())
+    log.warn("a process holds the script's output open after 10 s: what else it writes is lost");
+  for (const stream of [channel, channel.stderr]) stream.removeAllListeners("data");
+  await output.flush();
+  if (!holders?.paths.length) return;
+  // Something must go on reading the pipes; otherwise SIGPIPE would end the background process.
+  const reader = `for f in ${holders.paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done`;
+  await runCommand(reader).catch(() => {});
+}
+
+/** Waits until a script has ended and its output is written. @throws {Failure} if the shell could not take the script */
+async function outcomeOf(script: RunningScript, context: Pick<Context, "stop" | "log">): Promise<Outcome> {
+  const { connection, preamble, sshErrors } = script;
+  const status = await script.exit;
+  if (status === undefined) {
+    await script.closed;
+    await sleep(50); // a lost connection closes the channel first
+    const lastError = sshErrors.at(-1);
+    const what = connection.socket.destroyed ? "connection" : "script's channel without an exit status";
+    const reason = lastError ? sshReason(lastError) : `the server closed the ${what}`;
+    const wasSilent = lastError?.level === "client-timeout";
+    return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
+  }
+  await drainOutput(script, context);
+  if (connection.socket.destroyed && !script.isClosed())
+    context.log.warn("connection lost: the script's last output may be lost");
+  const early = `the container's login shell ended with ${status} before it read the script`;
+  if (!preamble.shell) throw new Failure("system", early, { problem: "startUpFile" });
+  if (preamble.state !== "complete")
+    throw new Failure("system", "the container's shell could not read the whole script: the image needs cat");
+  const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
+  return { ended: "exited", code: Math.min(code, 255) }; // SSH allows larger ones
+}
+
+/** Terminates a cancelled script, waits up to 1 s for its last output, and warns if it may still run. */
+async function cancelScript({ connection, preamble, exit, closed }: RunningScript, log: Logger): Promise<void> {
+  const { shell } = preamble;
+  if (!shell) return;
+  log.debug("terminating the script's session {session}", { session: shell.session });
+  const result = await terminate(connection, shell);
+  await Promise.race([closed, sleep(1_000)]);
+  const hasExited = (await Promise.race([exit, undefined])) !== undefined; // by itself, at the same moment
+  if (result !== "terminated" && !(result === "not found" && hasExited))
+    log.warn("the script may still run in the container: {result}", { result });
+}
+
+/**
+ * Runs a script over a connection and passes on its output. If `stop` aborts, terminates the script first.
  * @returns how it ended; death by signal n counts as 128 + n, as in a shell
- * @throws {Failure} if the container's shell cannot take the script; the reason of `stop`
+ * @throws {Failure} if the container's shell cannot take the script; the reason of `stop` if that aborts
  */
 export async function runScript(
   connection: Connection,
   script: Buffer,
-  { interpreter, loginShell }: { interpreter: "bash" | "sh"; loginShell: string },
-  { stop, log, stdout, stderr }: Pick<Context, "stop" | "log"> & Sinks,
+  shells: Shells,
+  context: Pick<Context, "stop" | "log"> & Sinks,
 ): Promise<Outcome> {
-  const mark = `fargate-${randomBytes(16).toString("hex")}`;
+  const { stop, log } = context;
   if (script.includes(0)) throw new Failure("system", "the script has NUL characters, which no shell can take");
-  const program = remoteProgram(mark, connection.target.PassEnvironment);
-  // In the login shell if that is the right one: what its start-up files define is then there for the script.
-  const isRight = interpreter === "bash" ? loginShell === "bash" : /^(sh|dash|ash)$/.test(loginShell);
-  const other = `exec "$(${TOOL_PATH}; command -v ${interpreter})" -c "$0" ${interpreter}`;
-  const command = isRight ? program : `/bin/sh -c '${other}' '${program}'`; // not `exec`, which may be a function
-  const sshErrors: SshError[] = [];
-  connection.client.on("error", (error: SshError) => sshErrors.push(error));
-  const { channel, exit } = await execute(connection, command, stop);
-  const errors = channel.stderr as Readable;
-  // Never paused, and each part waits for the one before (both sinks may lead to one pipe): their order is kept.
-  let unread = 0; // bytes that no sink has taken yet
-  // @ts-expect-error: not in the types; the version of ssh2 is pinned
-  const protocol = connection.client._protocol;
-  const adjust: (id: number, bytes: number) => void = protocol.channelWindowAdjust.bind(protocol);
-  const server = channel.outgoing as { id: number; state: string };
-  const isClosed = () => server.state === "closed"; // then its number may be another channel's
-  let owed = 0;
-  const grant = (bytes = 0) => {
-    owed += bytes;
-    if (owed === 0 || unread > MOST_WAITING || isClosed()) return;
-    adjust(server.id, owed);
-    owed = 0;
-  };
-  protocol.channelWindowAdjust = (id: number, bytes: number) =>
-    id === server.id && !isClosed() ? grant(bytes) : adjust(id, bytes);
-  const preamble = new Preamble(mark);
-  let written: Promise<unknown> = Promise.resolve();
-  let received = 0; // bytes
-  let gathered: { sink: Writable; parts: Buffer[] } | undefined;
-  const flush = () => {
-    if (!gathered) return;
-    const { sink, parts } = gathered;
-    const part = parts.length === 1 ? (parts[0] as Buffer) : Buffer.concat(parts);
-    gathered = undefined;
-    written = written.then(async () => {
-      await new Promise((resolve) => sink.write(part, resolve));
-      unread -= part.length;
-      grant();
-    });
-  };
-  // Short parts are gathered for a turn of the event loop: of single bytes, each would take as much memory as a line.
-  const write = (sink: Writable, part: Buffer) => {
-    if (part.length === 0) return;
-    received += part.length;
-    unread += part.length;
-    if (gathered?.sink !== sink) flush();
-    if (!gathered) setImmediate(flush);
-    gathered ??= { sink, parts: [] };
-    gathered.parts.push(part);
-    if (part.length > 4_096 || gathered.parts.length > 4_096) flush();
-  };
-  channel.on("data", (chunk: Buffer) => {
-    write(stdout, preamble.push(chunk));
-    if (!preamble.shell || channel.writableEnded) return;
-    channel.write(script);
-    channel.end(mark);
-  });
-  errors.on("data", (chunk: Buffer) => write(stderr, chunk));
-  const closed = [channel, errors].map((source) => new Promise((resolve) => source.on("close", resolve)));
-  const over = Promise.all(closed).then(() => {
-    if (!preamble.shell) write(stdout, preamble.held);
-    flush();
-    return written;
-  });
-  connection.socket.on("data", () => {
-    if (unread > MOST_UNREAD) connection.socket.destroy(new Error("the server sends more than there is room for"));
-  });
-
-  /** Waits until the channel has closed, or has been held open for too long. */
-  const drain = async () => {
-    const before = received;
-    let holders: ReturnType<typeof holdersOf>; // until they are known, as if a filter: none of its output must be lost
-    const closes = over.then(() => "");
-    const askSoon = (program: string) => ask(connection, program, stop, { within: DRAIN.background });
-    for (let waited = 0, quiet = 0, most: number = DRAIN.filter; waited < most; ) {
-      const seen = received;
-      const inBackground = holders?.filter === false;
-      if ((await Promise.race([closes, delay(DRAIN.tick)])) === "" || stop.aborted) return;
-      // Time does not count while the sinks take the rest of the script's output.
-      if (unread > 0 && received - before < MOST_LEFT) continue;
-      waited += DRAIN.tick;
-      quiet = received === seen ? quiet + DRAIN.tick : 0;
-      if (inBackground && quiet >= DRAIN.silence) break;
-      if (inBackground || waited % DRAIN.silence !== 2 * DRAIN.tick) continue; // most filters end before the first look
-      const asked = performance.now();
-      const listing = askSoon("ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null").catch(() => "");
-      holders = holdersOf(await Promise.race([closes, listing]), preamble.pipes);
-      waited += Math.round((performance.now() - asked) / DRAIN.tick) * DRAIN.tick;
-      if (holders?.filter !== false) continue;
-      // The filter may have ended just now: time for its last output.
-      most = Math.max(DRAIN.background, waited + DRAIN.silence);
-      quiet = Math.min(quiet, 2 * DRAIN.tick);
-    }
-    if (holders?.filter !== false && !isClosed())
-      log.warn("a process holds the script's output open after 10 s: what else it writes is lost");
-    for (const stream of [channel, errors]) stream.removeAllListeners("data");
-    flush();
-    await written;
-    if (!holders?.paths.length) return;
-    // Somebody must go on reading the pipes: else SIGPIPE would end the process in the background.
-    await askSoon(`for f in ${holders.paths.join(" ")}; do { cat <&3 >/dev/null 2>&1 & } 3<"$f"; done`).catch(() => {});
-  };
-
-  const end = async (): Promise<Outcome> => {
-    const status = await exit;
-    if (status === undefined) {
-      await over;
-      await sleep(50); // a lost connection closes the channel first
-      const lastError = sshErrors.at(-1);
-      const closed = connection.socket.destroyed ? "connection" : "script's channel without an exit status";
-      const reason = lastError ? sshReason(lastError) : `the server closed the ${closed}`;
-      const wasSilent = lastError?.level === "client-timeout";
-      return { ended: "lost", begun: preamble.shell !== undefined, wasSilent, reason };
-    }
-    await drain();
-    if (connection.socket.destroyed && !isClosed()) log.warn("connection lost: the script's last output may be lost");
-    const what = `the container's login shell ended with ${status} before it took the script`;
-    if (!preamble.shell) throw new Failure("system", what, { problem: "startUpFile" });
-    if (preamble.state !== "complete")
-      throw new Failure("system", "the container's shell could not take the script whole: it needs cat");
-    const code = typeof status === "number" ? status : 128 + (osConstants.signals[status] ?? 0);
-    return { ended: "exited", code: Math.min(code, 255) }; // SSH allows larger ones
-  };
-
+  const running = await startScript(connection, script, shells, context);
   const aborted = Promise.withResolvers<undefined>();
-  const outcome = await withAbort(stop, () => aborted.resolve(undefined), Promise.race([end(), aborted.promise]));
+  const ended = Promise.race([outcomeOf(running, context), aborted.promise]);
+  const outcome = await withAbort(stop, () => aborted.resolve(undefined), ended);
   if (outcome && !stop.aborted) return outcome;
-  const { shell } = preamble;
-  if (shell) {
-    log.debug("terminating the script's session {session}", { session: shell.session });
-    const came = await terminate(connection, shell);
-    await Promise.race([over, sleep(1_000)]); // for its last output, which perhaps nobody reads
-    const exited = (await Promise.race([exit, undefined])) !== undefined; // by itself, in the same moment
-    if (came !== "terminated" && !(came === "not found" && exited))
-      log.warn("the script may still run in the container: {came}", { came });
-  }
+  await cancelScript(running, log);
   connection.client.destroy();
   throw stop.reason;
 }
@@ -1916,30 +2019,37 @@ function checkRunner({ config, env, log }: Context): void {
   } catch {} // this user cannot read it; or CONFIG_FILE names another file, as it may after --config
 }
 
-const LEAVE_WITHIN = 4_500; // ms at most from SIGTERM until prepare has ended
-const ANSWER_GRACE = 3_000; // ms of these, for RunTask's answer
-/** The `prepare` stage: starts the job's task and returns when a login to it works. */
-export async function prepare(context: Context): Promise<void> {
-  const { config, job, log, now, stop, refusal } = context;
-  if (refusal) throw new Failure("build", refusal);
-  const noEffect = "image: and services: have no effect, choose a task definition by FARGATE_TASK_DEFINITION instead";
+const PREPARE_SHUTDOWN_MS = 4_500; // max ms from SIGTERM until prepare has ended
+const RUN_TASK_GRACE_MS = 3_000; // of these, for RunTask's answer
+
+/** Logs what prepare notices before it starts a task: what has no effect, and settings that do not fit. */
+function checkJob(context: Context): void {
+  const { config, job, log, env } = context;
+  const noEffect = "image: and services: have no effect; choose a task definition with FARGATE_TASK_DEFINITION instead";
   if (job.unused?.length) log.warn(`${noEffect}: {names}`, { names: job.unused.join(", ") });
-  const unread = unreadVariables(context.env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
+  const unread = unreadVariables(env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
   for (const { name, meant } of unread.slice(0, 20))
     if (meant) log.warn("nothing reads the job's variable {name}; did you mean {meant}?", { name, meant });
     else log.debug("nothing reads the job's variable {name}", { name });
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
   checkRunner(context);
-  const writable = openDirectory(config.TaskMetadata.Directory);
-  if (writable) log.warn("{writable}", { writable });
-  const done = announce(config.TaskMetadata, job.stem, "prepare");
+}
+
+/** The `prepare` stage: starts the job's task and returns when a login to it works. */
+export async function prepare(context: Context): Promise<void> {
+  const { config, job, log, now, stop, refusal } = context;
+  if (refusal) throw new Failure("build", refusal);
+  checkJob(context);
+  const warning = openDirectory(config.TaskMetadata.Directory);
+  if (warning) log.warn("{warning}", { warning });
+  const removeLock = announce(config.TaskMetadata, job.stem, "prepare");
   const other = prepareOf(context);
   const leave = new AbortController();
-  stop.addEventListener("abort", () => setTimeout(() => leave.abort(stop.reason), LEAVE_WITHIN));
+  stop.addEventListener("abort", () => setTimeout(() => leave.abort(stop.reason), PREPARE_SHUTDOWN_MS));
   try {
     if (other) throw new Failure("system", `another prepare of this job runs, as process ${other.pid}`);
-    await release(context, stop); // a try before this one may have died without its cleanup
+    await release(context, stop); // an earlier attempt may have died without its cleanup
     const own = await ownKey(context); // stays where it is, and out of the record
     const key = own ?? (await makeKeyPair(config.SSH.KeyType));
     const aws = new Aws(config.Fargate, context);
@@ -1948,31 +2058,43 @@ export async function prepare(context: Context): Promise<void> {
     const begun = now();
     try {
       const { host, connection } = await startUntilReady(context, aws, record, key, begun);
-      record.ContainerIP = host;
-      record.HostKey = connection.hostKey.toString("base64");
-      const { warning, ...shells } = await findShells(connection, stop);
-      Object.assign(record, shells);
-      if (warning) log.warn("{warning}", { warning });
-      connection.client.end();
-      await sleep(0, stop); // signals are heard between turns of the event loop only
-      stop.throwIfAborted();
-      keepRecord(context, record);
-      const told = { host, user: config.SSH.Username, seconds: Math.round((now() - begun) / 1000) };
-      log.info("Ready: logged in to {host} as {user} ({seconds} s)", told);
+      await recordLogin(context, record, host, connection);
+      const fields = { host, user: config.SSH.Username, seconds: Math.round((now() - begun) / 1000) };
+      log.info("Ready: logged in to {host} as {user} ({seconds} s)", fields);
     } catch (error) {
-      try {
-        // If the disk is full, the record in memory knows more than the one on disk. A known task is always stopped.
-        // After a signal there is no time to look for an unknown one; cleanup, which follows, does that.
-        const signal = record.TaskARN ? leave.signal : stop;
-        if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
-      } catch (failure) {
-        const left = `${record.TaskARN || "a task"} is left for cleanup to stop`;
-        log.error("{reason}", { reason: failure === stop.reason ? left : reasonOf(failure) });
-      }
+      // A known task is always stopped. After a signal there is no time to look for an unknown one; cleanup, which
+      // follows, does that.
+      await undoStart(context, aws, record, record.TaskARN ? leave.signal : stop);
       throw blame(context, error);
     }
   } finally {
-    done();
+    removeLock();
+  }
+}
+
+/** Completes the record with what the login has shown, and closes the connection. */
+async function recordLogin(context: Context, record: TaskRecord, host: string, connection: Connection): Promise<void> {
+  const { log, stop } = context;
+  record.ContainerIP = host;
+  record.HostKey = connection.hostKey.toString("base64");
+  const { warning, ...shells } = await findShells(connection, stop);
+  Object.assign(record, shells);
+  if (warning) log.warn("{warning}", { warning });
+  connection.client.end();
+  await sleep(0, stop); // signals are only heard between turns of the event loop
+  stop.throwIfAborted();
+  keepRecord(context, record);
+}
+
+/** Stops the task of a failed prepare and removes its record. A failure to do so is logged: cleanup follows. */
+async function undoStart(context: Context, aws: Aws, record: TaskRecord, signal: AbortSignal): Promise<void> {
+  try {
+    // If the disk is full, the record in memory knows more than the one on disk.
+    if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
+  } catch (failure) {
+    const left = `${record.TaskARN || "a task"} is left for cleanup to stop`;
+    const reason = failure === context.stop.reason ? left : reasonOf(failure);
+    context.log.error("{reason}", { reason });
   }
 }
 
@@ -2066,7 +2188,7 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
       record.Unanswered ||= causeOf(error).mayHaveStarted === true;
       return isTransient(error);
     };
-    const arn = await aws.runTask(input, { until, again, onSend, signal: stop, grace: ANSWER_GRACE });
+    const arn = await aws.runTask(input, { until, again, onSend, signal: stop, grace: RUN_TASK_GRACE_MS });
     record.Unanswered = false;
     if (arn instanceof Failure) throw arn;
     record.TaskARN = arn;
@@ -2096,105 +2218,135 @@ function blame({ config, byJob }: Context, error: unknown): unknown {
   return new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`, causeOf(error));
 }
 
-// ms for which the server may refuse the key before prepare gives up: an image may put the key in place late, and
-// OpenSSH 9.8 and later turns everybody away for 15 s after three refusals.
-const REFUSAL_PATIENCE = 25_000;
-// ms; within this time of hearing from a task, its address cannot have been reassigned: a new task takes longer.
-// Later, one with the same host key may answer there and accept any key. With PrivateKeyPath, ECS is always asked.
-const FRESH = 10_000;
-// Waits until a login to a new task works. Logins begin when its address is known; from then on, polling only watches
-// for the task's death. Throws a Failure when the task ends, or is not ready in time.
-async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
-  const { config, log, now, stop } = context;
-  const { StartTimeout, WaitForHealthy, EnablePublicIP, UsePublicIP: usePublic = EnablePublicIP } = config.Fargate;
-  const { ConnectTimeout, Username } = config.SSH;
-  const deadline = begun + StartTimeout * 1000;
-  const id = record.TaskARN.split("/").at(-1);
-  const over = new AbortController();
-  const signal = AbortSignal.any([stop, over.signal]);
-  const ready = Promise.withResolvers<{ host: string; connection: Connection }>();
-  let host: string | undefined;
-  let status: string | undefined;
-  let runningSince = Infinity; // and healthy, if that is awaited
-  const refusals: number[] = []; // of the key, in ms as of `now`
-  let lastFailure: SshFailure | undefined;
-  let lastTold = "";
-  let alive = -Infinity;
+// ms for which the server may refuse the key before prepare gives up: an image may install the key late, and OpenSSH
+// 9.8 and later rejects every connection for 15 s after three refusals.
+const KEY_REFUSAL_MS = 25_000;
+// Within this time of hearing from a task, in ms, its address cannot have been reassigned: a new task takes longer to
+// start. After that, a task with the same host key may answer there and accept any key. With PrivateKeyPath, ECS is
+// always asked.
+const ADDRESS_TRUST_MS = 10_000;
 
+/** What is known of a task that is not ready yet. Times are in ms, as of `now`. */
+interface Startup {
+  readonly begun: number;
+  readonly deadline: number; // StartTimeout after `begun`
+  host?: string | undefined; // where to log in; undefined until ECS shows an address
+  status?: string; // lastStatus
+  health: string; // of the container; HEALTHY if that is not waited for
+  usableSince: number; // since when it is RUNNING and healthy; Infinity until then
+  lastSeen: number; // when ECS last described it
+  refusals: number[]; // when the SSH server refused the key
+  lastFailure?: SshFailure; // the most telling failure to log in
+}
+
+const stoppedEarly = (task: Task): Failure =>
+  new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`, stopCause(task));
+
+/** Describes the task once and records the result in `startup`. @throws {Failure} if the task has ended or is unhealthy */
+async function pollTask(context: Context, aws: Aws, record: TaskRecord, startup: Startup, signal: AbortSignal) {
+  const { config, log, now } = context;
+  const { WaitForHealthy, EnablePublicIP, UsePublicIP: usePublic = EnablePublicIP } = config.Fargate;
+  const { begun, deadline } = startup;
+  const asked = now();
+  const limits = { until: startup.host ? asked + 10_000 : deadline, signal };
+  const [task] = await aws.describeTasks([record.TaskARN], limits).catch((failure): Task[] => {
+    if (!startup.host) throw failure;
+    log.debug("{reason}", { reason: reasonOf(failure) }); // a login may succeed at any moment: the task has not failed
+    return [];
+  });
+  if (task) startup.lastSeen = asked;
+  keepRecord(context);
+  if (task?.lastStatus && task.lastStatus !== startup.status) {
+    startup.status = task.lastStatus;
+    const seconds = Math.round((now() - begun) / 1000);
+    const fields = { id: record.TaskARN.split("/").at(-1), status: task.lastStatus, seconds };
+    const repeats = task.lastStatus === "PROVISIONING" || isEnding(task); // at each attempt to start a task
+    const level = repeats ? "debug" : "info";
+    log[level]("Task {id} is {status} ({seconds} s)", fields);
+  }
+  if (task && isEnding(task)) throw stoppedEarly(task);
+  const container = task?.containers?.find(({ name }) => name === CONTAINER);
+  startup.health = WaitForHealthy ? (container?.healthStatus ?? "UNKNOWN") : "HEALTHY";
+  if (startup.health === "UNHEALTHY")
+    throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
+  if (startup.health !== "HEALTHY") return;
+  if (startup.status === "RUNNING") startup.usableSince = Math.min(startup.usableSince, now());
+  if (!task || startup.host) return;
+  const { id, address } = interfaceOf(task);
+  const isPublic = usePublic && !address?.includes(":"); // IPv6 addresses have no public counterparts
+  startup.host = isPublic ? id && (await aws.publicAddress(id, { until: deadline, signal })) : address;
+}
+
+/** Logs in to the task's address; keeps each failed attempt in `startup`. */
+async function logInToTask(context: Context, key: KeyPair, host: string, startup: Startup, signal: AbortSignal) {
+  const { config, log, now } = context;
+  log.debug("the task's address is {host}", { host });
+  let lastMessage = "";
   const onFailure = (failure: SshFailure) => {
     const { why, message } = failure;
-    if (message !== lastTold) log.debug("no login yet: {message}", { message });
-    lastTold = message;
-    if (why === "login") refusals.push(now());
-    // A refused key says more than the connections that sshd then refuses for a while.
-    if (why === "login" || refusals.length === 0) lastFailure = failure;
+    if (message !== lastMessage) log.debug("no login yet: {message}", { message });
+    lastMessage = message;
+    if (why === "login") startup.refusals.push(now());
+    // A refused key tells more than the connections that sshd then rejects for a while.
+    if (why === "login" || startup.refusals.length === 0) startup.lastFailure = failure;
   };
-  const beginLogins = (address: string) => {
-    log.debug("the task's address is {address}", { address });
-    const login = logIn({ ...config.SSH, host: address, privateKey: key.privateKey }, signal, onFailure);
-    ready.resolve(login.then((connection) => ({ host: address, connection })));
-  };
-  const stopped = (task: Task) =>
-    new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`, stopCause(task));
-  const tooLong = () => {
-    const [firstRefusal = 0] = refusals;
-    if (runningSince < Infinity && (refusals.at(-1) ?? 0) - firstRefusal > REFUSAL_PATIENCE)
-      return `the task runs, but its SSH server refuses to let ${Username} in`;
-    if (now() > runningSince + ConnectTimeout * 1000)
-      return `the task runs, but no login worked within ConnectTimeout (${ConnectTimeout} s)`;
-    if (now() > deadline)
-      return `the task was not ready within StartTimeout (${StartTimeout} s): it is ${status ?? "unknown to ECS"}`;
-  };
-  /** What an overdue task lacks. One that is not RUNNING has no SSH server yet; without an address, none was tried. */
-  const lackOf = (health: string): [text: string, problem: Problem | false] => {
-    const tried = lastFailure ? `; the last attempt to log in: ${lastFailure.message}` : "";
-    if (host) return [tried, runningSince < Infinity && (lastFailure?.cause.problem ?? "silent")];
-    if (health !== "HEALTHY") return [`; the health of ${CONTAINER} is ${health}`, status === "RUNNING" && "noHealth"];
-    return [`; it has no ${usePublic ? "public " : ""}address`, usePublic && "publicAddress"];
-  };
+  return { host, connection: await logIn({ ...config.SSH, host, privateKey: key.privateKey }, signal, onFailure) };
+}
+
+/** The failure of a task that should be ready by now: which limit has passed, and what the task lacks. Pure. */
+function latenessOf({ Fargate: f, SSH }: Config, startup: Startup, now: number): Failure | undefined {
+  const { host, status, health, usableSince, lastFailure, refusals } = startup;
+  const refusedFor = (refusals.at(-1) ?? 0) - (refusals[0] ?? 0);
+  let late: string;
+  if (usableSince < Infinity && refusedFor > KEY_REFUSAL_MS)
+    late = `the task runs, but its SSH server refuses to let ${SSH.Username} in`;
+  else if (now > usableSince + SSH.ConnectTimeout * 1000)
+    late = `the task runs, but no login worked within ConnectTimeout (${SSH.ConnectTimeout} s)`;
+  else if (now > startup.deadline)
+    late = `the task was not ready within StartTimeout (${f.StartTimeout} s): it is ${status ?? "unknown to ECS"}`;
+  else return undefined;
+  const fail = (lack: string, problem: Problem | undefined) => new Failure("system", `${late}${lack}`, { problem });
+  if (host) {
+    const attempt = lastFailure ? `; the last attempt to log in: ${lastFailure.message}` : "";
+    // A task that is not RUNNING has no SSH server yet.
+    return fail(attempt, usableSince < Infinity ? (lastFailure?.cause.problem ?? "silent") : undefined);
+  }
+  if (health !== "HEALTHY")
+    return fail(`; the health of ${CONTAINER} is ${health}`, status === "RUNNING" ? "noHealth" : undefined);
+  const isPublic = f.UsePublicIP ?? f.EnablePublicIP;
+  return fail(`; it has no ${isPublic ? "public " : ""}address`, isPublic ? "publicAddress" : undefined);
+}
+
+/**
+ * Waits until a login to a new task works. Attempts to log in begin once the task's address is known; from then on,
+ * polling only watches for the task's end. @throws {Failure} if the task ends, or is not ready in time
+ */
+async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
+  const { config, now, stop } = context;
+  const deadline = begun + config.Fargate.StartTimeout * 1000;
+  const times = { begun, deadline, usableSince: Infinity, lastSeen: -Infinity, refusals: [] };
+  const startup: Startup = { ...times, health: "UNKNOWN" };
+  const over = new AbortController();
+  const signal = AbortSignal.any([stop, over.signal]);
+  const ready = Promise.withResolvers<Awaited<ReturnType<typeof logInToTask>>>();
   const watch = async (): Promise<never> => {
     for (let polls = 0; ; polls++) {
-      const asked = now();
-      const limits = { until: host ? asked + 10_000 : deadline, signal };
-      const [task] = await aws.describeTasks([record.TaskARN], limits).catch((failure): Task[] => {
-        if (!host) throw failure;
-        log.debug("{reason}", { reason: reasonOf(failure) }); // a login may work any moment: the task has not failed
-        return [];
-      });
-      if (task) alive = asked;
-      keepRecord(context);
-      if (task?.lastStatus && task.lastStatus !== status) {
-        status = task.lastStatus;
-        const level = status === "PROVISIONING" || isEnding(task) ? "debug" : "info"; // they repeat in each attempt
-        log[level]("Task {id} is {status} ({seconds} s)", { id, status, seconds: Math.round((now() - begun) / 1000) });
-      }
-      if (task && isEnding(task)) throw stopped(task);
-      const container = task?.containers?.find(({ name }) => name === CONTAINER);
-      const health = WaitForHealthy ? (container?.healthStatus ?? "UNKNOWN") : "HEALTHY";
-      if (health === "UNHEALTHY")
-        throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
-      if (status === "RUNNING" && health === "HEALTHY") runningSince = Math.min(runningSince, now());
-      if (task && !host && health === "HEALTHY") {
-        const { id: eni, address } = interfaceOf(task);
-        const isPublic = usePublic && !address?.includes(":"); // IPv6 addresses have no public counterparts
-        host = isPublic ? eni && (await aws.publicAddress(eni, { until: deadline, signal })) : address;
-        if (host) beginLogins(host);
-      }
-      const late = tooLong();
-      const [lack, problem] = lackOf(health);
-      if (late) throw new Failure("system", `${late}${lack}`, { problem: problem || undefined });
-      await sleep(pollPause(polls, host !== undefined, Math.random(), aws.throttled), signal);
+      const { host } = startup;
+      await pollTask(context, aws, record, startup, signal);
+      if (!host && startup.host) ready.resolve(logInToTask(context, key, startup.host, startup, signal));
+      const late = latenessOf(config, startup, now());
+      if (late) throw late;
+      await sleep(pollPause(polls, startup.host !== undefined, Math.random(), aws.throttled), signal);
     }
   };
   try {
     const login = await Promise.race([ready.promise, watch()]);
-    if (record.PrivateKey && now() < alive + FRESH) return login;
-    const limits = { until: deadline, signal: stop };
-    const gone = { lastStatus: "DELETED", stoppedReason: "ECS no longer knows it" };
-    const task = (await aws.describeTask(record.TaskARN, limits)) ?? gone;
+    if (record.PrivateKey && now() < startup.lastSeen + ADDRESS_TRUST_MS) return login;
+    const deleted = { lastStatus: "DELETED", stoppedReason: "ECS no longer knows it" };
+    const task = (await aws.describeTask(record.TaskARN, { until: deadline, signal: stop })) ?? deleted;
     if (!isEnding(task)) return login;
     login.connection.client.destroy();
-    throw stopped(task);
+    throw stoppedEarly(task);
   } finally {
     over.abort(new Failure("system", "the task is no longer awaited"));
   }
@@ -2237,63 +2389,90 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   return exitCode("build", env);
 }
 
-// Connects, runs the script and returns its exit code; throws a Failure for anything else. The script is sent again
-// only if no command of it can have run. `seen`: when the task was last known to be alive, in ms as of `now`.
-async function runInTask(context: Context & Sinks, record: TaskRecord, seen: number, script: Buffer, stage: string) {
+/** A stage script, and what running it takes. */
+interface ScriptRun {
+  readonly context: Context & Sinks;
+  readonly record: TaskRecord;
+  readonly target: SshTarget;
+  readonly script: Buffer;
+  readonly stage: string;
+  readonly shells: Shells;
+  readonly lastSeen: number; // when the task was last known to be alive, in ms as of `now`
+}
+
+/**
+ * Connects, runs the script and returns its exit code. Sends the script again only if no command of it can have run.
+ * @throws {Failure} for anything but an exit code
+ */
+async function runInTask(
+  context: Context & Sinks,
+  record: TaskRecord,
+  lastSeen: number,
+  script: Buffer,
+  stage: string,
+) {
   const { config, log, now, stop } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
   const { ContainerIP: host, HostKey, PrivateKey } = record;
-  // What prepare logged in with: the job's own key, else the operator's.
-  const operators = () => readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath");
-  const privateKey = (PrivateKey ? Buffer.from(PrivateKey, "base64") : operators()).toString();
+  // The key that prepare logged in with: the job's own, or the operator's.
+  const readKey = () => readFile(config.SSH.PrivateKeyPath ?? "", "PrivateKeyPath");
+  const privateKey = (PrivateKey ? Buffer.from(PrivateKey, "base64") : readKey()).toString();
   const hostKey = Buffer.from(HostKey, "base64");
   const target: SshTarget = { ...config.SSH, host, privateKey, hostKey, toSend: script.length };
+  const scriptRun: ScriptRun = { context, record, target, script, stage, shells, lastSeen };
   let tries = 0;
   let asked = -Infinity;
-  /** @returns why the task's state is unknown. @throws {Failure} if it has ended */
-  const verify = async () => {
-    const { ended, says, cause } = await fateOf(context, record, 0);
-    if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
-    return ended === undefined ? new SshFailure("unverified", says, cause) : undefined;
-  };
   const attempt = async (): Promise<number> => {
     if (++tries > 2 && now() > asked + 5_000) {
       // Do not wait for a task that has ended: each later stage would take the whole ConnectTimeout.
       asked = now();
-      await verify();
+      await verifyTask(scriptRun);
     }
-    const connection = await connect(target, LONGEST_SILENCE, stop);
-    try {
-      const isTrusted = record.PrivateKey && Math.abs(now() - seen) <= FRESH;
-      const unverified = isTrusted ? undefined : await verify();
-      if (unverified) throw unverified;
-      const outcome = await runScript(connection, script, shells, context);
-      if (outcome.ended === "lost") {
-        if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
-        // ECS may learn of the end some seconds late; once keep-alives have gone unanswered, that time has passed.
-        const { says, cause } = await fateOf(context, record, outcome.wasSilent ? 0 : 10_000);
-        const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${says}`;
-        throw new Failure("system", lost, cause);
-      }
-      if (outcome.code === 137) await explainKill(context, record, connection, stage);
-      return outcome.code;
-    } finally {
-      connection.client.end();
-    }
+    return runOnce(scriptRun);
   };
   const again = (error: unknown) => {
-    const passes = error instanceof SshFailure && (error.why === "unreachable" || error.why === "unverified");
-    if (passes) log.debug("{stage}: {reason}; trying again", { stage, reason: reasonOf(error) });
-    return passes;
+    const isRetryable = error instanceof SshFailure && (error.why === "unreachable" || error.why === "unverified");
+    if (isRetryable) log.debug("{stage}: {reason}; trying again", { stage, reason: reasonOf(error) });
+    return isRetryable;
   };
   const until = now() + config.SSH.ConnectTimeout * 1000;
   return retry(attempt, { until, again, now, signal: stop }).catch(async (error) => {
     if (stop.aborted || !(error instanceof SshFailure)) throw error;
-    const did = `${stage} did not begin: ${reasonOf(error)}`;
-    if (error.why !== "unreachable") throw new Failure("system", did, error.cause);
+    const notBegun = `${stage} did not begin: ${reasonOf(error)}`;
+    if (error.why !== "unreachable") throw new Failure("system", notBegun, error.cause);
     const { says, cause } = await fateOf(context, record, 10_000);
-    throw new Failure("system", `${did}; ${says}`, { problem: cause.problem ?? error.cause.problem });
+    throw new Failure("system", `${notBegun}; ${says}`, { problem: cause.problem ?? error.cause.problem });
   });
+}
+
+/** Asks ECS about the task. @returns why its state is unknown, if it is. @throws {Failure} if it has ended */
+async function verifyTask({ context, record, stage }: ScriptRun): Promise<SshFailure | undefined> {
+  const { ended, says, cause } = await fateOf(context, record, 0);
+  if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
+  return ended === undefined ? new SshFailure("unverified", says, cause) : undefined;
+}
+
+/** Connects once and runs the script. @throws {SshFailure} if no command of the script can have run */
+async function runOnce(scriptRun: ScriptRun): Promise<number> {
+  const { context, record, target, script, stage, shells, lastSeen } = scriptRun;
+  const connection = await connect(target, LONGEST_SILENCE, context.stop);
+  try {
+    const isTrusted = record.PrivateKey && Math.abs(context.now() - lastSeen) <= ADDRESS_TRUST_MS;
+    const unverified = isTrusted ? undefined : await verifyTask(scriptRun);
+    if (unverified) throw unverified;
+    const outcome = await runScript(connection, script, shells, context);
+    if (outcome.ended === "lost") {
+      if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
+      // ECS may learn of the end some seconds late. Unanswered keep-alives have taken longer than that.
+      const { says, cause } = await fateOf(context, record, outcome.wasSilent ? 0 : 10_000);
+      const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${says}`;
+      throw new Failure("system", lost, cause);
+    }
+    if (outcome.code === 137) await explainKill(context, record, connection, stage);
+    return outcome.code;
+  } finally {
+    connection.client.end();
+  }
 }
 
 /** Exit code 137 is death by SIGKILL; the log says if that was for lack of memory. */
@@ -2469,12 +2648,66 @@ function readRecords(directory: string) {
   });
 }
 
+/** A look at the clock and the directory of records. */
+interface Snapshot {
+  readonly time: number; // epoch seconds
+  readonly uptime: number; // seconds since the host's last boot
+  readonly records: readonly ({ name: string; job: string; mtimeMs: number } & Partial<TaskRecord>)[];
+  readonly processes: ReturnType<typeof usersOf>;
+}
+
+/** The rules by which sweep judges a task. */
+interface SweepRules extends Pick<Config["Fargate"], "MaxTaskAge" | "AbandonedAfter"> {
+  readonly managers: readonly (string | undefined)[]; // ids of the managers whose tasks are this host's own
+  readonly canLock: boolean; // if not, as on a full disk, live jobs have no locks, and none counts as abandoned
+}
+
+const processesOf = ({ processes }: Snapshot, job: string) =>
+  processes.filter(({ stem }) => stem.slice(-64, -32) === job);
+const isInUse = (snapshot: Snapshot, job: string) => processesOf(snapshot, job).some(({ lives }) => lives);
+
+/** Judges a task of this driver: whether it is orphaned, and when its job last showed a sign of life. Pure. */
+export function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Snapshot, rules: SweepRules) {
+  const { time } = snapshot;
+  const job = startedBy.slice(-32);
+  const isOwn = rules.managers.includes(startedBy.split("-")[1]);
+  const record = isOwn ? snapshot.records.find((record) => record.job === job) : undefined;
+  const createdAt = Math.floor(task.createdAt ? task.createdAt.getTime() / 1000 : time);
+  const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
+  const fromTask = Number(variables?.find(({ name }) => name === "FARGATE_DEADLINE")?.value);
+  const known = Math.min(fromTask > 0 ? fromTask : Infinity, record?.Deadline || Infinity);
+  const deadline = Math.floor(Number.isFinite(known) ? known : createdAt + rules.MaxTaskAge);
+  const touches = processesOf(snapshot, job).map(({ mtimeMs }) => mtimeMs);
+  const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...touches) / 1000; // epoch seconds
+  const isIdle = rules.canLock && lastSign < time - Math.min(snapshot.uptime, rules.AbandonedAfter);
+  const isLost = isOwn && !record && time > createdAt + SWEEP_TASKS_AFTER;
+  let why: string | undefined;
+  if (isOwn && isInUse(snapshot, job)) why = undefined;
+  else if (isLost) why = "its record is gone";
+  else if (time > deadline) why = "it is past its deadline";
+  else if (isIdle) why = ABANDONED;
+  const judged: SweptTask = { taskArn, startedBy, createdAt, deadline, ...(why !== undefined && { why }) };
+  return { lastSign, task: judged };
+}
+
+/** What the steps of one sweep share. */
+interface Sweep {
+  readonly context: Operator;
+  readonly aws: Aws;
+  readonly tasks: readonly Task[]; // of this driver, whichever manager started them
+  readonly rules: SweepRules;
+  readonly report: SweepReport;
+  readonly hasDirectory: boolean;
+  readonly look: () => Snapshot;
+  readonly limits: () => Limits;
+  readonly attempt: (action: () => Promise<void>) => Promise<void>; // adds a failure to the report's problems
+}
+
 /**
  * Stops what jobs have left behind in the cluster: of this manager, tasks whose record is gone, and tasks whose job no
  * process has worked on for AbandonedAfter or since the last boot; of any manager, tasks past their deadline. Then
- * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage. A clock
- * set forward makes every lock look old, so it looks twice: in between, live processes touch theirs, or a stage begins.
- * @throws {Failure} when the cluster cannot be listed; what else fails is one of the report's problems
+ * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage.
+ * @throws {Failure} if the cluster cannot be listed; any other failure is one of the report's problems
  */
 export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
   const { config, log, now, wallTime, stop } = context;
@@ -2484,105 +2717,121 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
   const limits = () => ({ until: now() + STOP_FOR, signal: stop });
   const aws = new Aws(config.Fargate, context);
   const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
-  const attempt = async (what: () => Promise<void>) => {
+  const attempt = async (action: () => Promise<void>) => {
     stop.throwIfAborted();
-    await what().catch((error) => {
+    await action().catch((error) => {
       stop.throwIfAborted();
       report.problems.push([reasonOf(error), adviceFor(causeOf(error))].filter(Boolean).join("; what to do: "));
     });
   };
-
-  // Records are read after the tasks: a listed task without one has lost it.
+  // Records are read after the tasks: a listed task without a record has lost it.
   const listed = await aws.describeTasks(await aws.listTasks(undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
-  const here = fs.existsSync(Directory);
-  const own = [manager, here && fs.existsSync(join(Directory, ".manager-id")) ? managerId(Directory) : undefined];
-  const look = () => ({
-    seconds: wallTime() / 1000,
-    records: here ? readRecords(Directory) : [],
-    users: here ? usersOf(config.TaskMetadata, wallTime()) : [],
+  const hasDirectory = fs.existsSync(Directory);
+  const hasIdentity = hasDirectory && fs.existsSync(join(Directory, ".manager-id"));
+  const managers = [manager, hasIdentity ? managerId(Directory) : undefined];
+  const look = (): Snapshot => ({
+    time: wallTime() / 1000,
+    uptime: uptime(),
+    records: hasDirectory ? readRecords(Directory) : [],
+    processes: hasDirectory ? usersOf(config.TaskMetadata, wallTime()) : [],
   });
-  let { seconds, records, users } = look();
-  let canLock = false; // if not, as on a full disk, live jobs have no locks, and none counts as abandoned
+  let canLock = false;
   await attempt(async () => {
-    const probe = join(Directory, `.manager-id.${randomBytes(6).toString("hex")}.tmp`);
-    const make = () => fs.closeSync(fs.openSync(probe, "wx", 0o600));
-    if (!here || AbandonedAfter === 0) return;
-    withContext(`no lock can be made in ${Directory}, so no job counts as abandoned`, make, "disk");
-    fs.rmSync(probe);
-    canLock = true;
+    canLock = hasDirectory && AbandonedAfter > 0 && probeLock(Directory);
   });
-  const usersOfJob = (job: string) => users.filter(({ stem }) => stem.slice(-64, -32) === job);
-  const inUse = (job: string) => usersOfJob(job).some(({ lives }) => lives);
-  const judge = ({ taskArn = "", startedBy = "", ...task }: Task): { swept: SweptTask; lastSign: number } => {
-    const job = startedBy.slice(-32);
-    const mine = own.includes(startedBy.split("-")[1]);
-    const record = mine ? records.find((record) => record.job === job) : undefined;
-    const createdAt = Math.floor((task.createdAt?.getTime() ?? wallTime()) / 1000);
-    const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
-    const set = Number(variables?.find(({ name }) => name === "FARGATE_DEADLINE")?.value); // as the task was started
-    const known = Math.min(set > 0 ? set : Infinity, record?.Deadline || Infinity);
-    const deadline = Math.floor(Number.isFinite(known) ? known : createdAt + MaxTaskAge);
-    const lost = mine && !record && seconds > createdAt + SWEEP_TASKS_AFTER && "its record is gone";
-    const late = seconds > deadline && "it is past its deadline";
-    const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...usersOfJob(job).map(({ mtimeMs }) => mtimeMs)) / 1000;
-    const isIdle = canLock && lastSign < seconds - Math.min(uptime(), AbandonedAfter);
-    const why = !(mine && inUse(job)) && (lost || late || (isIdle && ABANDONED));
-    return { lastSign, swept: { taskArn, startedBy, createdAt, deadline, ...(why && { why }) } };
-  };
-  const end = async (aws: Aws, task: SweptTask) => {
-    if (!dryRun) await aws.stopTask(task.taskArn, `fargate sweep: ${task.why}`, limits());
-    report.stopped.push(task);
-  };
-
-  const judged = tasks.filter((task) => !isEnding(task)).map((task) => ({ task, first: judge(task) }));
-  const isDoubtful = ({ why, startedBy }: SweptTask) =>
-    why === ABANDONED || (why && usersOfJob(startedBy.slice(-32)).length > 0);
-  if (judged.some(({ first }) => isDoubtful(first.swept))) {
-    log.debug("looking again at what may be abandoned, {seconds} s later", { seconds: DEAD_AFTER / 1000 });
-    await sleep(DEAD_AFTER, stop);
-  }
-  for (const { task, first } of judged) {
-    if (first.swept.why) ({ seconds, records, users } = look());
-    const { swept, lastSign } = judge(task);
-    const { why, ...left } = swept;
-    // A touch between the two looks is a sign of life, whatever the time of the clock behind it.
-    if (why && why === first.swept.why && lastSign === first.lastSign) await attempt(() => end(aws, swept));
-    else report.left.push(left);
-  }
-
-  const isAmong = (all: Pick<Task, "taskArn">[], { taskArn }: Task) => all.some((task) => task.taskArn === taskArn);
-  for (const record of records) {
-    if (seconds < (record.UpdatedAt ?? seconds) + SWEEP_RECORDS_AFTER || inUse(record.job)) continue;
-    await attempt(async () => {
-      const { TaskARN, StartedBy } = record;
-      const there = new Aws({ ...config.Fargate, ...record }, context);
-      const listed = !TaskARN && StartedBy ? await there.listTasks(StartedBy, limits()) : [];
-      const known = TaskARN && (await there.describeTask(TaskARN, limits()));
-      const named = known ? [known] : await there.describeTasks(listed, limits());
-      const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(record.job))].filter(
-        (task) => !isEnding(task) && !isAmong(report.stopped, task),
-      );
-      // One of the configured cluster has been judged above; one elsewhere is not looked at twice.
-      for (const { swept } of running.filter((task) => !isAmong(tasks, task)).map(judge))
-        if (swept.why && swept.why !== ABANDONED) await end(there, swept);
-      // A prepare makes its lock before its record. If its record is removed here, it notices, and stops its task.
-      ({ seconds, records, users } = look());
-      const { UpdatedAt } = records.find(({ name }) => name === record.name) ?? {};
-      if (running.length > 0 || inUse(record.job) || UpdatedAt !== record.UpdatedAt) return;
-      if (!dryRun) fs.rmSync(join(Directory, record.name), { force: true });
-      report.removedRecords.push(record.name);
-    });
-  }
-  for (const name of here && !dryRun ? fs.readdirSync(Directory) : []) {
-    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
-    const { mtimeMs = wallTime() } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    // A write that was cut off, or a removal by an earlier version.
-    if (wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
-  }
+  const rules = { MaxTaskAge, AbandonedAfter, managers, canLock };
+  const shared: Sweep = { context, aws, tasks, rules, report, hasDirectory, look, limits, attempt };
+  await sweepTasks(shared);
+  await sweepRecords(shared);
+  sweepTemporaryFiles(shared);
   look(); // removes the locks of dead processes
   log.debug("sweep left {left} tasks alone", { left: report.left.length });
   return report;
+}
+
+/** Whether a lock can be made. @throws {Failure} if not */
+function probeLock(directory: string): true {
+  const probe = join(directory, `.manager-id.${randomBytes(6).toString("hex")}.tmp`);
+  const make = () => fs.closeSync(fs.openSync(probe, "wx", 0o600));
+  withContext(`no lock can be made in ${directory}, so no job counts as abandoned`, make, "disk");
+  fs.rmSync(probe);
+  return true;
+}
+
+async function stopOrphan({ report, limits }: Sweep, aws: Aws, task: SweptTask): Promise<void> {
+  if (!report.dryRun) await aws.stopTask(task.taskArn, `fargate sweep: ${task.why}`, limits());
+  report.stopped.push(task);
+}
+
+/**
+ * Judges each task twice before it is stopped. A clock that is set forward makes every lock look old; between the two
+ * looks, live processes touch their locks, or a new stage begins.
+ */
+async function sweepTasks(shared: Sweep): Promise<void> {
+  const { context, aws, tasks, rules, report, look } = shared;
+  const first = look();
+  const judged = tasks
+    .filter((task) => !isEnding(task))
+    .map((task) => ({ task, before: judgeTask(task, first, rules) }));
+  const isDoubtful = ({ why, startedBy }: SweptTask) =>
+    why === ABANDONED || (why && processesOf(first, startedBy.slice(-32)).length > 0);
+  if (judged.some(({ before }) => isDoubtful(before.task))) {
+    context.log.debug("looking again at tasks that may be abandoned, {seconds} s later", {
+      seconds: DEAD_AFTER / 1000,
+    });
+    await sleep(DEAD_AFTER, context.stop);
+  }
+  for (const { task, before } of judged) {
+    const after = before.task.why ? judgeTask(task, look(), rules) : before;
+    const { why, ...left } = after.task;
+    // A touch between the two looks is a sign of life, whatever the time of the clock behind it.
+    const isOrphan = why && why === before.task.why && after.lastSign === before.lastSign;
+    if (isOrphan) await shared.attempt(() => stopOrphan(shared, aws, after.task));
+    else report.left.push(left);
+  }
+}
+
+/** Removes old records whose tasks are gone. Stops tasks of other clusters that only a record names. */
+async function sweepRecords(shared: Sweep): Promise<void> {
+  const { context, tasks, rules, report, look, limits } = shared;
+  const { Fargate, TaskMetadata } = context.config;
+  const isAmong = (all: readonly Pick<Task, "taskArn">[], { taskArn }: Task) =>
+    all.some((task) => task.taskArn === taskArn);
+  const before = look();
+  for (const record of before.records) {
+    const { name, job, TaskARN, StartedBy } = record;
+    if (before.time < (record.UpdatedAt ?? before.time) + SWEEP_RECORDS_AFTER || isInUse(before, job)) continue;
+    await shared.attempt(async () => {
+      const aws = new Aws({ ...Fargate, ...record }, context);
+      const listed = !TaskARN && StartedBy ? await aws.listTasks(StartedBy, limits()) : [];
+      const known = TaskARN && (await aws.describeTask(TaskARN, limits()));
+      const named = known ? [known] : await aws.describeTasks(listed, limits());
+      const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(job))].filter(
+        (task) => !isEnding(task) && !isAmong(report.stopped, task),
+      );
+      // A task of the configured cluster has been judged above; one elsewhere is not looked at twice.
+      const elsewhere = running.filter((task) => !isAmong(tasks, task));
+      for (const { task } of elsewhere.map((task) => judgeTask(task, look(), rules)))
+        if (task.why && task.why !== ABANDONED) await stopOrphan(shared, aws, task);
+      // A prepare makes its lock before its record. If its record is removed here, it notices, and stops its task.
+      const now = look();
+      const { UpdatedAt } = now.records.find((record) => record.name === name) ?? {};
+      if (running.length > 0 || isInUse(now, job) || UpdatedAt !== record.UpdatedAt) return;
+      if (!report.dryRun) fs.rmSync(join(TaskMetadata.Directory, name), { force: true });
+      report.removedRecords.push(name);
+    });
+  }
+}
+
+/** Removes temporary files of writes that were cut off long ago, and those of removals by an earlier version. */
+function sweepTemporaryFiles({ context, hasDirectory, report }: Sweep): void {
+  const { Directory } = context.config.TaskMetadata;
+  for (const name of hasDirectory && !report.dryRun ? fs.readdirSync(Directory) : []) {
+    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
+    const { mtimeMs = Infinity } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
+    if (context.wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
+  }
 }
 
 export function formatSweep(report: SweepReport, json: boolean): string {
@@ -2686,7 +2935,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   process.on("SIGQUIT", () => {}); // tells the runner to take no further jobs; systemd sends it to the stages as well
   const crash = (error: unknown) => {
     // bun would end with 1, which the runner takes for the job's own failure.
-    log.fatal("{reason}", { reason: `this is a bug of the driver: ${reasonOf(error)}` });
+    log.fatal("{reason}", { reason: `a bug in the driver: ${reasonOf(error)}` });
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     process.exit(exitCode("system", env));
   };
@@ -2694,38 +2943,17 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
   try {
     const request = parseCommandLine(argv);
     if (!request) return 0;
-    const { command } = request;
-    if (command === "config") {
+    if (request.command === "config") {
       writeWhole(1, `${configAnswer(readJob(env))}\n`);
       return 0;
     }
     const file = readFile(resolve(request.config), "the configuration file");
-    const { config, byJob, refusal, warnings } = readConfig(file.toString(), request.config, request.options, env);
-    log = openLog(config);
+    const read = readConfig(file.toString(), request.config, request.options, env);
+    log = openLog(read.config);
     const now = () => Math.floor(performance.now());
-    const operator: Operator = { config, log, stop: stopping.signal, now, wallTime: Date.now, env };
-    if (request.sweep) {
-      const report = await sweep(operator, request.sweep);
-      writeWhole(1, formatSweep(report, request.sweep.json));
-      for (const reason of report.problems) log.fatal("{reason}", { reason });
-      return report.problems.length > 0 ? exitCode("system", env) : 0;
-    }
-    const job = readJob(env);
-    if (command === "prepare") for (const warning of warnings) log.warn("{warning}", { warning });
-    const none = "there is no job: neither JOB_RESPONSE_FILE nor CUSTOM_ENV_CI_JOB_ID and its like are set";
-    if (!job) throw new Failure("system", none);
-    const context: Context = { ...operator, job, byJob, refusal };
-    const parent = process.ppid; // once it has ended, nobody reads this stage's result or goes on with the job
-    const isOrphan = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
-    if (command !== "cleanup") setInterval(isOrphan, BEAT).unref();
-    if (command === "run") {
-      const { stdout, stderr } = process; // bun makes these streams when they are asked for; no other stage needs them
-      for (const stream of [stdout, stderr])
-        stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
-      return await run({ ...context, stdout, stderr }, ...(request.operands as [string, string]));
-    }
-    await (command === "prepare" ? prepare(context) : cleanup(context));
-    return 0;
+    const signal = stopping.signal;
+    const operator: Operator = { config: read.config, log, stop: signal, now, wallTime: Date.now, env };
+    return await (request.sweep ? runSweep(operator, request.sweep) : runStage(operator, request, read, stopFor));
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
     const advice = adviceFor(failure.cause);
@@ -2734,6 +2962,40 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     return exitCode(failure.kind, env);
   }
+}
+
+/** The `sweep` command. @returns the exit code */
+async function runSweep(context: Operator, options: SweepOptions): Promise<number> {
+  const report = await sweep(context, options);
+  writeWhole(1, formatSweep(report, options.json));
+  for (const reason of report.problems) context.log.fatal("{reason}", { reason });
+  return report.problems.length > 0 ? exitCode("system", context.env) : 0;
+}
+
+type Invocation = NonNullable<ReturnType<typeof parseCommandLine>>;
+/** The stages that work on a task: prepare, run and cleanup. @returns the exit code */
+async function runStage(
+  operator: Operator,
+  { command, operands }: Invocation,
+  { byJob, refusal, warnings }: ReturnType<typeof readConfig>,
+  stopFor: (why: string) => void,
+): Promise<number> {
+  const job = readJob(operator.env);
+  if (command === "prepare") for (const warning of warnings) operator.log.warn("{warning}", { warning });
+  const none = "there is no job: neither JOB_RESPONSE_FILE nor the CUSTOM_ENV_CI_* variables are set";
+  if (!job) throw new Failure("system", none);
+  const context: Context = { ...operator, job, byJob, refusal };
+  const parent = process.ppid; // once it has ended, nobody reads this stage's result or goes on with the job
+  const checkParent = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
+  if (command !== "cleanup") setInterval(checkParent, BEAT).unref();
+  if (command === "run") {
+    const { stdout, stderr } = process; // bun makes these streams when they are first used; no other stage needs them
+    for (const stream of [stdout, stderr])
+      stream.on("error", (error) => stopFor(`the job's output cannot be written: ${reasonOf(error)}`));
+    return run({ ...context, stdout, stderr }, ...(operands as [string, string]));
+  }
+  await (command === "prepare" ? prepare(context) : cleanup(context));
+  return 0;
 }
 
 if (import.meta.main) {
