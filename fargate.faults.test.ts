@@ -50,6 +50,7 @@ import {
   startTask,
   TINI,
   taskTest,
+  testProgram,
   testSecrets,
 } from "./fixtures/test-support.ts";
 import { makeWorld, projectRoot } from "./fixtures/world.ts";
@@ -1880,7 +1881,7 @@ describe.concurrent("the task stops", () => {
     });
 
   const wait = { changes: { Fargate: { WaitForHealthy: true } } };
-  test.concurrent("with WaitForHealthy prepare logs in once ECS reports the container healthy", async () => {
+  testProgram.concurrent("with WaitForHealthy prepare logs in once ECS reports the container healthy", async () => {
     const own = embeddedHosts();
     const world = await makeWorld({ hosts: own });
     try {

@@ -92,6 +92,7 @@ import {
   collect,
   configFile,
   connect,
+  describeProgram,
   directory,
   hosts,
   never,
@@ -102,6 +103,7 @@ import {
   someRecord,
   startTask,
   taskTest,
+  testProgram,
   testSecrets,
   thrown,
 } from "./fixtures/test-support.ts";
@@ -113,7 +115,7 @@ setUp({ hosts: true });
 // Identity: jobs that claim to be other jobs
 // ---------------------------------------------------------------------------------------------------------
 
-describe("a job that claims to be another", () => {
+describeProgram("a job that claims to be another", () => {
   let world: World;
   beforeAll(async () => {
     world = await makeWorld({ hosts, secrets: { SSH_PUBLIC_KEY: "set below" }, timing: { hideDescribe: 300 } });
@@ -406,7 +408,7 @@ describe.concurrent("another server at the task's address", () => {
   });
 });
 
-describe.concurrent("a hostile SSH server", () => {
+describeProgram.concurrent("a hostile SSH server", () => {
   let world: World;
   beforeAll(async () => {
     world = await makeWorld({ embedded: true });
@@ -609,7 +611,7 @@ describe.concurrent("a hostile SSH server", () => {
     }, 120_000);
 });
 
-describe.concurrent("a hostile server at the address of a new task", () => {
+describeProgram.concurrent("a hostile server at the address of a new task", () => {
   const short = { Fargate: { StartTimeout: 3 }, SSH: { ConnectTimeout: 2 } };
   const prepareIn = async (attack?: AttackName) => {
     const hosts = hostileHosts(attack);
@@ -667,7 +669,7 @@ describe("the security model", () => {
     // The names of all tests of all files, as vitest finds them.
     const vitest = join(projectRoot, "node_modules", "vitest", "vitest.mjs");
     const command = [process.execPath, "--bun", vitest, "list", "--json"];
-    const listed = await start(command, { cwd: projectRoot, env: { ...process.env } }).finished;
+    const listed = await start(command, { cwd: projectRoot, env: { ...process.env, QUICK: undefined } }).finished;
     const found = JSON.parse(listed.stdout.toString()) as { name: string; file: string }[];
     expect(new Set(found.map(({ file }) => file)).size).toBeGreaterThan(5);
     const names = found.map(({ name }) => ` > ${name}`);
@@ -825,7 +827,7 @@ describe("any input", () => {
     expect(expectClear(thrown(() => readConfig(text, "f", {}, {})))).toContain("Fargate.Tags");
   });
 
-  test(
+  testProgram(
     "as a configuration that is none, given to prepare: no call to AWS, no record, exit code 2",
     async () => {
       let asked = 0;
@@ -1122,7 +1124,7 @@ describe("any input", () => {
     );
   });
 
-  test.each([
+  testProgram.each([
     ["the record", "cleanup"],
     ["the record", "prepare"],
     ["the record", "run"],

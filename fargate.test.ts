@@ -96,6 +96,7 @@ import {
   collect,
   configFile,
   connect,
+  describeProgram,
   directory,
   hosts,
   never,
@@ -111,6 +112,7 @@ import {
   startTask,
   TINI,
   taskTest,
+  testProgram,
   testSecrets,
   thrown,
 } from "./fixtures/test-support.ts";
@@ -3360,7 +3362,7 @@ describe("the container's environment, of an image with a plain sshd under tini"
 // 10. Stages, by the compiled program
 // ---------------------------------------------------------------------------------------------------------
 
-describe("the compiled program", () => {
+describeProgram("the compiled program", () => {
   let world: World;
   beforeAll(async () => {
     world = await makeWorld({ hosts, secrets: { SSH_PUBLIC_KEY: "set below" }, timing: { hideDescribe: 300 } });
@@ -4160,7 +4162,7 @@ describe("the compiled program", () => {
   });
 });
 
-describe("an AWS endpoint with a certificate of a private CA", () => {
+describeProgram("an AWS endpoint with a certificate of a private CA", () => {
   const authority = makeAuthority();
   const files: Record<string, string> = {};
   let world: World;
@@ -4294,7 +4296,7 @@ describe("the command line", () => {
     });
   });
 
-  test("help and version at every level, with no configuration and no job", async () => {
+  testProgram("help and version at every level, with no configuration and no job", async () => {
     const nowhere = directory();
     for (const level of [
       [],
@@ -4324,7 +4326,7 @@ describe("the command line", () => {
     }
   });
 
-  test("config answers with no configuration file and no job", async () => {
+  testProgram("config answers with no configuration file and no job", async () => {
     const answer = await fargate(["custom", "config"], { cwd: directory() });
     expect(answer).toMatchObject({ code: 0, stderr: "" });
     expect(answer.stdout.toString()).toMatch(
@@ -4332,7 +4334,7 @@ describe("the command line", () => {
     );
   });
 
-  test.each([
+  testProgram.each([
     ["custom foo", "fargate custom: unknown command 'foo'; known: config, prepare, run, cleanup"],
     ["foo", "fargate: unknown command 'foo'; known: custom, sweep"],
     [
@@ -4355,7 +4357,7 @@ describe("the command line", () => {
     expect(stderr.replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
   });
 
-  test.each([
+  testProgram.each([
     ["", "fargate: no command was given; known: custom, sweep"],
     ["custom", "fargate custom: no command was given; known: config, prepare, run, cleanup"],
   ])("%j alone prints its help to standard error, then what is missing, and fails", async (line, message) => {
@@ -4367,7 +4369,7 @@ describe("the command line", () => {
     expect(stderr.slice(help.length).replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
   });
 
-  test.each([
+  testProgram.each([
     [
       "--log-level loud custom config",
       "fargate: option '--log-level <level>' argument 'loud' is invalid; known: trace, debug, info, warn, warning, " +

@@ -4,7 +4,7 @@ import * as fs from "node:fs";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { fargate, start } from "../fixtures/process.ts";
-import { directory, setUp } from "../fixtures/test-support.ts";
+import { directory, setUp, testProgram } from "../fixtures/test-support.ts";
 import { projectRoot } from "../fixtures/world.ts";
 import { writeSums } from "./build.ts";
 
@@ -53,7 +53,7 @@ describe("supply", () => {
     expect(check()).toMatchObject({ status: 1, stdout: "a: OK\nb: FAILED\n" });
   });
 
-  test("two builds of one tree, in two directories, give the same bytes", async () => {
+  testProgram("two builds of one tree, in two directories, give the same bytes", async () => {
     // The other one is deeper, has its packages in it, and is as little as an image build has: no git.
     const other = join(directory(), "another", "place");
     fs.mkdirSync(other, { recursive: true });
