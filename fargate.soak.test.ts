@@ -1,0 +1,228 @@
+/**
+ * Tests that take minutes: `npm run soak` runs them and checks their rows of `docs/faults.md`. `npm test` only checks
+ * that each of them has a row, and lists them.
+ */
+import { connect as connectTcp } from "node:net";
+import { beforeAll, expect, type TaskMeta, test } from "vitest";
+import { readRecord, type TaskRecord } from "./fargate.ts";
+import { addRow, type FaultRow } from "./fixtures/faults.ts";
+import { runLoad } from "./fixtures/load.ts";
+import { lostOutput } from "./fixtures/lost-output.ts";
+import { ended, forever, makeScene, soaks, testTable } from "./fixtures/scene.ts";
+import {
+  enumerateSteps,
+  isPiece,
+  type StepOptions,
+  type StepResult,
+  stepTable,
+  stepTiming,
+  straceWorks,
+} from "./fixtures/steps.ts";
+import { containerHosts, NEWER_BASE_IMAGE } from "./fixtures/tasks.ts";
+import { hosts, setUp, startTask, testSecrets } from "./fixtures/test-support.ts";
+import { makeWorld } from "./fixtures/world.ts";
+
+const SOAK = process.env.SOAK === "true";
+
+setUp({ hosts: SOAK });
+
+/** A test that takes minutes. Without SOAK=true only its name is known. */
+function soakTest(
+  name: string,
+  body: (task: TaskMeta, skip: (why: string) => never) => Promise<Omit<FaultRow, "fault">>,
+): void {
+  soaks.push(name);
+  if (!SOAK) return;
+  test(`soak: ${name}`, { timeout: 900_000 }, async ({ task, skip }) => {
+    const row = await body(task.meta, (why) => skip(why));
+    addRow({ fault: name, ...row });
+    expect(row.left).toBe(0);
+  });
+}
+
+soakTest("200 jobs at once, with AWS's request rates enforced", async (meta) => {
+  meta.hosts = hosts.kind;
+  const count = 200;
+  const exitCodeOf = (id: number) => (id % 3 === 0 ? 1 + (id % 200) : 0);
+  const load = await runLoad({ jobs: count, exitCodeOf, hosts });
+  const { jobs, calls, tasks, tasksLeft, recordsLeft, mostTasks, seconds } = load;
+  console.log(`${count} jobs at once: ${JSON.stringify({ calls, tasks, mostTasks, seconds: Math.round(seconds) })}`);
+  const seen = jobs.map(({ id, status, exitCode, hasOwnOutput, strangeMarks, throttling, prepares }) => {
+    return { id, status, exitCode, hasOwnOutput, strangeMarks, throttling, prepares };
+  });
+  const wished = Array.from({ length: count }, (_, index) => {
+    const exitCode = exitCodeOf(1001 + index);
+    const status = exitCode === 0 ? "success" : "build-failure";
+    return { id: 1001 + index, status, exitCode, hasOwnOutput: true, strangeMarks: [], throttling: [], prepares: 1 };
+  });
+  expect(seen).toEqual(wished);
+  // Each in a task of its own, and at the same time: else this was no load.
+  expect(new Set(jobs.map(({ task }) => task)).size).toBe(count);
+  expect(mostTasks).toBeGreaterThan(count / 2);
+  expect(tasks.started).toBe(count);
+  expect(recordsLeft).toEqual([]);
+  // Most calls for each job, throttled ones among them; a job on its own makes 1, 6 or 7, and 1.
+  const most: Record<string, number> = { RunTask: 4, DescribeTasks: 8, StopTask: 2 };
+  expect(Object.keys(calls).toSorted()).toEqual(Object.keys(most).toSorted());
+  for (const [operation, { all, throttled, failed }] of Object.entries(calls)) {
+    expect(failed, operation).toBe(0);
+    expect(all, operation).toBeLessThanOrEqual((most[operation] ?? 0) * count);
+    if (operation !== "DescribeTasks") expect(all - throttled, operation).toBe(count);
+  }
+  return { ended: "each job: its own exit code", says: "", left: tasksLeft.length };
+});
+
+for (const cpus of [undefined, 0.25])
+  soakTest(
+    `320 scripts that fail end with their last output behind a filter${cpus ? `, on ${cpus} of a processor` : ""}`,
+    async (meta, skip) => {
+      if (hosts.kind !== "container") return skip("it needs a container");
+      const own = await containerHosts(cpus ? { cpus } : {});
+      meta.hosts = "container";
+      try {
+        const { logIn } = await startTask(own);
+        for (const form of ["17.9", "19.x"] as const)
+          expect(await lostOutput(logIn, form, { runs: 20, sorts: 20 })).toEqual([]);
+        return { ended: "each script: 1, all output there", says: "", left: 0 };
+      } finally {
+        await own.close();
+      }
+    },
+  );
+
+soakTest("sshd bars the address for connections that left without a login (OpenSSH 10)", async (meta) => {
+  const newer = await containerHosts({ baseImage: NEWER_BASE_IMAGE });
+  const world = await makeWorld({ hosts: newer });
+  meta.hosts = "container";
+  try {
+    const scene = makeScene(world, {}, forever);
+    ended(await scene.stage("prepare"), 0);
+    const { ContainerIP: host } = readRecord(scene.record) as TaskRecord;
+    const knock = () =>
+      new Promise<string>((said) => {
+        const socket = connectTcp(world.sshPort, host).on("error", () => said(""));
+        socket.once("data", (data) => {
+          said(data.toString("latin1"));
+          socket.destroy();
+        });
+        socket.once("close", () => said(""));
+      });
+    // One second for each that leaves after the server's first line; from 15 on nobody is let in.
+    for (let knocks = 0; !(await knock()).startsWith("Not allowed"); knocks++) expect(knocks).toBeLessThan(100);
+    scene.configure({ top: { LogLevel: "debug" } });
+    const finished = await scene.run("echo at last");
+    ended(finished, 0);
+    expect(finished.stdout.toString()).toBe("at last\n");
+    expect(finished.stderr).toMatch(/trying again/);
+    ended(await scene.stage("cleanup"), 0);
+    return { ended: "run: 0", says: "", left: world.aws.running().length };
+  } finally {
+    await world.close();
+    await newer.close();
+  }
+});
+
+/** Interrupts a stage after each of its system calls that changes or waits for something outside of it. */
+async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<number> {
+  const world = await makeWorld({ embedded: true, timing: stepTiming });
+  try {
+    const all = await Promise.all(enumerations.map((options) => enumerateSteps({ world, ...options })));
+    const results = all.flat();
+    console.log(
+      `${results.length} steps: ${enumerations.map((e, n) => `${e.stage} ${e.signal} ${all[n]?.length}`).join(", ")}`,
+    );
+    const table = (which: (result: StepResult) => boolean) => stepTable(results.filter(which));
+    for (const steps of all) expect(steps.length).toBeGreaterThan(0);
+    expect(
+      table(({ reached, step }) => !reached && !isPiece(step)),
+      "not reached",
+    ).toBe("");
+    expect(
+      table(({ tasksLeft }) => tasksLeft > 0),
+      "tasks left",
+    ).toBe("");
+    // What was to become the manager's identity holds no secret; sweep removes it.
+    const litter = (name: string) => !/^\.manager-id\.[0-9a-f]{12}\.tmp$/.test(name);
+    expect(
+      table(({ filesLeft }) => filesLeft.some(litter)),
+      "files left",
+    ).toBe("");
+    expect(
+      table(({ cleanup }) => cleanup.exitCode !== 0),
+      "cleanup failed",
+    ).toBe("");
+    const again = ({ nextTry }: StepResult) => nextTry && (nextTry.exitCode !== 0 || nextTry.tasks !== 1);
+    expect(
+      table((result) => Boolean(again(result))),
+      "the next try",
+    ).toBe("");
+    const killed = results.filter(({ reached, signal }) => reached && signal === "SIGKILL");
+    expect(stepTable(killed.filter(({ exitSignal }) => exitSignal !== "SIGKILL")), "not killed").toBe("");
+    const told = results.filter(({ reached, signal }) => reached && signal !== "SIGKILL");
+    // A stage that has done its work may end as if nothing had been; cleanup does its work whatever comes.
+    const whole = { prepare: /Ready/, run: /\bdone\b/, cleanup: /^/ };
+    const right = ({ stage, exitCode, output }: StepResult) =>
+      exitCode === 2 || (exitCode === 0 && whole[stage].test(output));
+    expect(stepTable(told.filter((result) => !right(result))), "exit code").toBe("");
+    expect(stepTable(told.filter(({ scriptProcesses }) => scriptProcesses > 0)), "the script goes on").toBe("");
+    return results.reduce((left, { tasksLeft }) => left + tasksLeft, 0);
+  } finally {
+    await world.close();
+  }
+}
+
+/** Without strace there is no stopping after each system call: where CI=true that is a failure, elsewhere a skip. */
+function stepTest(name: string, ended: string, ...enumerations: Omit<StepOptions, "world">[]): void {
+  soakTest(name, async (_, skip) => {
+    if (!(await straceWorks())) {
+      if (process.env.CI === "true") throw new Error("CI=true, and strace does not work");
+      skip("strace is missing, or may not trace");
+    }
+    return { ended, says: "", left: await stepsOf(...enumerations) };
+  });
+}
+
+const atRunTask = { only: (step: string) => /RunTask/.test(step), runTask: { delay: 3_000 } };
+stepTest(
+  "prepare is killed after each of its system calls; cleanup, or the next try, follows",
+  "prepare: SIGKILL",
+  { stage: "prepare", signal: "SIGKILL" },
+  { stage: "prepare", signal: "SIGKILL", followedBy: "next try" },
+  { stage: "prepare", signal: "SIGKILL", ...atRunTask },
+  { stage: "prepare", signal: "SIGKILL", ...atRunTask, followedBy: "next try" },
+);
+const whenSent = (step: string) => step === "send RunTask";
+stepTest(
+  "prepare gets SIGTERM or SIGINT after each of its system calls",
+  "prepare: 2, or 0 once it is ready",
+  { stage: "prepare", signal: "SIGTERM" },
+  { stage: "prepare", signal: "SIGINT" },
+  { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: { delay: 3_000 } },
+  { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: { delay: 8_000 } },
+  { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: "hang-after" },
+  { stage: "prepare", signal: "SIGINT", only: whenSent, runTask: "hang-after" },
+);
+stepTest(
+  "run gets SIGTERM or SIGINT, or is killed, after each of its system calls",
+  "run: 2, or 0 once its script has ended",
+  { stage: "run", signal: "SIGTERM" },
+  { stage: "run", signal: "SIGINT" },
+  { stage: "run", signal: "SIGKILL" },
+);
+stepTest(
+  "cleanup gets SIGTERM or SIGINT, or is killed, after each of its system calls; cleanup follows",
+  "cleanup: 0",
+  ...(["ready", "unanswered", "unsent", "unrecorded"] as const).flatMap((from) =>
+    (["SIGTERM", "SIGINT", "SIGKILL"] as const).map((signal) => ({
+      stage: "cleanup" as const,
+      signal,
+      from,
+      ...(from === "unsent" && { only: (step: string) => !/\(\d+\)$/.test(step) }),
+    })),
+  ),
+);
+
+testTable("soak");
+
+if (SOAK) testSecrets({ never: ["logRecords", "errors"], least: 10 });
+else beforeAll(() => console.log(`left to npm run soak: ${soaks.join("; ")}`));
