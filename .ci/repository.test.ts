@@ -1,5 +1,8 @@
-/** `.gitlab-ci.yml` names only what exists, and a release links to every file that the build makes. */
-import { readFileSync } from "node:fs";
+/**
+ * The files around the driver name only what exists: `.gitlab-ci.yml` the commands and programs, `CONTRIBUTING.md` the
+ * lines that its worked example replaces.
+ */
+import { globSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import manifest from "../package.json" with { type: "json" };
@@ -99,5 +102,28 @@ describe("release notes", () => {
 
   test("CHANGELOG.md has a section for what is not released yet", () => {
     expect(read("CHANGELOG.md")).toMatch(/^## \[Unreleased\]$/m);
+  });
+});
+
+describe("CONTRIBUTING.md", () => {
+  const text = read("CONTRIBUTING.md");
+  const diff = [...text.matchAll(/^```diff\n(.*?)^```$/gms)].map(([, block]) => block).join("");
+  const files = diff.split(/^--- a\//m).slice(1);
+
+  test("the example replaces lines that the files have", () => {
+    const removed = files.flatMap((file) => {
+      const [name = "", ...lines] = file.split("\n");
+      const old = lines.filter((line) => line.startsWith("-")).map((line) => line.slice(1));
+      return old.map((line) => ({ name, line, exists: read(name).includes(`${line}\n`) }));
+    });
+    expect(removed.length).toBeGreaterThan(2);
+    for (const one of removed) expect(one).toMatchObject({ exists: true });
+  });
+
+  test("the tests that the example names exist", () => {
+    const tests = globSync("*.test.ts", { cwd: root }).map(read).join("\n");
+    const names = [...text.matchAll(/^@@ "(.*)"$/gm)].map(([, name]) => name as string);
+    expect(names).toHaveLength(2);
+    for (const name of names) expect(tests).toContain(`test("${name}`);
   });
 });
