@@ -18,7 +18,7 @@ import manifest from "../package.json" with { type: "json" };
 import { licenceFaults, licenceList, notices, packagesOf, readRuntime } from "./licences.ts";
 
 /** bun's name of each target, and the package of its runtime. */
-const TARGETS = {
+export const TARGETS = {
   "linux-amd64": ["bun-linux-x64", "@oven/bun-linux-x64"],
   // The same runtime: bun chooses by what the processor has when it starts.
   "linux-amd64-baseline": ["bun-linux-x64-baseline", "@oven/bun-linux-x64"],

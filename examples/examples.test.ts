@@ -1,0 +1,446 @@
+/**
+ * Every file in this directory is parsed or run, and compared with the others: a reader copies several of them, and they
+ * must fit together. Needs no container, no compiled driver and no AWS account.
+ */
+import { globSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { PassThrough } from "node:stream";
+import { EC2Client } from "@aws-sdk/client-ec2";
+import {
+  Compatibility,
+  CPUArchitecture,
+  ECS,
+  ECSClient,
+  LogDriver,
+  NetworkMode,
+  OSFamily,
+  TransportProtocol,
+} from "@aws-sdk/client-ecs";
+import { getLogger } from "@logtape/logtape";
+import { mockClient } from "aws-sdk-client-mock";
+import { parse as parseToml } from "smol-toml";
+import * as v from "valibot";
+import { afterEach, describe, expect, test, vi } from "vitest";
+import {
+  Aws,
+  CONTAINER,
+  ConfigSchema,
+  type Context,
+  cleanup,
+  parseCommandLine,
+  prepare,
+  readConfig,
+  run,
+  runTaskInput,
+  sweep,
+} from "../fargate.ts";
+import { makeWorld, type World } from "../fixtures/world.ts";
+import taskDefinition from "./task-definition.json" with { type: "json" };
+
+const ACCOUNT = "111122223333";
+const DRIVER = "/opt/gitlab-runner/fargate";
+const CONFIG_FILE = "/etc/gitlab-runner/fargate.toml";
+
+const read = (name: string) => readFileSync(join(import.meta.dirname, name), "utf8");
+const fargateToml = read("fargate.toml");
+const { config, warnings } = readConfig(fargateToml, CONFIG_FILE, {}, {});
+const [container] = taskDefinition.containerDefinitions;
+if (!container) throw new Error("the task definition has no container");
+
+/** A line of fargate.toml that holds an optional setting: # and its name, without a space. */
+const OPTIONAL = /^( *)#(?=(\w+) = )/;
+
+describe("fargate.toml", () => {
+  const lines = fargateToml.split("\n");
+  const optional = lines.flatMap((line) => OPTIONAL.exec(line)?.[2] ?? []);
+
+  test("is accepted without a warning", () => {
+    expect(warnings).toEqual([]);
+  });
+
+  /** Settings that exclude each other: with the first one, the second must go. */
+  const EXCLUDED: Record<string, string> = {
+    Subnet: "Subnets",
+    SecurityGroup: "SecurityGroups",
+    CapacityProviderStrategy: "LaunchType",
+  };
+  const withSetting = (name: string) =>
+    lines
+      .map((line) => (OPTIONAL.exec(line)?.[2] === name ? line.replace(OPTIONAL, "$1") : line))
+      .filter((line) => !line.trimStart().startsWith(`${EXCLUDED[name]} = `))
+      .join("\n");
+
+  test.each(optional)("is accepted with the optional setting %s", (name) => {
+    const changed = readConfig(withSetting(name), CONFIG_FILE, {}, {});
+    expect(changed.warnings).toEqual([]);
+  });
+
+  test("shows every setting, and the default of each optional one that has one", () => {
+    const tables = ["Fargate", "TaskMetadata", "SSH"] as const;
+    const settingsOf = (schema: object, table?: string) => {
+      const { entries } = ("pipe" in schema ? (schema.pipe as object[])[0] : schema) as { entries: object };
+      return Object.entries(entries as Record<string, v.GenericSchema>)
+        .filter(([name]) => !tables.some((table) => table === name))
+        .map(([name, entry]) => ({ table, name, value: v.getDefault(entry) as unknown }));
+    };
+    const settings = [
+      ...settingsOf(ConfigSchema),
+      ...tables.flatMap((table) => settingsOf(ConfigSchema.entries[table], table)),
+    ];
+    expect(settings.map(({ name }) => name).sort()).toEqual(
+      lines.flatMap((line) => /^ *#?(\w+) = /.exec(line)?.[1] ?? []).sort(),
+    );
+    for (const { table, name, value } of settings) {
+      const isEmpty = value === undefined || value === "" || JSON.stringify(value) === "{}";
+      if (isEmpty || !optional.includes(name)) continue;
+      const whole = parseToml(withSetting(name)) as Record<string, Record<string, unknown>>;
+      expect({ [name]: (table ? whole[table] : whole)?.[name] }).toEqual({ [name]: value });
+    }
+  });
+});
+
+describe("GitLab Runner's configuration", () => {
+  interface RunnerConfig {
+    shutdown_timeout: number;
+    runners: {
+      executor: string;
+      builds_dir: string;
+      cache_dir: string;
+      shell: string;
+      custom: Custom;
+      cache?: Cache;
+    }[];
+  }
+  type Custom = Record<`${"config" | "prepare" | "run" | "cleanup"}_exec`, string> &
+    Record<`${"config" | "prepare" | "run" | "cleanup"}_args`, string[]> & { graceful_kill_timeout: number };
+  type Cache = { Type: string; s3: { BucketName: string; BucketLocation: string } };
+  const parse = (text: string) => {
+    const parsed = parseToml(text) as unknown as RunnerConfig;
+    const [runner] = parsed.runners;
+    if (!runner || parsed.runners.length > 1) throw new Error("config.toml is to have one runner");
+    return { parsed, runner };
+  };
+  const { parsed, runner } = parse(read("config.toml"));
+
+  test.each(["config", "prepare", "run", "cleanup"] as const)("%s starts the driver with valid arguments", (stage) => {
+    expect(runner.custom[`${stage}_exec`]).toBe(DRIVER);
+    // The runner appends these.
+    const appended = stage === "run" ? ["/tmp/script", "build_script"] : [];
+    expect(parseCommandLine([...runner.custom[`${stage}_args`], ...appended])).toMatchObject({
+      command: stage,
+      operands: appended,
+      config: CONFIG_FILE,
+    });
+  });
+
+  test("has what the Custom executor requires", () => {
+    expect(runner).toMatchObject({ executor: "custom", shell: "bash" });
+    for (const directory of [runner.builds_dir, runner.cache_dir]) expect(directory).toMatch(/^\//);
+  });
+
+  test("leaves the driver the time to end the script of a cancelled job, and cleanup the time to stop its task", () => {
+    const { CancelGracePeriod } = config.SSH;
+    expect(runner.custom.graceful_kill_timeout).toBeGreaterThanOrEqual(CancelGracePeriod + 10);
+    expect(parsed.shutdown_timeout).toBeGreaterThanOrEqual(CancelGracePeriod + 10 + 60);
+  });
+
+  test("cache-s3.toml can be appended to it", () => {
+    const { cache } = parse(`${read("config.toml")}\n${read("cache-s3.toml")}`).runner;
+    expect(cache).toMatchObject({
+      Type: "s3",
+      s3: { BucketLocation: config.Fargate.Region, AuthenticationType: "iam" },
+    });
+    const resources = policies["cache-s3.json"]?.Statement.flatMap(({ Resource }) => Resource);
+    expect(resources).toContain(`arn:aws:s3:::${cache?.s3.BucketName}`);
+    expect(resources).toContain(`arn:aws:s3:::${cache?.s3.BucketName}/*`);
+  });
+});
+
+describe("task-definition.json", () => {
+  test("holds only what RegisterTaskDefinition knows: the SDK sends all of it", async () => {
+    let body = "";
+    const ecs = new ECS({
+      region: config.Fargate.Region,
+      credentials: { accessKeyId: "none", secretAccessKey: "none" },
+      maxAttempts: 1,
+      requestHandler: {
+        handle: async (request: { body: string | Uint8Array }) => {
+          body = Buffer.from(request.body as string).toString();
+          throw new Error("the request is not sent");
+        },
+      } as never,
+    });
+    await expect(ecs.registerTaskDefinition(taskDefinition as never)).rejects.toThrow("the request is not sent");
+    expect(JSON.parse(body)).toEqual(taskDefinition);
+  });
+
+  test("uses values that the SDK lists", () => {
+    expect(Object.values(NetworkMode)).toContain(taskDefinition.networkMode);
+    expect(Object.values(Compatibility)).toEqual(expect.arrayContaining(taskDefinition.requiresCompatibilities));
+    expect(Object.values(CPUArchitecture)).toContain(taskDefinition.runtimePlatform.cpuArchitecture);
+    expect(Object.values(OSFamily)).toContain(taskDefinition.runtimePlatform.operatingSystemFamily);
+    expect(Object.values(LogDriver)).toContain(container.logConfiguration.logDriver);
+    for (const { protocol } of container.portMappings) expect(Object.values(TransportProtocol)).toContain(protocol);
+  });
+
+  test("is what the driver expects of a task", () => {
+    expect(taskDefinition.family).toBe(config.Fargate.TaskDefinition);
+    expect(taskDefinition.networkMode).toBe("awsvpc");
+    expect(container.name).toBe(CONTAINER);
+    expect(container.essential).toBe(true);
+    expect(container.portMappings.map(({ containerPort }) => containerPort)).toEqual([config.SSH.Port]);
+    expect(container.linuxParameters.initProcessEnabled).toBe(true);
+    expect(container.logConfiguration.options["awslogs-region"]).toBe(config.Fargate.Region);
+    expect(container.stopTimeout).toBeLessThanOrEqual(120); // Fargate's maximum, in seconds
+  });
+});
+
+interface Statement {
+  Effect: string;
+  Action: string[];
+  Resource: string[];
+  Principal?: { Service: string };
+  Condition?: Record<string, Record<string, string>>;
+}
+const policies: Record<string, { Version: string; Statement: Statement[] }> = Object.fromEntries(
+  globSync("*.json", { cwd: join(import.meta.dirname, "iam") }).map((name) => [name, JSON.parse(read(`iam/${name}`))]),
+);
+const actionsOf = (...names: string[]) =>
+  names.flatMap((name) => policies[name]?.Statement.flatMap(({ Action }) => Action) ?? []);
+
+describe("IAM policies", () => {
+  /** The actions that IAM cannot restrict to a resource, or ListTasks, which the condition on the cluster restricts. */
+  const ANY_RESOURCE = /^(ecr:GetAuthorizationToken|ec2:DescribeNetworkInterfaces|ecs:ListTasks|ssmmessages:\w+)$/;
+
+  test.each(Object.entries(policies))("%s allows named actions on named resources", (name, { Version, Statement }) => {
+    expect(Version).toBe("2012-10-17");
+    expect(Statement.length).toBeGreaterThan(0);
+    for (const { Effect, Action, Resource, Principal } of Statement) {
+      expect(Effect).toBe("Allow");
+      expect(Action.length).toBeGreaterThan(0);
+      for (const action of Action) expect(action).toMatch(/^[a-z0-9-]+:[A-Z]\w+$/);
+      if (name.startsWith("trust-")) {
+        expect(Action).toEqual(["sts:AssumeRole"]);
+        expect(Principal?.Service).toMatch(/^[a-z0-9-]+\.amazonaws\.com$/);
+        continue;
+      }
+      expect(Resource.length).toBeGreaterThan(0);
+      for (const resource of Resource)
+        if (resource === "*") for (const action of Action) expect(action).toMatch(ANY_RESOURCE);
+        else expect(resource).toMatch(/^arn:aws:(s3:::|iam::\d{12}:|[a-z0-9-]+:[a-z0-9-]+:\d{12}:)[\w/.*:-]+$/);
+    }
+  });
+
+  test("name the account, region, cluster, roles, image and log group of the other files", () => {
+    const { Region, Cluster, TaskDefinition, AllowedTaskDefinitions = [] } = config.Fargate;
+    const all = Object.keys(policies).map((name) => read(`iam/${name}`));
+    for (const text of [...all, JSON.stringify(taskDefinition)]) {
+      for (const [account] of text.matchAll(/\b\d{12}\b/g)) expect(account).toBe(ACCOUNT);
+      for (const [region] of text.matchAll(/\b[a-z]{2}-[a-z]+-\d\b/g)) expect(region).toBe(Region);
+      for (const [, cluster] of text.matchAll(/:(?:cluster|task)\/([\w-]+)/g)) expect(cluster).toBe(Cluster);
+    }
+    const [start, , pass] = policies["driver.json"]?.Statement ?? [];
+    const families = start?.Resource.map((arn) => /:task-definition\/(.*):\*$/.exec(arn)?.[1]);
+    expect(families).toEqual([...new Set([TaskDefinition, ...AllowedTaskDefinitions])]);
+    expect(start?.Condition).toEqual({
+      ArnEquals: { "ecs:cluster": `arn:aws:ecs:${Region}:${ACCOUNT}:cluster/${Cluster}` },
+    });
+    expect(pass?.Resource).toEqual([taskDefinition.executionRoleArn, taskDefinition.taskRoleArn]);
+    expect(pass?.Condition).toEqual({ StringEquals: { "iam:PassedToService": "ecs-tasks.amazonaws.com" } });
+
+    const execution = policies["execution-role.json"]?.Statement.flatMap(({ Resource }) => Resource);
+    const [, registry, repository] = /^([\d.]+dkr[\w.-]+)\/([\w-]+):/.exec(container.image) ?? [];
+    expect(registry).toBe(`${ACCOUNT}.dkr.ecr.${Region}.amazonaws.com`);
+    expect(execution).toContain(`arn:aws:ecr:${Region}:${ACCOUNT}:repository/${repository}`);
+    const group = container.logConfiguration.options["awslogs-group"];
+    expect(execution).toContain(`arn:aws:logs:${Region}:${ACCOUNT}:log-group:${group}:*`);
+  });
+
+  test("the manager host may make the calls that the driver makes, and no others", async () => {
+    const ecs = mockClient(ECSClient).onAnyCommand().resolves({ tasks: [], taskArns: [], failures: [] });
+    const ec2 = mockClient(EC2Client).onAnyCommand().resolves({});
+    const limits = { until: 0 };
+    const operator = { log: getLogger("fargate"), now: () => 0, env: {} };
+    const aws = new Aws(config.Fargate, operator);
+    const identity = { startedBy: "fargate", clientToken: "token" };
+    const calls: Record<Exclude<keyof Aws, "throttled">, () => Promise<unknown>> = {
+      runTask: () => aws.runTask(runTaskInput(config, identity, {}), limits),
+      describeTasks: () => aws.describeTasks(["arn"], limits),
+      describeTask: () => aws.describeTask("arn", limits, 1),
+      stopTask: () => aws.stopTask("arn", "reason", limits),
+      listTasks: () => aws.listTasks(undefined, limits),
+      publicAddress: () => aws.publicAddress("eni-1", limits),
+    };
+    expect(Object.keys(calls).sort()).toEqual(
+      Object.getOwnPropertyNames(Aws.prototype)
+        .filter((name) => name !== "constructor")
+        .sort(),
+    );
+    for (const call of Object.values(calls)) await call().catch(() => {}); // an empty answer is a failure to some
+    const made = [ecs, ec2].flatMap((mock, index) =>
+      mock.calls().map(({ args }) => `${["ecs", "ec2"][index]}:${args[0].constructor.name.replace(/Command$/, "")}`),
+    );
+    ecs.restore();
+    ec2.restore();
+    expect(new Set(["iam:PassRole", ...made])).toEqual(
+      new Set(actionsOf("driver.json", "sweep.json", "public-ip.json")),
+    );
+    expect(actionsOf("tags.json")).toEqual(["ecs:TagResource"]);
+  });
+});
+
+describe("a job with these files", () => {
+  let world: World | undefined;
+  afterEach(async () => {
+    vi.unstubAllEnvs();
+    await world?.close();
+  });
+
+  /** The stand-in for ECS with the cluster and task definition of the examples, and a context for the stages. */
+  async function makeContext(...allowed: string[]): Promise<{ context: Context; world: World }> {
+    world = await makeWorld({
+      embedded: true,
+      account: ACCOUNT,
+      region: config.Fargate.Region,
+      clusters: [{ name: config.Fargate.Cluster }],
+      taskDefinitions: [taskDefinition as never],
+    });
+    world.aws.permissions = new Set(actionsOf(...allowed));
+    for (const [name, value] of Object.entries(world.aws.environment)) vi.stubEnv(name, value);
+    const hash = "0123456789abcdef".repeat(4);
+    const context: Context = {
+      config: {
+        ...config,
+        TaskMetadata: { Directory: world.records },
+        SSH: { ...config.SSH, Port: world.sshPort },
+      },
+      job: { stem: `job-1-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 },
+      byJob: [],
+      log: getLogger("fargate"),
+      env: {},
+      stop: new AbortController().signal,
+      now: () => Math.floor(performance.now()),
+      wallTime: Date.now,
+    };
+    return { context, world };
+  }
+
+  test("starts its task, runs a script and stops the task, with the permissions of driver.json alone", async () => {
+    const { context, world } = await makeContext("driver.json");
+    await prepare(context);
+    const [task] = world.aws.running();
+    expect(task?.taskDefinitionArn).toContain(`:task-definition/${taskDefinition.family}:1`);
+    const script = join(world.directory, "script");
+    const stdout = new PassThrough();
+    const stderr = new PassThrough();
+    writeFileSync(script, "#!/usr/bin/env bash\necho 'It works!'\nexit 0\n");
+    expect(await run({ ...context, stdout, stderr }, script, "build_script")).toBe(0);
+    expect(String(stdout.read())).toBe("It works!\n");
+    await cleanup(context);
+    expect(world.aws.running()).toEqual([]);
+    expect(world.aws.calls.flatMap(({ error }) => error ?? [])).toEqual([]);
+  });
+
+  test("sweep.json is what `fargate sweep` needs besides driver.json", async () => {
+    const options = { dryRun: false, json: false };
+    const { context, world } = await makeContext("driver.json");
+    await expect(sweep(context, options)).rejects.toThrow(/AccessDeniedException.*ecs:ListTasks/);
+    world.aws.permissions = new Set(actionsOf("driver.json", "sweep.json"));
+    expect(await sweep(context, options)).toMatchObject({ stopped: [], problems: [] });
+  });
+
+  test("its task has a size that Fargate offers", async () => {
+    const { context, world } = await makeContext("driver.json");
+    const input = runTaskInput(context.config, { startedBy: "size", clientToken: "size" }, undefined);
+    const { cpu, memory } = taskDefinition;
+    const ecs = new ECS({ region: config.Fargate.Region, endpoint: world.aws.url });
+    const { tasks } = await ecs.runTask({ ...input, overrides: { cpu, memory } });
+    expect(tasks).toMatchObject([{ cpu, memory }]);
+  });
+});
+
+/** The sections of a systemd unit. A key that occurs twice is an error, because these files need none. */
+function parseUnit(name: string): Record<string, Record<string, string>> {
+  const sections: Record<string, Record<string, string>> = {};
+  let section: Record<string, string> | undefined;
+  for (const line of read(name).split("\n")) {
+    if (line === "" || line.startsWith("#")) continue;
+    const [, heading] = /^\[(\w+)\]$/.exec(line) ?? [];
+    const [, key, value] = /^(\w+)=(.+)$/.exec(line) ?? [];
+    if (heading) section = sections[heading] = {};
+    else if (section && key && value && !(key in section)) section[key] = value;
+    else throw new Error(`${name}: cannot parse ${line}`);
+  }
+  return sections;
+}
+
+describe("services of the manager host", () => {
+  const expectSweep = ([program, ...args]: string[]) => {
+    expect(program).toBe(DRIVER);
+    expect(parseCommandLine(args)).toMatchObject({
+      command: "sweep",
+      config: CONFIG_FILE,
+      sweep: { dryRun: false, json: false },
+    });
+  };
+
+  test("the systemd service runs fargate sweep once", () => {
+    const { Service } = parseUnit("systemd/fargate-sweep.service");
+    expect(Service?.Type).toBe("oneshot");
+    expectSweep(Service?.ExecStart?.split(" ") ?? []);
+  });
+
+  test("the systemd timer starts the service of the same name every 10 minutes", () => {
+    const { Timer, Install } = parseUnit("systemd/fargate-sweep.timer");
+    expect(Timer).toEqual({ OnBootSec: "2min", OnUnitActiveSec: "10min" });
+    expect(Install).toEqual({ WantedBy: "timers.target" });
+  });
+
+  test("cron runs fargate sweep every 10 minutes, and mails only problems", () => {
+    const entries = read("cron.d/fargate-sweep")
+      .split("\n")
+      .filter((line) => line !== "" && !line.startsWith("#"));
+    const [, schedule, user, command] = /^((?:\S+ ){5})(\w+) (.*) >\/dev\/null$/.exec(entries.join("\n")) ?? [];
+    expect(schedule).toBe("*/10 * * * * ");
+    expect(user).toBe("root");
+    expectSweep(command?.split(" ") ?? []);
+  });
+
+  test("GitLab Runner is stopped gracefully, and has at least as long as its default job timeout", () => {
+    const { Service } = parseUnit("systemd/gitlab-runner.service.d/graceful-stop.conf");
+    expect(Service?.KillSignal).toBe("SIGQUIT");
+    expect(Number(Service?.TimeoutStopSec)).toBeGreaterThan(7_200);
+  });
+});
+
+describe("documents", () => {
+  const files = globSync("**/*", { cwd: import.meta.dirname, withFileTypes: true })
+    .filter((entry) => entry.isFile())
+    .map((entry) => join(entry.parentPath, entry.name).slice(import.meta.dirname.length + 1));
+
+  test("README.md lists every file once", () => {
+    const listed = [...read("README.md").matchAll(/^\| \[`(.+?)`\]\((.+?)\) \|/gm)].map(([, name, target]) => {
+      expect(target).toBe(name);
+      return name;
+    });
+    expect(listed.sort()).toEqual(files.filter((name) => !/^(README\.md|examples\.test\.ts)$/.test(name)).sort());
+  });
+
+  test("README.md lists only values that the files have", () => {
+    const [, table = ""] = /^\| value in the examples .*\n.*\n((?:\|.*\n)+)/m.exec(read("README.md")) ?? [];
+    const values = [...table.matchAll(/^\| (.*?) \|/gm)].flatMap(([, cell]) => cell?.match(/[^`, ]+/g) ?? []);
+    expect(values.length).toBeGreaterThan(8);
+    const all = files
+      .filter((name) => !/\.(md|ts)$/.test(name))
+      .map(read)
+      .join("\n");
+    for (const value of values) expect(all).toContain(value);
+  });
+
+  test("security-groups.md opens the port of the configuration, and no other, to the tasks", () => {
+    const [, tasks = ""] = read("security-groups.md").split("\n## Tasks\n");
+    expect([...tasks.matchAll(/^\| inbound \| TCP \| (\d+) \|/gm)].map(([, port]) => Number(port))).toEqual([
+      config.SSH.Port,
+    ]);
+  });
+});
