@@ -459,7 +459,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
     2,
     /the server says "\\u001b\[2J\\u001b\]0;owned\\u0007\\u000d \| 2026-01-01T00:00:00Z all is well/,
   ];
-  const deaf: Verdict = [2, /: the server makes requests and does not read the answers; /];
+  const deaf: Verdict = [2, /: the server sends requests without reading the replies; /];
   const special: Partial<Record<AttackName, Verdict>> = {
     "newkeys-first": [2, /the server broke the protocol/],
     "disconnect-first": says,
@@ -492,8 +492,8 @@ describeProgram.concurrent("a hostile SSH server", () => {
     "requests-global-deaf": deaf,
     "requests-channel-deaf": deaf,
     "channels-deaf": deaf,
-    "packet-size-0": [2, /error: the server takes packets of 0 bytes only/],
-    "packet-size-1": [2, /error: the server takes packets of 1 bytes only/],
+    "packet-size-0": [2, /error: the server accepts only packets of 0 bytes only/],
+    "packet-size-1": [2, /error: the server accepts only packets of 1 bytes only/],
     // The job's own server says how the job's own script ended; what SSH has room for and the runner has not is 255.
     "success-unasked": [0],
     "open-twice": [0],
@@ -590,7 +590,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
         expect(fs.existsSync(told) ? fs.readFileSync(told, "latin1") : undefined).toBe(exitCode);
         // It has 60 MB before the attack; where nothing is bounded, each second brings hundreds more.
         expect(peak).toBeLessThan(500);
-        expect(stderr).not.toMatch(/bug of the driver|undefined is not|is not a function/);
+        expect(stderr).not.toMatch(/bug in the driver|undefined is not|is not a function/);
         // What the server says is in the log, if at all, on one line and without effect.
         expect(stderr).not.toMatch(/^2026-01-01/m);
         // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
@@ -660,7 +660,7 @@ describeProgram.concurrent("a hostile server at the address of a new task", () =
       const { finished, left } = await prepareIn(attack);
       ended(finished, 2);
       expect(left).toEqual([]);
-      expect(finished.stderr).not.toMatch(/bug of the driver|^2026-01-01/m);
+      expect(finished.stderr).not.toMatch(/bug in the driver|^2026-01-01/m);
     });
 });
 
@@ -695,7 +695,7 @@ describe("the security model", () => {
 describe("any input", () => {
   /** What an engine says when a program has made a mistake: no operator can do anything with it. */
   const ENGINE =
-    /is not a(n object| function)|(undefined|null) is not|[Cc]annot read prop|not iterable|\[object |call stack|[Ii]nvalid (Date|time)|must be of type|bug of the driver/;
+    /is not a(n object| function)|(undefined|null) is not|[Cc]annot read prop|not iterable|\[object |call stack|[Ii]nvalid (Date|time)|must be of type|bug in the driver/;
   /** Characters; enough for every setting to be wrong at once, and no flood. */
   const LONGEST = 20_000;
   /** Controls, line ends, marks of the direction of writing. */

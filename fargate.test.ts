@@ -1882,7 +1882,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
   test("cleanup where nothing was ever started asks nothing; where ListTasks is not permitted it warns", async () => {
     await cleanup(contextOf());
     expect(ecs.calls()).toHaveLength(0);
-    expect(logged.splice(0)).toEqual([expect.stringMatching(/^warning: \S+ is not there: nothing was ever started/)]);
+    expect(logged.splice(0)).toEqual([expect.stringMatching(/^warning: \S+ does not exist: no task was started/)]);
     openDirectory(records);
     managerId(records);
     ecs.on(ListTasksCommand).rejects(awsError("AccessDeniedException", "no"));
@@ -2641,7 +2641,7 @@ describe("scripts over SSH", () => {
         expect((await runOnce("true")).outcome).toEqual(exited(0));
         await bashrc("exit 0");
         await expect(runOnce("true")).rejects.toThrow(
-          "the container's login shell ended with 0 before it took the script",
+          "the container's login shell ended with 0 before it read the script",
         );
       },
       { containerOnly: true },
@@ -2718,7 +2718,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         await task.host.exec("mv /usr/bin/cat /usr/bin/cat.off");
         try {
           await expect(runOnce("true")).rejects.toThrow(
-            "the container's shell could not take the script whole: it needs cat",
+            "the container's shell could not read the whole script: the image needs cat",
           );
         } finally {
           await task.host.exec("mv /usr/bin/cat.off /usr/bin/cat");
@@ -3070,7 +3070,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       Object.assign(process.memoryUsage, { rss: () => rss() + 2 ** 30 }); // as if what came had taken that much
       // The script must not end before the connection does.
       const { outcome } = await runIn(connection, "head -c 20000000 /dev/zero; sleep 600");
-      const reason = "the server makes this process too large";
+      const reason = "the server makes this process use too much memory";
       expect(outcome).toEqual({ ended: "lost", begun: true, wasSilent: false, reason });
     } finally {
       Object.assign(process.memoryUsage, { rss });
@@ -3689,7 +3689,7 @@ describeProgram("the compiled program", () => {
     expect(result).toMatchObject({ status: "success" });
     const warnings = result.trace.toString().match(/warning: .*PrivateKeyPath.*/g);
     expect(warnings).toEqual([
-      "warning: with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY",
+      "warning: with PrivateKeyPath all tasks accept the same key; remove the setting, unless the image ignores SSH_PUBLIC_KEY",
     ]);
     // With a key for each job there is nothing to say.
     const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
@@ -4014,7 +4014,7 @@ describeProgram("the compiled program", () => {
     const { code, stderr } = await start(command, { env: byHand() }).finished;
     expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
     const text = fs.readFileSync(output, "utf8");
-    expect(text).toContain("is not there: nothing was ever started");
+    expect(text).toContain("does not exist: no task was started");
     expect(text).not.toContain("LogFile");
   });
 
@@ -4137,7 +4137,7 @@ describeProgram("the compiled program", () => {
     const [line, ...more] = lines.filter((text) => /ruby|postgres|redis|no effect/.test(text));
     expect(more).toEqual([]);
     expect(line).toMatch(
-      /Z warning: image: and services: have no effect, choose a task definition by FARGATE_TASK_DEFINITION instead: ruby:3\.2, postgres:16, redis:7, /,
+      /Z warning: image: and services: have no effect; choose a task definition with FARGATE_TASK_DEFINITION instead: ruby:3\.2, postgres:16, redis:7, /,
     );
     expect(line).not.toMatch(/\p{Cc}|z{5000}/u);
     // Without any, nothing.

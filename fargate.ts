@@ -137,8 +137,9 @@ const ADVICE = {
   disk: "the runner's user must be able to write there, on a disk with room",
   credentials: "give the runner's host a role (a container on EC2: hop limit 2), or AWS_* variables with a valid key",
   profile: "check AWS_PROFILE and credential_process, and that the runner's user can read and run them",
-  clock: "set the clock of the runner's host right",
-  unreachable: "let the runner's host reach AWS in Region: a NAT gateway, a VPC endpoint for ECS, or HTTPS_PROXY",
+  clock: "correct the clock of the runner's host",
+  unreachable:
+    "the runner's host must be able to reach AWS in Region: through a NAT gateway, a VPC endpoint for ECS, or HTTPS_PROXY",
   certificate: "set AWS_CA_BUNDLE to the certificate authority of your proxy or endpoint",
   proxy: "check HTTPS_PROXY: its address, user name and password, and what it allows",
   accessDenied: "allow $1 in the IAM policy of the runner's host",
@@ -1007,7 +1008,7 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
   let text = (typeof message === "string" ? reasonOf(thrown) : error).replace(HINTS, "");
   // The SDK stumbles over a body that it does not expect, such as a proxy's page.
   const isForeign = status > 0 && /^(Type|Syntax|Range)Error$/.test(error) && !/ECONN|socket/i.test(text);
-  if (isForeign) text = `HTTP ${status} with a body that is none of AWS's`;
+  if (isForeign) text = `HTTP ${status} with a body that is not from AWS`;
   else if (refused) text = `${error}: ${text}`;
   else if (notSent === "certificate") text = `the endpoint's certificate is not accepted: ${code}`;
   const fail = (outcome: string, reason: string, problem?: Problem) =>
@@ -1405,18 +1406,26 @@ const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt is fa
 const LONGEST_SILENCE = 15_000; // max ms from the TCP connection to the server's first bytes
 const LOGIN_TIMEOUT = 30_000; // ms from those to the login: busy hosts, name look-ups and PAM take long
 
-/** Limits the time for each phase of a login: TCP connection, the server's first bytes, login. @returns how to stop */
-function limitPhases(socket: Socket, silence: number, onTimeout: (text: string, problem: Problem) => void) {
+/**
+ * Limits the time for each phase of a login: TCP connection, the server's first bytes, login.
+ * @returns a function that ends the limits
+ */
+function limitPhases(
+  socket: Socket,
+  maxSilence: number,
+  loginTimeout: number,
+  onTimeout: (text: string, problem: Problem) => void,
+): () => void {
   let timer: NodeJS.Timeout | undefined;
   const limit = (ms: number, text: string, problem: Problem) => {
     clearTimeout(timer);
     timer = setTimeout(() => onTimeout(text, problem), ms);
   };
-  const silent = (ms: number) => limit(ms, `nothing answered for ${ms / 1000} s`, "silent");
-  silent(Math.min(silence, CONNECT_TIMEOUT));
-  socket.once("connect", () => silent(silence));
-  const seconds = LOGIN_TIMEOUT / 1000;
-  socket.once("data", () => limit(LOGIN_TIMEOUT, `login did not complete within ${seconds} s`, "noServer"));
+  const limitSilence = (ms: number) => limit(ms, `nothing answered for ${ms / 1000} s`, "silent");
+  const late = `login did not complete within ${loginTimeout / 1000} s`;
+  limitSilence(Math.min(maxSilence, CONNECT_TIMEOUT));
+  socket.once("connect", () => limitSilence(maxSilence));
+  socket.once("data", () => limit(loginTimeout, late, "noServer"));
   return () => clearTimeout(timer);
 }
 
@@ -1460,12 +1469,13 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   };
   const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
     end(new SshFailure(why, `${where}: ${text}`, { problem }));
-  const clearTimer = limitPhases(socket, silence, (text, problem) => fail("unreachable", text, problem));
+  const onTimeout = (text: string, problem: Problem) => fail("unreachable", text, problem);
+  const clearTimer = limitPhases(socket, silence, LOGIN_TIMEOUT, onTimeout);
   socket.once("data", onAnswer);
   limitMemory(socket, target.toSend ?? 0);
   client.on("ready", () => {
     if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
-    else fail("host-key", "the server let us in before it had shown its key", "hostKey");
+    else fail("host-key", "the server accepted the login before it sent its host key", "hostKey");
   });
   // This listener stays: an error event without one would end the process.
   client.on("error", (error: SshError) => {
@@ -2198,7 +2208,8 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
   stop.throwIfAborted();
   record.Deadline = Math.ceil(wallTime() / 1000 + StartTimeout + job.timeout + DeadlineMargin);
   const deadline = { FARGATE_DEADLINE: String(record.Deadline) };
-  const shared = "with PrivateKeyPath all tasks accept one key; remove it, unless the image ignores SSH_PUBLIC_KEY";
+  const shared =
+    "with PrivateKeyPath all tasks accept the same key; remove the setting, unless the image ignores SSH_PUBLIC_KEY";
   const accepted = () => record.PrivateKey || log.warn(shared);
   await runTask({ SSH_PUBLIC_KEY: key.publicKey, ...deadline }).then(accepted, (error) => {
     const { problem } = causeOf(error);
@@ -2363,7 +2374,10 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   checkDirectory(context.config.TaskMetadata.Directory);
   const record = readRecord(path);
   if (!record?.ContainerIP)
-    throw new Failure("system", `there is no task for this job: no finished record ${path}; prepare must come first`);
+    throw new Failure(
+      "system",
+      `there is no task for this job: no finished record ${path}; prepare must succeed first`,
+    );
   // If its runner has died, nobody ends this run; it must not keep its task for ever.
   const late = new AbortController();
   const last = now() + Math.max(record.Deadline * 1000 - wallTime(), 60_000);
@@ -2483,7 +2497,7 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
   const fate = await fateOf(context, record, 0);
   const isOfTask = fate.cause.problem === "memory";
   if (!/oom_kill [1-9]/.test(await counted) && !isOfTask) return;
-  const says = isOfTask ? fate.says : "the kernel has killed processes of this container for want of memory";
+  const says = isOfTask ? fate.says : "the kernel killed processes in this container because memory ran out";
   context.log.error("{stage} ended with exit code 137: {says}", { stage, says });
   context.log.error("what to do: {advice}", { advice: ADVICE.memory });
 }
@@ -2523,7 +2537,7 @@ export async function cleanup(given: Context): Promise<void> {
   const { config, job, log, now } = context;
   const { Directory } = config.TaskMetadata;
   if (!fs.existsSync(Directory))
-    return log.warn("{Directory} is not there: nothing was ever started, or its records are lost", { Directory });
+    return log.warn("{Directory} does not exist: no task was started, or the records are lost", { Directory });
   const until = now() + PREPARE_LASTS;
   // Looked for before its record: a prepare that has ended by now has recorded what it started.
   const first = prepareOf(context);
@@ -2882,7 +2896,7 @@ export function parseCommandLine(argv: readonly string[]) {
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
     .helpOption("-h, --help", "print this help")
     .option("--config <path>", "the configuration file", "config.toml")
-    .option("--debug", "the same as --log-level debug")
+    .option("--debug", "same as --log-level debug")
     .option("--log-level <level>", `LogLevel: ${LEVELS.join(", ")}`, oneOfWords(LEVELS))
     .option("--log-format <format>", `LogFormat: ${FORMATS.join(", ")}`, oneOfWords(FORMATS))
     .option("--log-file <path>", "LogFile: log to this file instead of standard error")
@@ -2908,9 +2922,9 @@ export function parseCommandLine(argv: readonly string[]) {
     .argument("<stage>", "the runner's name for it, such as build_script");
   add(custom, "cleanup", "stop the job's task").alias("cl");
   add(program, "sweep", "stop tasks that jobs have left behind, and remove their records; for cron or a systemd timer")
-    .option("--dry-run", "say what would be done, and do nothing")
-    .option("--json", "say it as one JSON object")
-    .option("--manager <id>", "treat this manager's tasks as this host's own: its host is gone", managerIdOf);
+    .option("--dry-run", "print what would be done, and do nothing")
+    .option("--json", "print the report as one JSON object")
+    .option("--manager <id>", "also stop the tasks of this manager, whose host is gone", managerIdOf);
   try {
     program.parse(argv, { from: "user" });
   } catch (error) {
