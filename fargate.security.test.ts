@@ -747,7 +747,7 @@ describe("any input", () => {
     const hash = "0123456789abcdef".repeat(4);
     const job: Job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
     const log = getLogger(["fargate", name]);
-    const context: Context = { config, job, byJob: [], log, env: {}, stop: never, now, wallTime: Date.now };
+    const context: Context = { config, job, jobOverrides: [], log, env: {}, stop: never, now, wallTime: Date.now };
     return { context, lines, record: join(records, `${job.stem}.json`) };
   }
   const ownStartedBy = /^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/;

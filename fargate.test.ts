@@ -39,7 +39,6 @@ import * as v from "valibot";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from "vitest";
 import {
   adviceFor,
-  announce,
   awsFailure,
   type Cause,
   CONTAINER,
@@ -48,12 +47,13 @@ import {
   type Connection,
   type Context,
   configAnswer,
+  createLock,
   exitCode,
   explainStop,
   Failure,
+  findPipeHolders,
   findShells,
   formatRecord,
-  holdersOf,
   interfaceOf,
   interpreterOf,
   keyPairOf,
@@ -64,21 +64,21 @@ import {
   Preamble,
   type Problem,
   parseCommandLine,
-  pauseAfter,
   pollPause,
   prepare as prepareStage,
   readConfig,
   readJob,
+  readLocks,
   readRecord,
   recognize,
-  remainsOf,
   retry,
   run,
   runTaskInput,
+  salvageRecord,
+  startRetryPause,
   stopCause,
   type TaskRecord,
-  unreadVariables,
-  usersOf,
+  unusedVariables,
   writeRecord,
 } from "./fargate.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
@@ -675,7 +675,7 @@ describe("configuration", () => {
 
   test("a job's variable that nothing reads is reported, with the name that it may misspell", () => {
     const reportOn = (...names: string[]) =>
-      unreadVariables(Object.fromEntries(names.map((name) => [`CUSTOM_ENV_${name}`, "x"])));
+      unusedVariables(Object.fromEntries(names.map((name) => [`CUSTOM_ENV_${name}`, "x"])));
     const meant = (name: string, known: string) => [{ name, meant: known }];
     for (const name of [
       "FARGATE_TASK_DEFINITON",
@@ -697,7 +697,7 @@ describe("configuration", () => {
       expect(reportOn(name)).toEqual([{ name }]);
     expect(reportOn("FARGATE_TASK_DEFINITION", "FARGATE_PLATFORM_VERSION", "CI_JOB_ID", "PATH", "")).toEqual([]);
     // Of the manager's own environment, no variable is the job's.
-    expect(unreadVariables({ FARGATE_TASK_DEFINITON: "x", FARGATE_X: "x" })).toEqual([]);
+    expect(unusedVariables({ FARGATE_TASK_DEFINITON: "x", FARGATE_X: "x" })).toEqual([]);
   });
 
   test("a pattern full of stars does not hold up prepare", () => {
@@ -952,7 +952,7 @@ describe("the task record", () => {
       expect(readRecord(path)).toEqual(someRecord);
       make();
       expect(thrown(() => readRecord(path)).message).toMatch(why);
-      expect(remainsOf(path).TaskARN).toBe(remains ? someRecord.TaskARN : undefined);
+      expect(salvageRecord(path).TaskARN).toBe(remains ? someRecord.TaskARN : undefined);
     };
     const replace = (by: (path: string) => void) => () => {
       fs.rmSync(elsewhere, { force: true });
@@ -991,7 +991,7 @@ describe("the task record", () => {
     writeRecord(path, someRecord);
     fs.chownSync(path, 12_345, 0);
     expect(thrown(() => readRecord(path)).message).toMatch(/it belongs to another user, of id 12345$/);
-    expect(remainsOf(path).TaskARN).toBeUndefined();
+    expect(salvageRecord(path).TaskARN).toBeUndefined();
     fs.chownSync(path, 0, 0);
     expect(readRecord(path)).toEqual(someRecord);
   });
@@ -1005,10 +1005,10 @@ describe("the task record", () => {
       `TaskMetadata.Directory ${where} belongs to another user, of id 12345; ${ownDirectory}`,
     );
     const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
-    announce({ Directory: where }, stem, "run");
-    expect(usersOf({ Directory: where }, Date.now())).toMatchObject([{ stem, stage: "run", lives: true }]);
+    createLock({ Directory: where }, stem, "run");
+    expect(readLocks({ Directory: where }, Date.now())).toMatchObject([{ stem, stage: "run", lives: true }]);
     fs.chownSync(join(where, fs.readdirSync(where)[0] as string), 12_345, 0);
-    expect(usersOf({ Directory: where }, Date.now())).toEqual([]);
+    expect(readLocks({ Directory: where }, Date.now())).toEqual([]);
   });
 
   test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {
@@ -1218,8 +1218,8 @@ describe("calls to AWS", () => {
   });
 
   test("the pauses between starts begin at 2 s and grow when every placement has been tried", () => {
-    expect([1, 2, 3, 4, 5, 50].map((attempts) => pauseAfter(attempts, 1) / 1000)).toEqual([2, 4, 8, 16, 20, 20]);
-    expect([1, 3, 4, 6, 7].map((attempts) => pauseAfter(attempts, 3) / 1000)).toEqual([2, 2, 4, 4, 8]);
+    expect([1, 2, 3, 4, 5, 50].map((attempts) => startRetryPause(attempts, 1) / 1000)).toEqual([2, 4, 8, 16, 20, 20]);
+    expect([1, 3, 4, 6, 7].map((attempts) => startRetryPause(attempts, 3) / 1000)).toEqual([2, 2, 4, 4, 8]);
   });
 
   test("polling is quick at first, slower later, and slow once the address is known", () => {
@@ -1332,7 +1332,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     return {
       config,
       job,
-      byJob: [],
+      jobOverrides: [],
       log: getLogger("fargate"),
       env: {},
       stop: stop.signal,
@@ -1752,7 +1752,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
         .rejects(denied("ecs:RunTask"));
     };
     const chosen = (context: Context) => {
-      Object.assign(context, { byJob: ["TaskDefinition"] });
+      Object.assign(context, { jobOverrides: ["TaskDefinition"] });
     };
     const withKey = (context: Context) => {
       context.config.SSH.PrivateKeyPath = join(directory(), "key");
@@ -2037,7 +2037,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     const identity = execFileSync("cut", ["-d", " ", "-f", "22", `/proc/${other.pid}/stat`])
       .toString()
       .trim();
-    const done = announce(config.TaskMetadata, job.stem, "prepare");
+    const done = createLock(config.TaskMetadata, job.stem, "prepare");
     const [own = ""] = fs.readdirSync(records).filter((name) => name.endsWith(".lock"));
     const [, , place] = own.split(".").slice(-4);
     done();
@@ -2194,7 +2194,7 @@ describe("the marks before a script's output", () => {
   });
 });
 
-test.each<[string, ReturnType<typeof holdersOf>, string[]]>([
+test.each<[string, ReturnType<typeof findPipeHolders>, string[]]>([
   [
     "tee behind a process substitution",
     { filter: true, paths: ["/proc/12/fd/1", "/proc/12/fd/2"] },
@@ -2229,8 +2229,8 @@ test.each<[string, ReturnType<typeof holdersOf>, string[]]>([
     return `${modes[mode as "r" | "w"]} 1 0 0 64 Nov 26 02:45 /proc/${path} -> ${target}\n`;
   };
   const listing = links.map(line).join("");
-  expect(holdersOf(listing, ["pipe:[1]", "pipe:[2]", "socket:[3]"])).toEqual(expected);
-  expect(holdersOf(listing, [])).toBe(undefined); // without /proc, the shell's pipes have no names
+  expect(findPipeHolders(listing, ["pipe:[1]", "pipe:[2]", "socket:[3]"])).toEqual(expected);
+  expect(findPipeHolders(listing, [])).toBe(undefined); // without /proc, the shell's pipes have no names
 });
 
 test.each([
@@ -2786,7 +2786,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       const { output } = await task.host.exec("echo | sh -c 'busybox ls -ln /proc/$$/fd/[0-2]; :'");
       const [, pipe = ""] = /fd\/1 -> (.*)/.exec(output) ?? [];
       expect(pipe).toMatch(/^pipe:/);
-      expect(holdersOf(output, [pipe])).toMatchObject({ filter: true, paths: [expect.stringMatching(/fd\/1$/)] });
+      expect(findPipeHolders(output, [pipe])).toMatchObject({ filter: true, paths: [expect.stringMatching(/fd\/1$/)] });
     },
     { containerOnly: true },
   );
@@ -4023,7 +4023,7 @@ describeProgram("the compiled program", () => {
     const config = world.configure({ top: { LogFile: "beside.log" }, SSH: { PrivateKeyPath: "beside.key" } });
     const beside = (name: string) => join(config, "..", name);
     fs.writeFileSync(beside("beside.key"), key.privateKey, { mode: 0o600 });
-    wholeRun.ownKey(beside("beside.key"));
+    wholeRun.readOperatorKey(beside("beside.key"));
     const env = byHand();
     const since = world.aws.callsTo("RunTask").length;
     const [elsewhere, another] = [directory(), directory()];

@@ -51,13 +51,13 @@ export type Environment = Readonly<Record<string, string | undefined>>;
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const escaped = (character: string) =>
   character.replace(/[\s\S]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
-const LONGEST_TEXT = 4_000; // characters
+const MAX_TEXT_LENGTH = 4_000; // characters
 
 /** Escapes and shortens text from outside: it must not end a log line, forge another or control a terminal. */
 export function printable(value: unknown): string {
   const text = String(value);
-  const line = text.slice(0, LONGEST_TEXT).replaceAll("\n", " | ").replace(UNPRINTABLE, escaped);
-  return text.length > LONGEST_TEXT ? `${line}...` : line;
+  const line = text.slice(0, MAX_TEXT_LENGTH).replaceAll("\n", " | ").replace(UNPRINTABLE, escaped);
+  return text.length > MAX_TEXT_LENGTH ? `${line}...` : line;
 }
 
 /** What decisions depend on: set where the failure is first seen, never derived from our own text. */
@@ -99,7 +99,7 @@ export function reasonOf(error: unknown): string {
 // printed; decisions depend on a problem's name and group.
 
 /** Another start may succeed: later, in another subnet or with other capacity. */
-const PASSING = {
+const TRANSIENT = {
   throttled: "start fewer tasks at once, or ask AWS for higher API rates",
   provisioning: "lower the runner's limit: too many tasks wait for capacity in this cluster",
   capacity: "wait, give Subnets in several zones, or set FallbackCapacityProviderStrategy",
@@ -113,7 +113,7 @@ const PASSING = {
 };
 
 /** The task definition is at fault. */
-const OF_DEFINITION = {
+const DEFINITION_FAULTS = {
   definition: "name a task definition that is active in this region",
   incompatible: "make the task definition compatible with LaunchType or the capacity provider",
   networkMode: "set networkMode to awsvpc in the task definition",
@@ -124,15 +124,15 @@ const OF_DEFINITION = {
 };
 
 /** The platform version is at fault. */
-const OF_PLATFORM = {
+const PLATFORM_FAULTS = {
   platform: "set PlatformVersion to one that AWS lists and the task definition supports, or to LATEST",
   fargateOnly: "remove PlatformVersion: only Fargate tasks have one",
 };
 
 const ADVICE = {
-  ...PASSING,
-  ...OF_DEFINITION,
-  ...OF_PLATFORM,
+  ...TRANSIENT,
+  ...DEFINITION_FAULTS,
+  ...PLATFORM_FAULTS,
   // The runner's host and its way to AWS.
   disk: "the runner's user must be able to write there, on a disk with room",
   credentials: "give the runner's host a role (a container on EC2: hop limit 2), or AWS_* variables with a valid key",
@@ -347,7 +347,7 @@ function nearestKey(unknown: string): string {
 }
 
 /** The job's variables without effect: FARGATE_*, or within two edits of one in `VARIABLES` (less `CUSTOM_ENV_`). */
-export function unreadVariables(env: Environment) {
+export function unusedVariables(env: Environment) {
   const read: string[] = Object.values(VARIABLES);
   return Object.keys(env).flatMap((key) => {
     const [, name = "", bare = ""] = /^CUSTOM_ENV_((?:CUSTOM_ENV_)?(.*))$/s.exec(key) ?? [];
@@ -357,9 +357,9 @@ export function unreadVariables(env: Environment) {
 }
 
 /** Gives keys the schema's spelling: the official driver's TOML library ignores case, but prefers an exact match. */
-function foldKeys(value: unknown, schema: v.GenericSchema, path: string, warnings: string[]): unknown {
+function normalizeKeys(value: unknown, schema: v.GenericSchema, path: string, warnings: string[]): unknown {
   const entries = entriesOf(schema);
-  if (entries && Array.isArray(value)) return value.map((item) => foldKeys(item, schema, path, warnings));
+  if (entries && Array.isArray(value)) return value.map((item) => normalizeKeys(item, schema, path, warnings));
   if (!entries || !isTable(value)) return value;
   const folded: Table = {};
   for (const [key, item] of Object.entries(value)) {
@@ -370,7 +370,7 @@ function foldKeys(value: unknown, schema: v.GenericSchema, path: string, warning
     if (!name || !entry) warnings.push(`unknown key ${path}${key}; the nearest known one is ${nearestKey(key)}`);
     else if (key !== name && Object.hasOwn(value, name))
       warnings.push(`${path}${key} has no effect beside ${path}${name}`);
-    else if (isGiven) folded[name] = foldKeys(item, entry, `${path}${name}.`, warnings);
+    else if (isGiven) folded[name] = normalizeKeys(item, entry, `${path}${name}.`, warnings);
   }
   return folded;
 }
@@ -398,13 +398,17 @@ function describeProblem(issue: v.BaseIssue<unknown>): string {
 }
 
 /** Why the job's own choice is not allowed; undefined if it is. `configured`: the file's own TaskDefinition. */
-function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: unknown): string | undefined {
+function refuseOverride(
+  f: Config["Fargate"],
+  jobOverrides: readonly string[],
+  configured: unknown,
+): string | undefined {
   const refused = (key: JobSetting, why: string) =>
     `${VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
   const { TaskDefinition: asked, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
-  if (byJob.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
+  if (jobOverrides.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
     return refused("PlatformVersion", `AllowedPlatformVersions has ${versions.join(", ") || "none"}`);
-  if (!byJob.includes("TaskDefinition") || !patterns) return undefined;
+  if (!jobOverrides.includes("TaskDefinition") || !patterns) return undefined;
   const [, partition, region, account, name = asked] =
     /^arn:([\w-]+):ecs:([\w-]+):(\d{12}):task-definition\/(.*)$/s.exec(asked) ?? [];
   if (account) {
@@ -425,7 +429,7 @@ function refusalOf(f: Config["Fargate"], byJob: readonly string[], configured: u
 
 /**
  * Reads the configuration file's text. Options override variables; variables override the file.
- * @returns also the settings that the job's variables decided (`byJob`), and why that is not allowed (`refusal`)
+ * @returns also the settings that the job's variables decided (`jobOverrides`), and why that is not allowed (`refusal`)
  * @throws {Failure} naming every problem at once
  */
 export function readConfig(file: string, path: string, options: Options, env: Environment) {
@@ -438,17 +442,17 @@ export function readConfig(file: string, path: string, options: Options, env: En
     throw new Failure("system", `${path}, line ${error.line}, column ${error.column}: not TOML: ${what}`);
   }
   const warnings: string[] = [];
-  const folded = foldKeys(table, ConfigSchema, "", warnings) as Table;
+  const folded = normalizeKeys(table, ConfigSchema, "", warnings) as Table;
   const merged: Table = { Fargate: {}, TaskMetadata: {}, SSH: {}, ...folded };
   const given = (...values: unknown[]) =>
     values.find((value) => value !== undefined && (typeof value !== "string" || value.trim() !== ""));
   for (const key of ["LogLevel", "LogFormat", "LogFile"] as const) merged[key] = given(options[key], merged[key]);
   const fargate = isTable(merged.Fargate) ? merged.Fargate : {}; // the schema reports what is no table
   const configured = fargate.TaskDefinition;
-  const byJob: string[] = [];
+  const jobOverrides: string[] = [];
   for (const key of ["TaskDefinition", "PlatformVersion"] as const) {
     const variable = env[`CUSTOM_ENV_${VARIABLES[key]}`];
-    if (given(options[key]) === undefined && given(variable) !== undefined) byJob.push(key);
+    if (given(options[key]) === undefined && given(variable) !== undefined) jobOverrides.push(key);
     fargate[key] = given(options[key], variable, fargate[key]);
   }
   const result = v.safeParse(ConfigSchema, merged);
@@ -463,8 +467,8 @@ export function readConfig(file: string, path: string, options: Options, env: En
   config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !given(options.LogFile)) config.LogFile = beside(config.LogFile);
-  const refusal = refusalOf(config.Fargate, byJob, configured);
-  return { config, byJob, refusal, warnings: warnings.map((warning) => `${path}: ${warning}`) };
+  const refusal = refuseOverride(config.Fargate, jobOverrides, configured);
+  return { config, jobOverrides, refusal, warnings: warnings.map((warning) => `${path}: ${warning}`) };
 }
 
 // 4. Logging ----------------------------------------------------------------------------------------------
@@ -474,7 +478,7 @@ export function formatRecord(record: LogRecord, format: Config["LogFormat"]): st
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
   if (format === "json") {
     const object = { time, level: record.level, msg: message, ...record.properties };
-    const cut = (_key: string, value: unknown) => (typeof value === "string" ? value.slice(0, LONGEST_TEXT) : value);
+    const cut = (_key: string, value: unknown) => (typeof value === "string" ? value.slice(0, MAX_TEXT_LENGTH) : value);
     return `${JSON.stringify(object, cut).replace(UNPRINTABLE, escaped)}\n`;
   }
   const level = record.level === "info" ? "" : `${record.level === "fatal" ? "error" : record.level}: `;
@@ -552,9 +556,9 @@ export interface Job {
   readonly unused?: readonly string[]; // image and services that its author asks for, only to be logged
 }
 
-const UNKNOWN_TIMEOUT = 86_400; // seconds; if the runner does not give the job's timeout
-const LONGEST_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
-const DEFAULT_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
+const ASSUMED_JOB_TIMEOUT = 86_400; // seconds; if the runner does not give the job's timeout
+const MAX_JOB_TIMEOUT = 2_678_400; // seconds, a month, as in GitLab
+const DEFAULT_JOB_TIMEOUT = 7_200; // seconds; GitLab Runner's own for a job without one
 
 const named = v.fallback(v.object({ name: v.string() }), { name: "" });
 const JobResponseSchema = v.object({
@@ -588,12 +592,12 @@ export function readJob(env: Environment): Job | undefined {
     const project = response.job_info.project_id;
     // The job's token: nobody can guess it, and no other GitLab with the same address issues the same one.
     const hash = sha256(JSON.stringify([`${protocol}//${host}${pathname}`, project, response.id, response.token]));
-    const { timeout = UNKNOWN_TIMEOUT } = response.runner_info;
+    const { timeout = ASSUMED_JOB_TIMEOUT } = response.runner_info;
     return {
       stem: `job-${response.id}-${hash}`,
       hash,
       title: `job ${response.id} of project ${project}`,
-      timeout: timeout > 0 ? Math.min(timeout, LONGEST_TIMEOUT) : DEFAULT_TIMEOUT,
+      timeout: timeout > 0 ? Math.min(timeout, MAX_JOB_TIMEOUT) : DEFAULT_JOB_TIMEOUT,
       unused: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
@@ -602,7 +606,7 @@ export function readJob(env: Environment): Job | undefined {
   if (!url || !pipeline || !id) return undefined;
   const hash = sha256(`${url}-${pipeline}-${id}`);
   const [label] = /^[\w-]{1,32}$/.exec(env.CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN ?? "") ?? ["job"];
-  return { stem: `${label}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: UNKNOWN_TIMEOUT };
+  return { stem: `${label}-${hash}`, hash, title: `job ${hash.slice(0, 12)}`, timeout: ASSUMED_JOB_TIMEOUT };
 }
 
 // 6. Task record ------------------------------------------------------------------------------------------
@@ -650,7 +654,7 @@ export function checkDirectory(directory: string): string | undefined {
 }
 
 /** Reads a file that this user owns; never through a link or a pipe. `others`: mode bits that must not be set. */
-function readOwn(path: string, others = 0o077): string {
+function readPrivateFile(path: string, others = 0o077): string {
   const { O_RDONLY, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
   if (fs.lstatSync(path).isSymbolicLink()) throw new Error("it is a symbolic link");
   const file = fs.openSync(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK); // it may have become a link since
@@ -704,7 +708,7 @@ const isOfAnother = (path: string, text: string): boolean =>
 export function readRecord(path: string): TaskRecord | undefined {
   return withContext(`the record ${path} cannot be used`, () => {
     try {
-      const record = readJson(readOwn(path), RecordSchema);
+      const record = readJson(readPrivateFile(path), RecordSchema);
       if (isOfAnother(path, record.StartedBy)) throw new Error("it is of another job");
       return record;
     } catch (error) {
@@ -714,11 +718,11 @@ export function readRecord(path: string): TaskRecord | undefined {
 }
 
 /** What a broken record (truncated, other version) still shows: its age; its task, if nobody else could write it. */
-export function remainsOf(path: string, others = 0o022): Partial<TaskRecord> {
+export function salvageRecord(path: string, others = 0o022): Partial<TaskRecord> {
   const status = fs.lstatSync(path, { throwIfNoEntry: false });
   const UpdatedAt = status?.isFile() ? { UpdatedAt: status.mtimeMs / 1000 } : {};
   try {
-    const content = readOwn(path, others);
+    const content = readPrivateFile(path, others);
     const arn = /arn:aws[\w-]*:ecs:([\w-]+):\d{12}:task\/([\w-]+)\/[0-9a-f]{32}/;
     const [TaskARN, Region, Cluster] = arn.exec(content) ?? [];
     if (TaskARN && Region && Cluster && !isOfAnother(path, content)) return { TaskARN, Region, Cluster, ...UpdatedAt };
@@ -739,11 +743,11 @@ function identityOf(pid: number | "self"): string {
   }
 }
 
-const BEAT = 5_000; // ms; how often a process that works on a job touches its lock
-const DEAD_AFTER = 4 * BEAT; // ms without a touch after which a process that /proc does not show counts as dead
+const LOCK_TOUCH_MS = 5_000; // ms; how often a process that works on a job touches its lock
+const LOCK_EXPIRY_MS = 4 * LOCK_TOUCH_MS; // ms without a touch after which a process that /proc does not show counts as dead
 
 /** Makes a lock, named after this process: `sweep` leaves the job alone, `cleanup` waits. Returns its removal. */
-export function announce({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
+export function createLock({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
   const path = join(Directory, [stem, stage, process.pid, identityOf("self"), "lock"].join("."));
   const beat = () => {
     try {
@@ -753,7 +757,7 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
     } catch {} // best effort: a run needs only to read its record, and a full disk may have room later
   };
   beat();
-  const timer = setInterval(beat, BEAT).unref();
+  const timer = setInterval(beat, LOCK_TOUCH_MS).unref();
   return () => {
     clearInterval(timer);
     removeQuietly(path);
@@ -761,7 +765,7 @@ export function announce({ Directory }: Config["TaskMetadata"], stem: string, st
 }
 
 /** The processes that work, or have worked, on records in a directory, by their locks. */
-export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number) {
+export function readLocks({ Directory }: Config["TaskMetadata"], wallTime: number) {
   return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, identity = "", place] =
       /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
@@ -769,7 +773,7 @@ export function usersOf({ Directory }: Config["TaskMetadata"], wallTime: number)
     if (!stem || !stage || uid !== process.geteuid?.()) return [];
     // /proc does not show a process elsewhere (other host or container, or before a reboot): the last touch decides.
     const isHere = place && identityOf("self").endsWith(`.${place}`);
-    const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < DEAD_AFTER;
+    const lives = isHere ? identityOf(Number(pid)) === identity : Math.abs(wallTime - mtimeMs) < LOCK_EXPIRY_MS;
     // While the record exists, its locks stay: they show when the job was last worked on.
     if (!lives && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
     return [{ stem, stage, pid: Number(pid), identity, lives, mtimeMs }];
@@ -786,7 +790,7 @@ export function managerId(directory: string): string {
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
-    const id = readOwn(path).trim();
+    const id = readPrivateFile(path).trim();
     if (!MANAGER.test(id)) throw new Error("it does not hold 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
@@ -821,7 +825,7 @@ export async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPa
 export const CONTAINER = "ci-coordinator"; // the container that gets the public key; the name is the official driver's
 
 /** What every command works with. */
-export interface Operator {
+export interface BaseContext {
   readonly config: Config;
   readonly log: Logger;
   readonly stop: AbortSignal; // aborted by SIGTERM or SIGINT; the reason is a Failure that says so
@@ -831,14 +835,14 @@ export interface Operator {
 }
 
 /** What every stage works with. */
-export interface Context extends Operator {
+export interface Context extends BaseContext {
   readonly job: Job;
-  readonly byJob: readonly string[]; // the settings that a variable of the job decided
+  readonly jobOverrides: readonly string[]; // the settings that a variable of the job decided
   readonly refusal?: string | undefined; // why these are not allowed, if they are not
   readonly warned?: Set<string>; // warnings already given, in a stage that repeats steps
 }
 
-export type Sinks = Readonly<Record<"stdout" | "stderr", Writable>>; // where the output of a script goes
+export type OutputSinks = Readonly<Record<"stdout" | "stderr", Writable>>; // where the output of a script goes
 
 /** The input of RunTask: what the official driver sends, and what the configuration adds to it. Pure. */
 export function runTaskInput(
@@ -872,7 +876,7 @@ export function runTaskInput(
 export interface Limits {
   readonly until: number; // ms, as of `now`, after which it is not repeated
   readonly signal?: AbortSignal | undefined; // ends it with the signal's reason
-  readonly again?: (error: unknown) => boolean; // whether to repeat it after this error; `isTransient` unless given
+  readonly again?: (error: unknown) => boolean; // whether to repeat it after this error; `isRetryable` unless given
   readonly onSend?: () => void; // called before each time it is sent
   readonly grace?: number; // ms for which a call that was sent may outlast the signal; none unless given
 }
@@ -881,7 +885,7 @@ export interface Limits {
 type Pauses = { now: () => number; most?: number; least?: (error: unknown) => number };
 /** Calls until it works, with jittered backoff. @throws the last error, or the reason of `signal` */
 export async function retry<T>(call: () => Promise<T>, limits: Limits & Pauses): Promise<T> {
-  const { until, again = isTransient, signal, now, most = 5_000, least = () => 0 } = limits;
+  const { until, again = isRetryable, signal, now, most = 5_000, least = () => 0 } = limits;
   for (let wait = 100; ; wait = Math.min(wait * 2, most)) {
     signal?.throwIfAborted();
     try {
@@ -969,11 +973,11 @@ const BY_TEXT: Patterns = [
   ["memory", /^OutOfMemory/],
   ["exited", /^EssentialContainerExited$/], // a stop code, like those that end in $ above: used if no text matches
 ];
-const firstFit = (rows: Patterns, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
+const firstMatch = (rows: Patterns, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
 /** Recognizes a problem by AWS's name for it, else by how one of AWS's texts begins. */
 export function recognize(name: string, ...texts: (string | undefined)[]): Pick<Cause, "problem" | "subject"> {
   const known = texts.flatMap((text) => text?.replaceAll("\u2019", "'") ?? []); // AWS writes both apostrophes
-  const problem = firstFit(BY_NAME, name) ?? known.map((text) => firstFit(BY_TEXT, text)).find(Boolean);
+  const problem = firstMatch(BY_NAME, name) ?? known.map((text) => firstMatch(BY_TEXT, text)).find(Boolean);
   const subject = known.map((text) => / is not authorized to perform: ([\w-]+:\w+)/.exec(text)?.[1]).find(Boolean);
   return { problem, subject };
 }
@@ -996,11 +1000,11 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
   const error = typeof name === "string" && name ? name : "UnknownError";
   const refused = status >= 300;
   const known = recognize(error, refused && typeof message === "string" ? message : undefined);
-  const notSent = status > 0 ? undefined : firstFit(NOT_SENT, String(code)); // else the endpoint set `code`
+  const notSent = status > 0 ? undefined : firstMatch(NOT_SENT, String(code)); // else the endpoint set `code`
   const isFinal = notSent === "certificate" || (notSent === "proxy" && Number(proxyStatus) < 500);
   // Without a status, the request or its answer was lost; with one of success, the answer broke off.
   const isLost = !refused && $metadata !== undefined && known.problem !== "credentials";
-  const isThrottled = firstFit(BY_NAME, error) === "throttled" || status === 429;
+  const isThrottled = firstMatch(BY_NAME, error) === "throttled" || status === 429;
   const isRetryable = isThrottled || status >= 500 || (isLost && !isFinal);
   // A conflict means that this token, which is ours alone, has already started a task.
   const mayHaveStarted = status >= 500 || (refused && error === "ConflictException") || (isLost && !notSent);
@@ -1020,14 +1024,14 @@ export function awsFailure(operation: string, thrown: unknown, profileProblem?: 
 }
 
 /** Whether the same call may succeed in a moment: throttled, AWS's own failure, or no whole answer. */
-const isTransient = (error: unknown): boolean => causeOf(error).isRetryable === true;
+const isRetryable = (error: unknown): boolean => causeOf(error).isRetryable === true;
 /** The same if a task is to be found and stopped: credentials may fail for a moment, and nobody repeats a cleanup. */
-const mayPass = (error: unknown): boolean =>
-  isTransient(error) || ["credentials", "profile"].includes(causeOf(error).problem ?? "");
+const isRetryableStop = (error: unknown): boolean =>
+  isRetryable(error) || ["credentials", "profile"].includes(causeOf(error).problem ?? "");
 /** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
 const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
 
-const CALL_TIMEOUT = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
+const CALL_TIMEOUT_MS = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
 
 /** A value of another type counts as absent. */
 const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(schema), undefined);
@@ -1050,7 +1054,7 @@ const AnswerSchema = v.object({
 });
 type Answer = v.InferOutput<typeof AnswerSchema>;
 /** Whether an answer has what its call asked for; if not, it comes from a proxy and not from ECS. */
-const IS_WHOLE = {
+const IS_COMPLETE = {
   RunTask: ({ tasks, failures }: Answer) => Boolean(tasks?.length ? tasks[0]?.taskArn : failures?.length),
   DescribeTasks: ({ tasks }: Answer) => Boolean(tasks),
   ListTasks: ({ taskArns }: Answer) => Boolean(taskArns),
@@ -1058,7 +1062,7 @@ const IS_WHOLE = {
 };
 
 /** An error like the SDK's own for a missing or incomplete answer. */
-const lostAnswer = (message: string) => Object.assign(new Error(message), { $metadata: {} });
+const missingAnswer = (message: string) => Object.assign(new Error(message), { $metadata: {} });
 type Abort = { abortSignal: AbortSignal }; // how the SDK takes a signal
 
 /** The certificates of the CAs that are trusted by default, and of those in a PEM file. @throws {Failure} */
@@ -1091,7 +1095,7 @@ export class Aws {
 
   constructor(
     private readonly place: Pick<TaskRecord, "Region" | "Cluster">,
-    private readonly context: Pick<Operator, "log" | "now" | "env">,
+    private readonly context: Pick<BaseContext, "log" | "now" | "env">,
   ) {}
 
   async #settings() {
@@ -1115,7 +1119,7 @@ export class Aws {
   }
 
   async #send<T>(action: string, limits: Limits, call: (abort: Abort) => Promise<T>): Promise<T> {
-    const { until, signal, again = isTransient, onSend, grace = 0 } = limits;
+    const { until, signal, again = isRetryable, onSend, grace = 0 } = limits;
     const { log, now, env } = this.context;
     const first = now();
     let warned = false;
@@ -1123,13 +1127,13 @@ export class Aws {
       onSend?.();
       const begun = now();
       // Only RunTask has a grace. `until` does not cut it short, because its answer matters more than the time.
-      const most = grace ? CALL_TIMEOUT : Math.min(CALL_TIMEOUT, Math.max(until - begun, 1_000));
+      const most = grace ? CALL_TIMEOUT_MS : Math.min(CALL_TIMEOUT_MS, Math.max(until - begun, 1_000));
       // Not left to the SDK, which ignores signals while it gets credentials, and modifies the signal's reason.
       const sdk = new AbortController();
       const cut = Promise.withResolvers<never>();
       const end = () => {
         sdk.abort();
-        cut.reject(lostAnswer(`no whole answer after ${now() - begun} ms`));
+        cut.reject(missingAnswer(`no whole answer after ${now() - begun} ms`));
       };
       const timers = [setTimeout(end, most)];
       const onSignal = () => void timers.push(setTimeout(end, grace));
@@ -1160,13 +1164,13 @@ export class Aws {
     });
   }
 
-  async #ecs<T>(action: keyof typeof IS_WHOLE, limits: Limits, call: (ecs: ECS, abort: Abort) => Promise<T>) {
+  async #ecs<T>(action: keyof typeof IS_COMPLETE, limits: Limits, call: (ecs: ECS, abort: Abort) => Promise<T>) {
     this.#ecsClient ??= this.#settings().then(async (made) => new (await import("@aws-sdk/client-ecs")).ECS(made));
     const ecs = await this.#ecsClient;
     return this.#send(`ecs:${action}`, limits, async (abort) => {
       const answer: Answer = v.parse(v.fallback(AnswerSchema, {}), await call(ecs, abort));
-      if (IS_WHOLE[action](answer)) return answer as T;
-      throw lostAnswer("the answer is empty");
+      if (IS_COMPLETE[action](answer)) return answer as T;
+      throw missingAnswer("the answer is empty");
     });
   }
 
@@ -1178,7 +1182,7 @@ export class Aws {
     const reasons = failures.map((f) => [f.reason, f.detail].filter(Boolean).join(" ")).join("; ");
     // On a cluster of instances, each has its own reason: one that only lacks room is worth another attempt.
     const causes = failures.map(({ reason }) => recognize("", reason));
-    const known = causes.find(({ problem = "" }) => problem in PASSING) ?? causes.find(({ problem }) => problem);
+    const known = causes.find(({ problem = "" }) => problem in TRANSIENT) ?? causes.find(({ problem }) => problem);
     const cause = { operation: "ecs:RunTask", ...known };
     return new Failure("system", `ecs:RunTask started no task: ${reasons || "AWS gave no reason"}`, cause);
   }
@@ -1202,7 +1206,7 @@ export class Aws {
   /** Stops a task, unless it is gone; ECS may not know it until `young`, in ms as of `now`. `reason` holds ids only. */
   async stopTask(task: string, reason: string, limits: Limits, young = 0): Promise<void> {
     const isGone = (error: unknown) => causeOf(error).problem === "noTask";
-    const again = (error: unknown) => mayPass(error) || (isGone(error) && this.context.now() < young);
+    const again = (error: unknown) => isRetryableStop(error) || (isGone(error) && this.context.now() < young);
     const asked = { cluster: this.place.Cluster, task, reason };
     await this.#ecs("StopTask", { ...limits, again }, (ecs, abort) => ecs.stopTask(asked, abort)).catch((error) => {
       if (isGone(error)) return;
@@ -1214,7 +1218,7 @@ export class Aws {
   /** ARNs of the cluster's tasks that are not stopped yet: those started under a name, or all. */
   async listTasks(startedBy: string | undefined, limits: Limits, nextToken?: string): Promise<string[]> {
     const asked = { cluster: this.place.Cluster, startedBy, nextToken };
-    const again = mayPass;
+    const again = isRetryableStop;
     const page = await this.#ecs("ListTasks", { ...limits, again }, (ecs, abort) => ecs.listTasks(asked, abort));
     if (!page.nextToken) return page.taskArns ?? [];
     if (this.context.now() > limits.until)
@@ -1402,9 +1406,9 @@ const ALGORITHMS: ConnectConfig["algorithms"] = {
   ],
   compress: ["none"], // with compression, a few bytes from a server could become many
 };
-const CONNECT_TIMEOUT = 3_000; // ms for the TCP connection: a new attempt is faster than TCP's own retransmissions
-const LONGEST_SILENCE = 15_000; // max ms from the TCP connection to the server's first bytes
-const LOGIN_TIMEOUT = 30_000; // ms from those to the login: busy hosts, name look-ups and PAM take long
+const CONNECT_TIMEOUT_MS = 3_000; // ms for the TCP connection: a new attempt is faster than TCP's own retransmissions
+const MAX_SILENCE_MS = 15_000; // max ms from the TCP connection to the server's first bytes
+const LOGIN_TIMEOUT_MS = 30_000; // ms from those to the login: busy hosts, name look-ups and PAM take long
 
 /**
  * Limits the time for each phase of a login: TCP connection, the server's first bytes, login.
@@ -1423,7 +1427,7 @@ function limitPhases(
   };
   const limitSilence = (ms: number) => limit(ms, `nothing answered for ${ms / 1000} s`, "silent");
   const late = `login did not complete within ${loginTimeout / 1000} s`;
-  limitSilence(Math.min(maxSilence, CONNECT_TIMEOUT));
+  limitSilence(Math.min(maxSilence, CONNECT_TIMEOUT_MS));
   socket.once("connect", () => limitSilence(maxSilence));
   socket.once("data", () => limit(loginTimeout, late, "noServer"));
   return () => clearTimeout(timer);
@@ -1470,7 +1474,7 @@ export async function connect(target: SshTarget, silence: number, signal: AbortS
   const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
     end(new SshFailure(why, `${where}: ${text}`, { problem }));
   const onTimeout = (text: string, problem: Problem) => fail("unreachable", text, problem);
-  const clearTimer = limitPhases(socket, silence, LOGIN_TIMEOUT, onTimeout);
+  const clearTimer = limitPhases(socket, silence, LOGIN_TIMEOUT_MS, onTimeout);
   socket.once("data", onAnswer);
   limitMemory(socket, target.toSend ?? 0);
   client.on("ready", () => {
@@ -1512,7 +1516,7 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
   const ended = AbortSignal.any([signal, over.signal]);
   const open = new Map<symbol, boolean>(); // attempts, and whether the server has answered them
   let pause = 0;
-  let silence = CONNECT_TIMEOUT;
+  let silence = CONNECT_TIMEOUT_MS;
   const attempt = async () => {
     if (--pause > 0 || open.size >= LOGIN.open || [...open.values()].includes(true)) return;
     const own = Symbol();
@@ -1527,7 +1531,7 @@ export function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failur
       if (ended.aborted) return;
       const failure = error as SshFailure;
       // A busy server may need longer for its first bytes: the next attempt waits longer.
-      if (performance.now() - begun >= silence) silence = Math.min(Math.round(silence / 800) * 1_000, LONGEST_SILENCE);
+      if (performance.now() - begun >= silence) silence = Math.min(Math.round(silence / 800) * 1_000, MAX_SILENCE_MS);
       if (failure.why === "login") pause = LOGIN.pauseAfterRefusal / LOGIN.every;
       onFailure(failure);
     } finally {
@@ -1572,12 +1576,17 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
 }
 
 /** `within`: ms; `apart`: over a connection of its own; `report`: gets standard error and how the command ended. */
-type Asking = { within?: number; apart?: boolean; report?: { errors: string; ended: Exit } };
+type CommandOptions = { within?: number; apart?: boolean; report?: { errors: string; ended: Exit } };
 
-const UNSET = "unset -f [ cat command echo env grep kill ls read sleep tr true"; // if a start-up file exports some
+const UNSET_FUNCTIONS = "unset -f [ cat command echo env grep kill ls read sleep tr true"; // if a start-up file exports some
 const TOOL_PATH = "PATH=$PATH:/usr/local/bin:/usr/bin:/bin"; // even if a start-up file has broken it
 /** Runs a short program, if need be (MaxSessions 1) over a new connection; returns up to 1 MiB of standard output. */
-async function ask(connection: Connection, program: string, signal: AbortSignal, asking: Asking = {}): Promise<string> {
+async function ask(
+  connection: Connection,
+  program: string,
+  signal: AbortSignal,
+  asking: CommandOptions = {},
+): Promise<string> {
   const { within = 10_000, apart, report = { errors: "", ended: undefined } } = asking;
   const late = new AbortController();
   const failure = new SshFailure("unreachable", `the container did not answer for ${within / 1000} s`);
@@ -1588,7 +1597,7 @@ async function ask(connection: Connection, program: string, signal: AbortSignal,
     if (apart) own = await connect(connection.target, within, bound);
     const { channel, exit } = await execute(
       own ?? connection,
-      `/bin/sh -c '${UNSET}; ${TOOL_PATH}; ${program}'`,
+      `/bin/sh -c '${UNSET_FUNCTIONS}; ${TOOL_PATH}; ${program}'`,
       bound,
     );
     let output = "";
@@ -1749,7 +1758,7 @@ const MAX_BUFFERED = 16 * 2 ** 20; // bytes; more than sshd, the network and ssh
  * reads from a pipe itself is a filter, such as `tee` in `exec > >(tee log)`; any other is a process in the background.
  * @returns a path to each pipe that is held, by its oldest process; undefined if the listing does not tell
  */
-export function holdersOf(listing: string, pipes: readonly string[]) {
+export function findPipeHolders(listing: string, pipes: readonly string[]) {
   const found = listing.matchAll(/^l.(.).* \/proc\/(\d+)\/fd\/(\d) -> (.+)$/gm);
   const links = [...found].map(([, mode, pid, fd, target = ""]) => ({ mode, pid, fd, target }));
   if (links.length === 0 || pipes.length === 0) return undefined;
@@ -1864,7 +1873,7 @@ async function startScript(
   connection: Connection,
   script: Buffer,
   shells: Shells,
-  { stop, stdout, stderr }: Pick<Context, "stop"> & Sinks,
+  { stop, stdout, stderr }: Pick<Context, "stop"> & OutputSinks,
 ): Promise<RunningScript> {
   const preamble = new Preamble(`fargate-${randomBytes(16).toString("hex")}`);
   const program = remoteProgram(preamble.mark, connection.target.PassEnvironment);
@@ -1897,7 +1906,7 @@ async function startScript(
 async function drainOutput(script: RunningScript, { stop, log }: Pick<Context, "stop" | "log">): Promise<void> {
   const { connection, channel, preamble, output, closed } = script;
   const receivedBefore = output.received;
-  let holders: ReturnType<typeof holdersOf>; // until they are known, treated as a filter, whose output must not be lost
+  let holders: ReturnType<typeof findPipeHolders>; // until they are known, treated as a filter, whose output must not be lost
   const runCommand = (program: string) => ask(connection, program, stop, { within: DRAIN.background });
   for (let waited = 0, quiet = 0, limit: number = DRAIN.filter; waited < limit; ) {
     const { received } = output;
@@ -1912,7 +1921,7 @@ async function drainOutput(script: RunningScript, { stop, log }: Pick<Context, "
     if (inBackground || waited % DRAIN.silence !== 2 * DRAIN.tick) continue;
     const asked = performance.now();
     const listing = runCommand("ls -ln /proc/[0-9]*/fd/[0-2] 2>/dev/null").catch(() => "");
-    holders = holdersOf(await Promise.race([closed.then(() => ""), listing]), preamble.pipes);
+    holders = findPipeHolders(await Promise.race([closed.then(() => ""), listing]), preamble.pipes);
     waited += Math.round((performance.now() - asked) / DRAIN.tick) * DRAIN.tick;
     if (holders?.filter !== false) continue;
     // The filter may have ended just now: this leaves time for its last output.
@@ -1974,7 +1983,7 @@ export async function runScript(
   connection: Connection,
   script: Buffer,
   shells: Shells,
-  context: Pick<Context, "stop" | "log"> & Sinks,
+  context: Pick<Context, "stop" | "log"> & OutputSinks,
 ): Promise<Outcome> {
   const { stop, log } = context;
   if (script.includes(0)) throw new Failure("system", "the script has NUL characters, which no shell can take");
@@ -2001,7 +2010,7 @@ export function configAnswer(job: Job | undefined, host = hostname()): string {
 }
 
 /** The operator's own key, if it can be read. */
-async function ownKey({ config: { SSH }, log }: Context): Promise<KeyPair | undefined> {
+async function readOperatorKey({ config: { SSH }, log }: Context): Promise<KeyPair | undefined> {
   try {
     return SSH.PrivateKeyPath ? await keyPairOf(fs.readFileSync(SSH.PrivateKeyPath, "utf8")) : undefined;
   } catch (error) {
@@ -2011,7 +2020,7 @@ async function ownKey({ config: { SSH }, log }: Context): Promise<KeyPair | unde
 }
 
 /** Warns if the runner's time limits are too short for cancelled scripts. Its CONFIG_FILE names its config.toml. */
-function checkRunner({ config, env, log }: Context): void {
+function checkRunnerTimeouts({ config, env, log }: Context): void {
   const needed = config.SSH.CancelGracePeriod + 10;
   type Custom = { run_exec: string; graceful_kill_timeout?: number };
   type RunnerConfig = { shutdown_timeout?: number; runners: { custom?: Custom }[] };
@@ -2037,13 +2046,13 @@ function checkJob(context: Context): void {
   const { config, job, log, env } = context;
   const noEffect = "image: and services: have no effect; choose a task definition with FARGATE_TASK_DEFINITION instead";
   if (job.unused?.length) log.warn(`${noEffect}: {names}`, { names: job.unused.join(", ") });
-  const unread = unreadVariables(env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
+  const unread = unusedVariables(env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
   for (const { name, meant } of unread.slice(0, 20))
     if (meant) log.warn("nothing reads the job's variable {name}; did you mean {meant}?", { name, meant });
     else log.debug("nothing reads the job's variable {name}", { name });
   if (!config.Fargate.AllowedTaskDefinitions)
     log.debug("AllowedTaskDefinitions is not set: a job's variable may name any task definition");
-  checkRunner(context);
+  checkRunnerTimeouts(context);
 }
 
 /** The `prepare` stage: starts the job's task and returns when a login to it works. */
@@ -2053,14 +2062,14 @@ export async function prepare(context: Context): Promise<void> {
   checkJob(context);
   const warning = openDirectory(config.TaskMetadata.Directory);
   if (warning) log.warn("{warning}", { warning });
-  const removeLock = announce(config.TaskMetadata, job.stem, "prepare");
-  const other = prepareOf(context);
+  const removeLock = createLock(config.TaskMetadata, job.stem, "prepare");
+  const other = findOtherPrepare(context);
   const leave = new AbortController();
   stop.addEventListener("abort", () => setTimeout(() => leave.abort(stop.reason), PREPARE_SHUTDOWN_MS));
   try {
     if (other) throw new Failure("system", `another prepare of this job runs, as process ${other.pid}`);
-    await release(context, stop); // an earlier attempt may have died without its cleanup
-    const own = await ownKey(context); // stays where it is, and out of the record
+    await releaseTask(context, stop); // an earlier attempt may have died without its cleanup
+    const own = await readOperatorKey(context); // stays where it is, and out of the record
     const key = own ?? (await makeKeyPair(config.SSH.KeyType));
     const aws = new Aws(config.Fargate, context);
     const record = newRecord(context, own ? "" : key.privateKey);
@@ -2075,7 +2084,7 @@ export async function prepare(context: Context): Promise<void> {
       // A known task is always stopped. After a signal there is no time to look for an unknown one; cleanup, which
       // follows, does that.
       await undoStart(context, aws, record, record.TaskARN ? leave.signal : stop);
-      throw blame(context, error);
+      throw attributeToJob(context, error);
     }
   } finally {
     removeLock();
@@ -2093,14 +2102,14 @@ async function recordLogin(context: Context, record: TaskRecord, host: string, c
   connection.client.end();
   await sleep(0, stop); // signals are only heard between turns of the event loop
   stop.throwIfAborted();
-  keepRecord(context, record);
+  updateRecord(context, record);
 }
 
 /** Stops the task of a failed prepare and removes its record. A failure to do so is logged: cleanup follows. */
 async function undoStart(context: Context, aws: Aws, record: TaskRecord, signal: AbortSignal): Promise<void> {
   try {
     // If the disk is full, the record in memory knows more than the one on disk.
-    if (await stopRecorded(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
+    if (await stopRecordedTask(context, aws, record, signal)) fs.rmSync(recordPath(context), { force: true });
   } catch (failure) {
     const left = `${record.TaskARN || "a task"} is left for cleanup to stop`;
     const reason = failure === context.stop.reason ? left : reasonOf(failure);
@@ -2109,8 +2118,8 @@ async function undoStart(context: Context, aws: Aws, record: TaskRecord, signal:
 }
 
 /** Another live prepare of this job. */
-const prepareOf = ({ config, job, wallTime }: Context) =>
-  usersOf(config.TaskMetadata, wallTime())
+const findOtherPrepare = ({ config, job, wallTime }: Context) =>
+  readLocks(config.TaskMetadata, wallTime())
     .filter(({ stem, stage, lives }) => stem === job.stem && stage === "prepare" && lives)
     .find(({ pid, identity }) => pid !== process.pid || identity !== identityOf("self"));
 
@@ -2124,7 +2133,7 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
 }
 
 /** Writes a record, if given. @throws {Failure} if the old one is gone: nobody would stop a task started after that */
-function keepRecord(context: Context, record?: TaskRecord): void {
+function updateRecord(context: Context, record?: TaskRecord): void {
   const path = recordPath(context);
   if (!fs.existsSync(path)) throw new Failure("system", "the job was cleaned up while prepare ran");
   if (record) writeRecord(path, record);
@@ -2142,7 +2151,7 @@ function placements(f: Config["Fargate"]) {
 }
 
 /** Pause after failed attempts, in ms: 2 s until each placement has been tried, then doubled every round. */
-export const pauseAfter = (attempts: number, placements: number): number =>
+export const startRetryPause = (attempts: number, placements: number): number =>
   Math.min(2_000 * 2 ** (Math.ceil(attempts / placements) - 1), 20_000);
 
 /** Starts a task and waits for a login. Until StartTimeout, tries elsewhere, or again, if capacity is lacking. */
@@ -2167,7 +2176,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     const { operation, problem } = causeOf(error);
     // After an unanswered start, or any other failure, there may be a task already.
     const noTask = !record.Unanswered && (operation === "ecs:RunTask" || operation === STOPPED);
-    if (stop.aborted || !noTask || !problem || !(problem in PASSING) || now() >= until) return false;
+    if (stop.aborted || !noTask || !problem || !(problem in TRANSIENT) || now() >= until) return false;
     const { Subnets, CapacityProviderStrategy } = placed();
     const strategy = CapacityProviderStrategy?.map((provider) => provider.CapacityProvider).join(" and ");
     const where = `${Subnets?.join(", ")}${strategy ? ` with ${strategy}` : ""}`;
@@ -2176,7 +2185,7 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
     log[due ? "warn" : "debug"]("{reason}; trying again in {where}", { reason: reasonOf(error), where });
     return true;
   };
-  const least = () => pauseAfter(tries, places.length);
+  const least = () => startRetryPause(tries, places.length);
   return retry(once, { until, again, now, signal: stop, most: 0, least });
 }
 
@@ -2192,17 +2201,17 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
     const onSend = () => {
       record.UpdatedAt = Math.floor(wallTime() / 1000);
-      keepRecord(context, { ...record, Unanswered: true });
+      updateRecord(context, { ...record, Unanswered: true });
     };
     const again = (error: unknown) => {
       record.Unanswered ||= causeOf(error).mayHaveStarted === true;
-      return isTransient(error);
+      return isRetryable(error);
     };
     const arn = await aws.runTask(input, { until, again, onSend, signal: stop, grace: RUN_TASK_GRACE_MS });
     record.Unanswered = false;
     if (arn instanceof Failure) throw arn;
     record.TaskARN = arn;
-    keepRecord(context, record);
+    updateRecord(context, record);
   };
 
   stop.throwIfAborted();
@@ -2221,10 +2230,11 @@ async function startTask(context: Context, aws: Aws, record: TaskRecord, key: Ke
 }
 
 /** If a variable of the job has decided the setting that is at fault, the failure is the job's. */
-function blame({ config, byJob }: Context, error: unknown): unknown {
+function attributeToJob({ config, jobOverrides }: Context, error: unknown): unknown {
   const { problem = "" } = causeOf(error);
-  const setting = problem in OF_DEFINITION ? "TaskDefinition" : problem in OF_PLATFORM ? "PlatformVersion" : undefined;
-  if (!setting || !byJob.includes(setting)) return error;
+  const setting =
+    problem in DEFINITION_FAULTS ? "TaskDefinition" : problem in PLATFORM_FAULTS ? "PlatformVersion" : undefined;
+  if (!setting || !jobOverrides.includes(setting)) return error;
   const choice = `${VARIABLES[setting]} of this job, ${config.Fargate[setting]},`;
   return new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`, causeOf(error));
 }
@@ -2266,7 +2276,7 @@ async function pollTask(context: Context, aws: Aws, record: TaskRecord, startup:
     return [];
   });
   if (task) startup.lastSeen = asked;
-  keepRecord(context);
+  updateRecord(context);
   if (task?.lastStatus && task.lastStatus !== startup.status) {
     startup.status = task.lastStatus;
     const seconds = Math.round((now() - begun) / 1000);
@@ -2364,7 +2374,7 @@ async function untilReady(context: Context, aws: Aws, record: TaskRecord, key: K
 }
 
 /** The `run` stage: runs a script of the job in its task. @returns the exit code; if not 0, the script said why */
-export async function run(context: Context & Sinks, scriptPath: string, stage: string): Promise<number> {
+export async function run(context: Context & OutputSinks, scriptPath: string, stage: string): Promise<number> {
   const { env, log, now, wallTime } = context;
   const exitCodeFile = env.BUILD_EXIT_CODE_FILE;
   const forget = () => exitCodeFile && fs.rmSync(exitCodeFile, { force: true });
@@ -2383,7 +2393,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
   const last = now() + Math.max(record.Deadline * 1000 - wallTime(), 60_000);
   const end = () => now() > last && late.abort(new Failure("system", "the job is past its deadline"));
   const timer = setInterval(end, 1_000); // one timer until then would fire early if that is more than 24.8 days away
-  const done = announce(context.config.TaskMetadata, context.job.stem, "run");
+  const done = createLock(context.config.TaskMetadata, context.job.stem, "run");
   const stop = AbortSignal.any([context.stop, late.signal]);
   const { mtimeMs = 0 } = fs.lstatSync(path, { throwIfNoEntry: false }) ?? {}; // when the previous stage ended
   const seen = now() + mtimeMs - wallTime();
@@ -2405,7 +2415,7 @@ export async function run(context: Context & Sinks, scriptPath: string, stage: s
 
 /** A stage script, and what running it takes. */
 interface ScriptRun {
-  readonly context: Context & Sinks;
+  readonly context: Context & OutputSinks;
   readonly record: TaskRecord;
   readonly target: SshTarget;
   readonly script: Buffer;
@@ -2419,7 +2429,7 @@ interface ScriptRun {
  * @throws {Failure} for anything but an exit code
  */
 async function runInTask(
-  context: Context & Sinks,
+  context: Context & OutputSinks,
   record: TaskRecord,
   lastSeen: number,
   script: Buffer,
@@ -2454,14 +2464,14 @@ async function runInTask(
     if (stop.aborted || !(error instanceof SshFailure)) throw error;
     const notBegun = `${stage} did not begin: ${reasonOf(error)}`;
     if (error.why !== "unreachable") throw new Failure("system", notBegun, error.cause);
-    const { says, cause } = await fateOf(context, record, 10_000);
+    const { says, cause } = await describeTaskState(context, record, 10_000);
     throw new Failure("system", `${notBegun}; ${says}`, { problem: cause.problem ?? error.cause.problem });
   });
 }
 
 /** Asks ECS about the task. @returns why its state is unknown, if it is. @throws {Failure} if it has ended */
 async function verifyTask({ context, record, stage }: ScriptRun): Promise<SshFailure | undefined> {
-  const { ended, says, cause } = await fateOf(context, record, 0);
+  const { ended, says, cause } = await describeTaskState(context, record, 0);
   if (ended) throw new Failure("system", `${stage} did not begin: ${says}`, cause);
   return ended === undefined ? new SshFailure("unverified", says, cause) : undefined;
 }
@@ -2469,7 +2479,7 @@ async function verifyTask({ context, record, stage }: ScriptRun): Promise<SshFai
 /** Connects once and runs the script. @throws {SshFailure} if no command of the script can have run */
 async function runOnce(scriptRun: ScriptRun): Promise<number> {
   const { context, record, target, script, stage, shells, lastSeen } = scriptRun;
-  const connection = await connect(target, LONGEST_SILENCE, context.stop);
+  const connection = await connect(target, MAX_SILENCE_MS, context.stop);
   try {
     const isTrusted = record.PrivateKey && Math.abs(context.now() - lastSeen) <= ADDRESS_TRUST_MS;
     const unverified = isTrusted ? undefined : await verifyTask(scriptRun);
@@ -2478,7 +2488,7 @@ async function runOnce(scriptRun: ScriptRun): Promise<number> {
     if (outcome.ended === "lost") {
       if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
       // ECS may learn of the end some seconds late. Unanswered keep-alives have taken longer than that.
-      const { says, cause } = await fateOf(context, record, outcome.wasSilent ? 0 : 10_000);
+      const { says, cause } = await describeTaskState(context, record, outcome.wasSilent ? 0 : 10_000);
       const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${says}`;
       throw new Failure("system", lost, cause);
     }
@@ -2494,7 +2504,7 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
   // The counters of both versions of control groups; the container may well live on.
   const counters = "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null";
   const counted = ask(connection, counters, context.stop).catch(() => "");
-  const fate = await fateOf(context, record, 0);
+  const fate = await describeTaskState(context, record, 0);
   const isOfTask = fate.cause.problem === "memory";
   if (!/oom_kill [1-9]/.test(await counted) && !isOfTask) return;
   const says = isOfTask ? fate.says : "the kernel killed processes in this container because memory ran out";
@@ -2504,7 +2514,7 @@ async function explainKill(context: Context, record: TaskRecord, connection: Con
 
 // What ECS says about a record's task; `ended` is undefined if that is not known. ECS may learn the exit codes up to
 // 10 s after the end; a task that has not ended is asked about for `patience` ms.
-async function fateOf(context: Context, record: TaskRecord, patience: number) {
+async function describeTaskState(context: Context, record: TaskRecord, patience: number) {
   const { now, stop } = context;
   const aws = new Aws(record, context);
   const begun = now();
@@ -2526,9 +2536,9 @@ async function fateOf(context: Context, record: TaskRecord, patience: number) {
   }
 }
 
-const STOP_FOR = 60_000; // ms; for how long stopping a task is tried again
-const LIST_LAG = 30_000; // ms for which an unanswered RunTask's task is looked for: lists are eventually consistent
-const PREPARE_LASTS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
+const STOP_RETRY_MS = 60_000; // ms; for how long stopping a task is tried again
+const LIST_LAG_MS = 30_000; // ms for which an unanswered RunTask's task is looked for: lists are eventually consistent
+const PREPARE_WAIT_MS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
 // The `cleanup` stage: stops the job's task and removes its record. Works without a record (by the task's startedBy),
 // when repeated, beside a live prepare, which ends when its record is gone, and in a directory that `checkDirectory`
 // refuses: only this user can write a record that is believed, and a task costs money.
@@ -2538,36 +2548,36 @@ export async function cleanup(given: Context): Promise<void> {
   const { Directory } = config.TaskMetadata;
   if (!fs.existsSync(Directory))
     return log.warn("{Directory} does not exist: no task was started, or the records are lost", { Directory });
-  const until = now() + PREPARE_LASTS;
+  const until = now() + PREPARE_WAIT_MS;
   // Looked for before its record: a prepare that has ended by now has recorded what it started.
-  const first = prepareOf(context);
-  for (let busy = first; busy; busy = prepareOf(context)) {
+  const first = findOtherPrepare(context);
+  for (let busy = first; busy; busy = findOtherPrepare(context)) {
     log.debug("prepare still runs, as process {pid}", { pid: busy.pid });
-    await release(context);
+    await releaseTask(context);
     const still = `prepare of this job still runs, as process ${busy.pid}: end it, and clean up again`;
     if (now() > until) throw new Failure("system", still);
     await sleep(250);
   }
-  const isKnown = await release(context);
+  const isKnown = await releaseTask(context);
   // A prepare may have written a record, and sent RunTask, meanwhile.
   if ((first || !isKnown) && fs.existsSync(join(Directory, ".manager-id")))
-    await stopByName(context, new Aws(config.Fargate, context), startedBy(context), { until: now() });
-  usersOf(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
+    await stopTasksStartedBy(context, new Aws(config.Fargate, context), startedBy(context), { until: now() });
+  readLocks(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // What a killed process was writing; it may hold a key.
   const isTemporary = (name: string) => name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp");
   for (const name of fs.readdirSync(Directory).filter(isTemporary)) fs.rmSync(join(Directory, name), { force: true });
 }
 
 /** The fields needed to stop a task. */
-type TaskTrace = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy" | "Unanswered" | "UpdatedAt">;
+type TaskReference = Pick<TaskRecord, "TaskARN" | "Cluster" | "Region" | "StartedBy" | "Unanswered" | "UpdatedAt">;
 // Stops the task of this job's record, then removes the record; it stays if that fails. Returns false if there is none.
 // `signal` ends it: prepare, which begins with this, must obey SIGTERM.
-async function release(context: Context, signal?: AbortSignal): Promise<boolean> {
+async function releaseTask(context: Context, signal?: AbortSignal): Promise<boolean> {
   const { config, job, log, now } = context;
   const { Region, Cluster } = config.Fargate;
   const path = recordPath(context);
-  const stop = (known: TaskTrace) => stopRecorded(context, new Aws(known, context), known, signal);
-  let trace: TaskTrace;
+  const stop = (known: TaskReference) => stopRecordedTask(context, new Aws(known, context), known, signal);
+  let trace: TaskReference;
   try {
     const record = readRecord(path);
     if (!record) return false;
@@ -2578,9 +2588,9 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
     } catch {} // a full disk is no reason to let a task run
   } catch (error) {
     log.warn("{reason}; looking for the task by its name", { reason: reasonOf(error) });
-    const own = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...remainsOf(path) };
+    const own = { TaskARN: "", Cluster, Region, StartedBy: "", Unanswered: true, UpdatedAt: 0, ...salvageRecord(path) };
     // Others could have written this: it counts only if ECS confirms that the task is this job's.
-    const named = { ...own, ...remainsOf(path, 0) };
+    const named = { ...own, ...salvageRecord(path, 0) };
     const describe = () => new Aws(named, context).describeTask(named.TaskARN, { until: now() + 5_000, signal });
     const claimed = own.TaskARN || !named.TaskARN ? undefined : await describe();
     const isOurs = own.TaskARN || claimed?.startedBy?.endsWith(`-${job.hash.slice(0, 32)}`);
@@ -2593,21 +2603,26 @@ async function release(context: Context, signal?: AbortSignal): Promise<boolean>
   return true;
 }
 
-/** Stops the task of a record; looks for one that may have been started without an answer. @returns as stopByName */
-async function stopRecorded(context: Context, aws: Aws, record: TaskTrace, signal?: AbortSignal): Promise<boolean> {
+/** Stops the task of a record; looks for one that may have been started without an answer. @returns as stopTasksStartedBy */
+async function stopRecordedTask(
+  context: Context,
+  aws: Aws,
+  record: TaskReference,
+  signal?: AbortSignal,
+): Promise<boolean> {
   const { job, now, wallTime } = context;
-  const young = now() + record.UpdatedAt * 1000 - wallTime() + LIST_LAG;
-  if (record.TaskARN) await aws.stopTask(record.TaskARN, job.title, { until: now() + STOP_FOR, signal }, young);
-  return !record.Unanswered || stopByName(context, aws, record.StartedBy, { until: young, signal });
+  const young = now() + record.UpdatedAt * 1000 - wallTime() + LIST_LAG_MS;
+  if (record.TaskARN) await aws.stopTask(record.TaskARN, job.title, { until: now() + STOP_RETRY_MS, signal }, young);
+  return !record.Unanswered || stopTasksStartedBy(context, aws, record.StartedBy, { until: young, signal });
 }
 
 // Stops every task started under a name; looks again until `until` while there is none. Returns false, with a warning,
 // if the host may not look: the official driver's permissions lack ecs:ListTasks.
-async function stopByName(context: Context, aws: Aws, name: string, { until, signal }: Limits) {
+async function stopTasksStartedBy(context: Context, aws: Aws, name: string, { until, signal }: Limits) {
   const { job, log, now, warned } = context;
-  const latest = Math.min(until, now() + LIST_LAG); // also when the clock has been set back
+  const latest = Math.min(until, now() + LIST_LAG_MS); // also when the clock has been set back
   for (;;) {
-    const limits = { until: now() + STOP_FOR, signal };
+    const limits = { until: now() + STOP_RETRY_MS, signal };
     const tasks = await aws.listTasks(name, limits).catch((error) => {
       if (causeOf(error).problem !== "accessDenied") throw error;
       const unknown = "whether a task started by {name} is left could not be looked up: {reason}";
@@ -2650,7 +2665,7 @@ function readRecords(directory: string) {
     try {
       return readRecord(path) ?? {};
     } catch {
-      return remainsOf(path, 0); // enough to ask whether the task runs
+      return salvageRecord(path, 0); // enough to ask whether the task runs
     }
   };
   return fs.readdirSync(directory, { withFileTypes: true }).flatMap((entry) => {
@@ -2667,7 +2682,7 @@ interface Snapshot {
   readonly time: number; // epoch seconds
   readonly uptime: number; // seconds since the host's last boot
   readonly records: readonly ({ name: string; job: string; mtimeMs: number } & Partial<TaskRecord>)[];
-  readonly processes: ReturnType<typeof usersOf>;
+  readonly processes: ReturnType<typeof readLocks>;
 }
 
 /** The rules by which sweep judges a task. */
@@ -2706,7 +2721,7 @@ export function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snaps
 
 /** What the steps of one sweep share. */
 interface Sweep {
-  readonly context: Operator;
+  readonly context: BaseContext;
   readonly aws: Aws;
   readonly tasks: readonly Task[]; // of this driver, whichever manager started them
   readonly rules: SweepRules;
@@ -2723,12 +2738,12 @@ interface Sweep {
  * removes old records whose tasks are gone. Never touches other programs' tasks, nor jobs with a live stage.
  * @throws {Failure} if the cluster cannot be listed; any other failure is one of the report's problems
  */
-export async function sweep(context: Operator, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
+export async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
   const { config, log, now, wallTime, stop } = context;
   const { MaxTaskAge, AbandonedAfter } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
-  const limits = () => ({ until: now() + STOP_FOR, signal: stop });
+  const limits = () => ({ until: now() + STOP_RETRY_MS, signal: stop });
   const aws = new Aws(config.Fargate, context);
   const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
   const attempt = async (action: () => Promise<void>) => {
@@ -2748,7 +2763,7 @@ export async function sweep(context: Operator, { dryRun, manager }: SweepOptions
     time: wallTime() / 1000,
     uptime: uptime(),
     records: hasDirectory ? readRecords(Directory) : [],
-    processes: hasDirectory ? usersOf(config.TaskMetadata, wallTime()) : [],
+    processes: hasDirectory ? readLocks(config.TaskMetadata, wallTime()) : [],
   });
   let canLock = false;
   await attempt(async () => {
@@ -2792,9 +2807,9 @@ async function sweepTasks(shared: Sweep): Promise<void> {
     why === ABANDONED || (why && processesOf(first, startedBy.slice(-32)).length > 0);
   if (judged.some(({ before }) => isDoubtful(before.task))) {
     context.log.debug("looking again at tasks that may be abandoned, {seconds} s later", {
-      seconds: DEAD_AFTER / 1000,
+      seconds: LOCK_EXPIRY_MS / 1000,
     });
-    await sleep(DEAD_AFTER, context.stop);
+    await sleep(LOCK_EXPIRY_MS, context.stop);
   }
   for (const { task, before } of judged) {
     const after = before.task.why ? judgeTask(task, look(), rules) : before;
@@ -2966,7 +2981,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
     log = openLog(read.config);
     const now = () => Math.floor(performance.now());
     const signal = stopping.signal;
-    const operator: Operator = { config: read.config, log, stop: signal, now, wallTime: Date.now, env };
+    const operator: BaseContext = { config: read.config, log, stop: signal, now, wallTime: Date.now, env };
     return await (request.sweep ? runSweep(operator, request.sweep) : runStage(operator, request, read, stopFor));
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
@@ -2979,7 +2994,7 @@ export async function main(argv: readonly string[], env: Environment): Promise<n
 }
 
 /** The `sweep` command. @returns the exit code */
-async function runSweep(context: Operator, options: SweepOptions): Promise<number> {
+async function runSweep(context: BaseContext, options: SweepOptions): Promise<number> {
   const report = await sweep(context, options);
   writeWhole(1, formatSweep(report, options.json));
   for (const reason of report.problems) context.log.fatal("{reason}", { reason });
@@ -2989,19 +3004,19 @@ async function runSweep(context: Operator, options: SweepOptions): Promise<numbe
 type Invocation = NonNullable<ReturnType<typeof parseCommandLine>>;
 /** The stages that work on a task: prepare, run and cleanup. @returns the exit code */
 async function runStage(
-  operator: Operator,
+  operator: BaseContext,
   { command, operands }: Invocation,
-  { byJob, refusal, warnings }: ReturnType<typeof readConfig>,
+  { jobOverrides, refusal, warnings }: ReturnType<typeof readConfig>,
   stopFor: (why: string) => void,
 ): Promise<number> {
   const job = readJob(operator.env);
   if (command === "prepare") for (const warning of warnings) operator.log.warn("{warning}", { warning });
   const none = "there is no job: neither JOB_RESPONSE_FILE nor the CUSTOM_ENV_CI_* variables are set";
   if (!job) throw new Failure("system", none);
-  const context: Context = { ...operator, job, byJob, refusal };
+  const context: Context = { ...operator, job, jobOverrides, refusal };
   const parent = process.ppid; // once it has ended, nobody reads this stage's result or goes on with the job
   const checkParent = () => process.ppid !== parent && stopFor("the process that started this stage has ended");
-  if (command !== "cleanup") setInterval(checkParent, BEAT).unref();
+  if (command !== "cleanup") setInterval(checkParent, LOCK_TOUCH_MS).unref();
   if (command === "run") {
     const { stdout, stderr } = process; // bun makes these streams when they are first used; no other stage needs them
     for (const stream of [stdout, stderr])

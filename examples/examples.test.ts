@@ -315,7 +315,7 @@ describe("a job with these files", () => {
         SSH: { ...config.SSH, Port: world.sshPort },
       },
       job: { stem: `job-1-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 },
-      byJob: [],
+      jobOverrides: [],
       log: getLogger("fargate"),
       env: {},
       stop: new AbortController().signal,
