@@ -48,7 +48,7 @@ import {
 } from "vitest";
 import { judgeAudit } from "./.ci/audit.ts";
 import { writeSums } from "./.ci/build.ts";
-import { licenceFaults, licenceOf, packagesOf } from "./.ci/licences.ts";
+import { licenceOf, licenceProblems, packagesOf } from "./.ci/licences.ts";
 import {
   adviceFor,
   announce,
@@ -3378,7 +3378,7 @@ describe("the worker image", () => {
     ["it runs as a user that the image does not know", "this image has no such user: add one", { user: "1234" }, {}],
     [
       "it runs as user 1000 and is to let root in",
-      "who cannot start a session for anybody else",
+      "who cannot start a session for another user",
       { user: "1000" },
       { SSH_USER: "root" },
     ],
@@ -3457,7 +3457,7 @@ describe("the worker image", () => {
         "SHELL=/bin/bash",
         "USER=root",
       ]);
-      expect(ran.log).toContain("not passed to sessions, because they hold line breaks: SEVERAL_LINES \n");
+      expect(ran.log).toContain("not passed to sessions, because their values contain line breaks: SEVERAL_LINES \n");
     },
     { containerOnly: true, timeout: 300_000 },
   );
@@ -9335,7 +9335,7 @@ describe("supply", () => {
       made("@c/d", "Apache-2.0"),
       made("@c/e", "Apache-2.0", []),
     ];
-    expect(licenceFaults(fine)).toEqual([]);
+    expect(licenceProblems(fine)).toEqual([]);
     for (const licence of [
       "",
       "GPL-3.0-only",
@@ -9344,15 +9344,15 @@ describe("supply", () => {
       "(MIT OR ISC) AND GPL-2.0",
       "SEE LICENSE",
     ])
-      expect(licenceFaults([...fine, made("f", licence)])).toEqual([
-        expect.stringMatching(/^f 1\.0\.0: its licence, /),
+      expect(licenceProblems([...fine, made("f", licence)])).toEqual([
+        expect.stringMatching(/^f 1\.0\.0: its licence \(/),
       ]);
     for (const without of [made("f", "MIT", []), made("@c/f", "MIT", []), made("@g/f", "Apache-2.0", [])])
-      expect(licenceFaults([...fine, without])).toEqual([`${without.name} 1.0.0: it has no licence text to pass on`]);
+      expect(licenceProblems([...fine, without])).toEqual([`${without.name} 1.0.0: it has no licence text`]);
     expect(licenceOf({ license: { type: "MIT" } })).toBe("MIT");
     expect(licenceOf({ licenses: [{ type: "MIT" }, { type: "GPL-2.0" }] })).toBe("MIT OR GPL-2.0");
     expect(licenceOf({})).toBe("");
-    expect(() => packagesOf(["/etc/passwd"])).toThrow("whose is /etc/passwd");
+    expect(() => packagesOf(["/etc/passwd"])).toThrow("/etc/passwd is compiled in, but belongs to no package");
   });
 
   test("of the packages that want to run a script when they are installed, only bun's does", () => {
