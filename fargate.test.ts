@@ -109,11 +109,11 @@ import { atDebug, DebugFilter, DriverOutput, type LogFormat } from "./fixtures/d
 import { addRow, compareWithReadme, type FaultRow, normalise, writeTable } from "./fixtures/faults.ts";
 import {
   type Answer,
-  almostJson,
   answerTo,
+  arbitraryScript,
   commandLine,
   configText,
-  DRIVERS_OWN,
+  DRIVER_FILE,
   exitCodeText,
   forAny,
   forAnyAtOnce,
@@ -121,17 +121,17 @@ import {
   fuzzRuns,
   harmlessScript,
   hugeConfigs,
-  isWhole,
+  isComplete,
   type Junk,
   junk,
   makeJunk,
-  oddAddress,
+  mutatedJson,
+  oddUrl,
   repositoryAddress,
-  shellSoup,
   startEndpoint,
 } from "./fixtures/fuzz.ts";
 import { type AttackName, attacks, hostileHosts, startHostileSshServer } from "./fixtures/hostile-ssh.ts";
-import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
+import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { driver, type Finished, fargate, type Started, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
@@ -140,7 +140,7 @@ import { SecretSearch, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { type Misbehaviour, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import {
   enumerateSteps,
-  isPiece,
+  isTimingDependent,
   type StepOptions,
   type StepResult,
   stepTable,
@@ -3741,7 +3741,7 @@ describe("the compiled program", () => {
           job: {
             form,
             shell,
-            script: ["git log -1 --format=%H", proofOfArrival(awkwardVariables), "echo to stderr >&2"],
+            script: ["git log -1 --format=%H", variableCheck(awkwardVariables), "echo to stderr >&2"],
             afterScript: ['echo "after: $CI_JOB_STATUS"'],
           },
         });
@@ -7959,20 +7959,28 @@ soakTest("200 jobs at once, with AWS's request rates enforced", async (meta) => 
   const count = 200;
   const exitCodeOf = (id: number) => (id % 3 === 0 ? 1 + (id % 200) : 0);
   const load = await runLoad({ jobs: count, exitCodeOf, hosts });
-  const { jobs, calls, tasks, tasksLeft, recordsLeft, mostTasks, seconds } = load;
-  console.log(`${count} jobs at once: ${JSON.stringify({ calls, tasks, mostTasks, seconds: Math.round(seconds) })}`);
-  const seen = jobs.map(({ id, status, exitCode, hasOwnOutput, strangeMarks, throttling, prepares }) => {
-    return { id, status, exitCode, hasOwnOutput, strangeMarks, throttling, prepares };
+  const { jobs, calls, tasks, tasksLeft, recordsLeft, maxTasks, seconds } = load;
+  console.log(`${count} jobs at once: ${JSON.stringify({ calls, tasks, maxTasks, seconds: Math.round(seconds) })}`);
+  const seen = jobs.map(({ id, status, exitCode, outputIsComplete, foreignMarks, throttling, prepares }) => {
+    return { id, status, exitCode, outputIsComplete, foreignMarks, throttling, prepares };
   });
   const wished = Array.from({ length: count }, (_, index) => {
     const exitCode = exitCodeOf(1001 + index);
     const status = exitCode === 0 ? "success" : "build-failure";
-    return { id: 1001 + index, status, exitCode, hasOwnOutput: true, strangeMarks: [], throttling: [], prepares: 1 };
+    return {
+      id: 1001 + index,
+      status,
+      exitCode,
+      outputIsComplete: true,
+      foreignMarks: [],
+      throttling: [],
+      prepares: 1,
+    };
   });
   expect(seen).toEqual(wished);
   // Each in a task of its own, and at the same time: else this was no load.
   expect(new Set(jobs.map(({ task }) => task)).size).toBe(count);
-  expect(mostTasks).toBeGreaterThan(count / 2);
+  expect(maxTasks).toBeGreaterThan(count / 2);
   expect(tasks.started).toBe(count);
   expect(recordsLeft).toEqual([]);
   // Most calls for each job, throttled ones among them; a job on its own makes 1, 6 or 7, and 1.
@@ -8048,7 +8056,7 @@ async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<n
     const table = (which: (result: StepResult) => boolean) => stepTable(results.filter(which));
     for (const steps of all) expect(steps.length).toBeGreaterThan(0);
     expect(
-      table(({ reached, step }) => !reached && !isPiece(step)),
+      table(({ reached, step }) => !reached && !isTimingDependent(step)),
       "not reached",
     ).toBe("");
     expect(
@@ -8377,7 +8385,7 @@ describe("any input", () => {
 
     test("is a job, or a failure without a word of the file", () =>
       forAny(
-        fc.property(almostJson(response), (content) => {
+        fc.property(mutatedJson(response), (content) => {
           try {
             expectJob(jobOf(content, "latin1"));
           } catch (failure) {
@@ -8398,7 +8406,7 @@ describe("any input", () => {
 
     test("with any address: a job, or a failure without a word of it", () =>
       forAny(
-        fc.property(oddAddress, fc.maxSafeInteger(), fc.maxSafeInteger(), (repo_url, id, project_id) => {
+        fc.property(oddUrl, fc.maxSafeInteger(), fc.maxSafeInteger(), (repo_url, id, project_id) => {
           try {
             expectJob(jobOf(JSON.stringify({ ...response, id, job_info: { project_id }, git_info: { repo_url } })));
           } catch (failure) {
@@ -8483,7 +8491,7 @@ describe("any input", () => {
       return () => (time += 20_000);
     };
     // Of a record that can be read, the address is where a run connects to: it stays on loopback.
-    const content = almostJson(record).map((text) => text.replace(/("ContainerIP":)"[^"]*"/, '$1"127.0.0.1"'));
+    const content = mutatedJson(record).map((text) => text.replace(/("ContainerIP":)"[^"]*"/, '$1"127.0.0.1"'));
 
     // Each is one change away from a record.
     const damagedRecords = [
@@ -8495,7 +8503,7 @@ describe("any input", () => {
       { Deadline: 1e308 },
     ].map((change) => JSON.stringify({ ...record, ...change }));
     const ownName = `label-${"0123456789abcdef".repeat(4)}.json`;
-    const keyless = almostJson({ ...record, PrivateKey: "AAAA" });
+    const keyless = mutatedJson({ ...record, PrivateKey: "AAAA" });
 
     test.each(["cleanup", "prepare", "run"] as const)(
       "%s stops nothing that is not the job's, and fails clearly if at all",
@@ -8574,7 +8582,7 @@ describe("any input", () => {
             for (const call of ecs.commandCalls(StopTaskCommand)) expect(call.args[0].input.task).not.toBe(foreign);
             expect(fs.readFileSync(outside, "utf8")).toBe("not the driver's");
             const left = fs.readdirSync(records, { encoding: "buffer" }).map((name) => name.toString("latin1"));
-            for (const name of made) if (!left.includes(name)) expect(name).toMatch(DRIVERS_OWN);
+            for (const name of made) if (!left.includes(name)) expect(name).toMatch(DRIVER_FILE);
           }),
           {
             runs: 120,
@@ -8724,7 +8732,7 @@ describe("any input", () => {
     /** What the endpoint has said to calls of an operation, in whole answers with success. */
     const saidTo = ({ asked }: Scenario, wanted: Operation): { tasks?: unknown; taskArns?: unknown }[] =>
       asked.flatMap(({ operation, answer: { status, body, claims }, answer }) => {
-        if (operation !== wanted || status !== 200 || !isWhole(answer)) return [];
+        if (operation !== wanted || status !== 200 || !isComplete(answer)) return [];
         const said = attempt(() => JSON.parse(Buffer.from(body.slice(0, claims), "latin1").toString()));
         return "value" in said && typeof said.value === "object" && said.value !== null ? [said.value] : [];
       });
@@ -8924,7 +8932,7 @@ describe("any input", () => {
       async () => {
         const connection = await task.logIn();
         const path = join(directory(), "script");
-        const script = hosts.kind === "container" ? fc.oneof(harmlessScript, shellSoup) : harmlessScript;
+        const script = hosts.kind === "container" ? fc.oneof(harmlessScript, arbitraryScript) : harmlessScript;
         try {
           await forAny(
             fc.asyncProperty(script, async (text) => {
