@@ -1,6 +1,6 @@
 # Targets:
-#   binary    the driver alone: docker build --target binary --output dist .
-#   manager   GitLab Runner with the driver, for a manager that is itself a container
+#   binary    only the driver: docker build --target binary --output dist .
+#   manager   GitLab Runner with the driver, for a manager host that is itself a container
 ARG NODE_IMAGE=node:22-bookworm-slim
 ARG RUNNER_IMAGE=gitlab/gitlab-runner:v17.9.0
 
@@ -10,7 +10,7 @@ COPY package.json package-lock.json .npmrc ./
 COPY .ci/install.mjs .ci/
 RUN node .ci/install.mjs
 COPY . .
-# There is no git history here: give the commit with --build-arg SOURCE_REVISION="$(git rev-parse --short=12 HEAD)".
+# The build context has no git history. Pass the commit: --build-arg SOURCE_REVISION="$(git rev-parse --short=12 HEAD)"
 ARG SOURCE_REVISION=unknown
 RUN npm run --silent build && dist/fargate --version
 

@@ -50,11 +50,11 @@ import {
 import type { FaultAction } from "./fixtures/aws.ts";
 import {
   type Answer,
-  almostJson,
   answerTo,
+  arbitraryScript,
   commandLine,
   configText,
-  DRIVERS_OWN,
+  DRIVER_FILE,
   exitCodeText,
   forAny,
   forAnyAtOnce,
@@ -62,13 +62,13 @@ import {
   fuzzRuns,
   harmlessScript,
   hugeConfigs,
-  isWhole,
+  isComplete,
   type Junk,
   junk,
   makeJunk,
-  oddAddress,
+  mutatedJson,
+  oddUrl,
   repositoryAddress,
-  shellSoup,
   startEndpoint,
 } from "./fixtures/fuzz.ts";
 import { type AttackName, attacks, hostileHosts, startHostileSshServer } from "./fixtures/hostile-ssh.ts";
@@ -910,7 +910,7 @@ describe("any input", () => {
 
     test("is a job, or a failure without a word of the file", () =>
       forAny(
-        fc.property(almostJson(response), (content) => {
+        fc.property(mutatedJson(response), (content) => {
           try {
             expectJob(jobOf(content, "latin1"));
           } catch (failure) {
@@ -931,7 +931,7 @@ describe("any input", () => {
 
     test("with any address: a job, or a failure without a word of it", () =>
       forAny(
-        fc.property(oddAddress, fc.maxSafeInteger(), fc.maxSafeInteger(), (repo_url, id, project_id) => {
+        fc.property(oddUrl, fc.maxSafeInteger(), fc.maxSafeInteger(), (repo_url, id, project_id) => {
           try {
             expectJob(jobOf(JSON.stringify({ ...response, id, job_info: { project_id }, git_info: { repo_url } })));
           } catch (failure) {
@@ -1016,7 +1016,7 @@ describe("any input", () => {
       return () => (time += 20_000);
     };
     // Of a record that can be read, the address is where a run connects to: it stays on loopback.
-    const content = almostJson(record).map((text) => text.replace(/("ContainerIP":)"[^"]*"/, '$1"127.0.0.1"'));
+    const content = mutatedJson(record).map((text) => text.replace(/("ContainerIP":)"[^"]*"/, '$1"127.0.0.1"'));
 
     // Each is one change away from a record.
     const damagedRecords = [
@@ -1028,7 +1028,7 @@ describe("any input", () => {
       { Deadline: 1e308 },
     ].map((change) => JSON.stringify({ ...record, ...change }));
     const ownName = `label-${"0123456789abcdef".repeat(4)}.json`;
-    const keyless = almostJson({ ...record, PrivateKey: "AAAA" });
+    const keyless = mutatedJson({ ...record, PrivateKey: "AAAA" });
 
     test.each(["cleanup", "prepare", "run"] as const)(
       "%s stops nothing that is not the job's, and fails clearly if at all",
@@ -1107,7 +1107,7 @@ describe("any input", () => {
             for (const call of ecs.commandCalls(StopTaskCommand)) expect(call.args[0].input.task).not.toBe(foreign);
             expect(fs.readFileSync(outside, "utf8")).toBe("not the driver's");
             const left = fs.readdirSync(records, { encoding: "buffer" }).map((name) => name.toString("latin1"));
-            for (const name of made) if (!left.includes(name)) expect(name).toMatch(DRIVERS_OWN);
+            for (const name of made) if (!left.includes(name)) expect(name).toMatch(DRIVER_FILE);
           }),
           {
             runs: 120,
@@ -1257,7 +1257,7 @@ describe("any input", () => {
     /** What the endpoint has said to calls of an operation, in whole answers with success. */
     const saidTo = ({ asked }: Scenario, wanted: Operation): { tasks?: unknown; taskArns?: unknown }[] =>
       asked.flatMap(({ operation, answer: { status, body, claims }, answer }) => {
-        if (operation !== wanted || status !== 200 || !isWhole(answer)) return [];
+        if (operation !== wanted || status !== 200 || !isComplete(answer)) return [];
         const said = attempt(() => JSON.parse(Buffer.from(body.slice(0, claims), "latin1").toString()));
         return "value" in said && typeof said.value === "object" && said.value !== null ? [said.value] : [];
       });
@@ -1457,7 +1457,7 @@ describe("any input", () => {
       async () => {
         const connection = await task.logIn();
         const path = join(directory(), "script");
-        const script = hosts.kind === "container" ? fc.oneof(harmlessScript, shellSoup) : harmlessScript;
+        const script = hosts.kind === "container" ? fc.oneof(harmlessScript, arbitraryScript) : harmlessScript;
         try {
           await forAny(
             fc.asyncProperty(script, async (text) => {

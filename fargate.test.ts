@@ -83,7 +83,7 @@ import {
 } from "./fargate.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { atDebug, DriverOutput } from "./fixtures/debug.ts";
-import { awkwardVariables, gitlabJob, proofOfArrival } from "./fixtures/job.ts";
+import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
 import { driver, fargate, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
@@ -3153,7 +3153,7 @@ describe("the worker image", () => {
     ["it runs as a user that the image does not know", "this image has no such user: add one", { user: "1234" }, {}],
     [
       "it runs as user 1000 and is to let root in",
-      "who cannot start a session for anybody else",
+      "who cannot start a session for another user",
       { user: "1000" },
       { SSH_USER: "root" },
     ],
@@ -3232,7 +3232,7 @@ describe("the worker image", () => {
         "SHELL=/bin/bash",
         "USER=root",
       ]);
-      expect(ran.log).toContain("not passed to sessions, because they hold line breaks: SEVERAL_LINES \n");
+      expect(ran.log).toContain("not passed to sessions, because their values contain line breaks: SEVERAL_LINES \n");
     },
     { containerOnly: true, timeout: 300_000 },
   );
@@ -3384,7 +3384,7 @@ describeProgram("the compiled program", () => {
           job: {
             form,
             shell,
-            script: ["git log -1 --format=%H", proofOfArrival(awkwardVariables), "echo to stderr >&2"],
+            script: ["git log -1 --format=%H", variableCheck(awkwardVariables), "echo to stderr >&2"],
             afterScript: ['echo "after: $CI_JOB_STATUS"'],
           },
         });
@@ -4023,7 +4023,7 @@ describeProgram("the compiled program", () => {
     const config = world.configure({ top: { LogFile: "beside.log" }, SSH: { PrivateKeyPath: "beside.key" } });
     const beside = (name: string) => join(config, "..", name);
     fs.writeFileSync(beside("beside.key"), key.privateKey, { mode: 0o600 });
-    wholeRun.readOperatorKey(beside("beside.key"));
+    wholeRun.ownKey(beside("beside.key"));
     const env = byHand();
     const since = world.aws.callsTo("RunTask").length;
     const [elsewhere, another] = [directory(), directory()];

@@ -1,9 +1,10 @@
 /**
- * Asks the registry for advisories about what is compiled into the program, and fails on high and critical ones:
- * `npm audit --omit=dev`, and bun, which is a development dependency and yet the program's runtime.
+ * Asks the registry for advisories about the packages that are compiled into the program, and fails if one is high or
+ * critical. These are the dependencies (`npm audit --omit=dev`) and bun, a development dependency that is also the
+ * program's runtime.
  *
- * A registry that has no audit endpoint, or does not answer, is no finding: then this says that it did not check, and
- * passes. Whatever it does not understand fails. "Clean" is only a report that counts packages and counts nothing bad.
+ * If the registry has no audit endpoint or does not answer, the audit prints that it did not check, and passes. Any
+ * answer that it does not understand makes it fail.
  */
 import { spawnSync } from "node:child_process";
 import { join } from "node:path";
@@ -11,7 +12,7 @@ import * as v from "valibot";
 
 const root = join(import.meta.dirname, "..");
 
-/** What an audit came to, and the lines that say so. */
+/** The result of an audit, and the lines that report it. */
 export interface Verdict {
   readonly outcome: "clean" | "found" | "not checked" | "not understood";
   readonly lines: readonly string[];
@@ -29,7 +30,7 @@ const ReportSchema = v.object({
       name: v.string(),
       severity: Severity,
       range: v.string(),
-      // An advisory, or the name of another package of the report through which this one is affected.
+      // Each is an advisory, or the name of another package in the report that affects this one.
       via: v.array(v.union([v.string(), v.object({ title: v.string(), url: v.string(), severity: Severity })])),
     }),
   ),
@@ -41,19 +42,41 @@ const ReportSchema = v.object({
 
 const ErrorSchema = v.object({ message: v.string(), statusCode: v.optional(v.number()) });
 
-/** The answers of a registry that has no audit endpoint, keeps it from this caller, or cannot serve it now. */
-const notServed = (status: number) => [401, 403, 404, 405, 408, 410, 429].includes(status) || status >= 500;
-/** npm's own words for a registry that was not reached. Its other errors, a lock file it cannot read, say nothing of it. */
+/**
+ * HTTP statuses of a registry without an audit endpoint, with one that this caller may not use, or with a failing one.
+ */
+const isNotServed = (status: number) => [401, 403, 404, 405, 408, 410, 429].includes(status) || status >= 500;
+/**
+ * npm's messages for a registry that it did not reach. Its other errors, such as an unreadable lock file, do not match.
+ */
 const NOT_REACHED = /^(request to \S+ failed, reason: |network timeout at: |response timeout)/i;
 
+/** The verdict on an error of npm; undefined if the registry did not cause it. */
+function judgeError({ statusCode, message }: v.InferOutput<typeof ErrorSchema>): Verdict | undefined {
+  if (statusCode !== undefined && isNotServed(statusCode)) {
+    // "405 Method Not Allowed - POST https://...": without the URL.
+    const status = message.split(" - ")[0];
+    return { outcome: "not checked", lines: [`not checked: the registry serves no audit (${status})`] };
+  }
+  if (statusCode === undefined && NOT_REACHED.test(message)) {
+    const reason = /reason: (.*)$/s.exec(message)?.[1];
+    // "connect ECONNREFUSED 10.0.0.1:443": only the code.
+    const code = reason ? (/\bE[A-Z_]{3,}\b/.exec(reason)?.[0] ?? reason) : "no answer in time";
+    return { outcome: "not checked", lines: [`not checked: the registry does not answer (${code})`] };
+  }
+  return undefined;
+}
+
 /**
- * Judges what `npm audit --json` wrote to its standard output. `counts` says which packages the question was about.
- * The exit code has no part in it: npm's is 1 for findings of any severity, for no answer, and for its own faults.
+ * Evaluates the standard output of `npm audit --json`. Its exit code is useless here: 1 stands for findings of any
+ * severity, for no answer, and for npm's own errors.
+ *
+ * @param isRelevant whether to report findings about this package
  */
-export function judgeAudit(output: string, counts: (name: string) => boolean = () => true): Verdict {
-  const notUnderstood = (why: string): Verdict => ({
+export function judgeAudit(output: string, isRelevant: (name: string) => boolean = () => true): Verdict {
+  const notUnderstood = (reason: string): Verdict => ({
     outcome: "not understood",
-    lines: [`npm audit's answer is not understood: ${why}`, output.trim().slice(0, 500) || "(nothing)"],
+    lines: [`npm audit's answer is not understood: ${reason}`, output.trim().slice(0, 500) || "(nothing)"],
   });
   let answer: unknown;
   try {
@@ -63,34 +86,20 @@ export function judgeAudit(output: string, counts: (name: string) => boolean = (
   }
 
   const error = v.safeParse(ErrorSchema, answer);
-  if (error.success) {
-    const { statusCode, message } = error.output;
-    if (statusCode !== undefined && notServed(statusCode)) {
-      // "405 Method Not Allowed - POST https://...": the address adds nothing.
-      const status = message.split(" - ")[0];
-      return { outcome: "not checked", lines: [`not checked: the registry serves no audit (${status})`] };
-    }
-    if (statusCode === undefined && NOT_REACHED.test(message)) {
-      const why = /reason: (.*)$/s.exec(message)?.[1];
-      // "connect ECONNREFUSED 10.0.0.1:443": the code says it.
-      const reason = why ? (/\bE[A-Z_]{3,}\b/.exec(why)?.[0] ?? why) : "no answer in time";
-      return { outcome: "not checked", lines: [`not checked: the registry does not answer (${reason})`] };
-    }
-    return notUnderstood("an error");
-  }
+  if (error.success) return judgeError(error.output) ?? notUnderstood("an error");
 
   const report = v.safeParse(ReportSchema, answer);
   if (!report.success) return notUnderstood(report.issues[0].message);
   const { vulnerabilities, metadata } = report.output;
-  if (metadata.dependencies.prod === 0) return notUnderstood("it looked at no package");
+  if (metadata.dependencies.prod === 0) return notUnderstood("it covers no package");
   const all = Object.values(vulnerabilities);
   for (const severity of SEVERITIES)
-    if (all.filter((found) => found.severity === severity).length !== metadata.vulnerabilities[severity])
+    if (all.filter((finding) => finding.severity === severity).length !== metadata.vulnerabilities[severity])
       return notUnderstood(`its list and its number of ${severity} findings differ`);
 
-  const found = all.filter(({ name }) => counts(name));
-  const bad = found.filter(({ severity }) => severity === "high" || severity === "critical");
-  const lines = found
+  const relevant = all.filter(({ name }) => isRelevant(name));
+  const isSevere = relevant.some(({ severity }) => severity === "high" || severity === "critical");
+  const lines = relevant
     .toSorted((a, b) => SEVERITIES.indexOf(b.severity) - SEVERITIES.indexOf(a.severity))
     .flatMap(({ name, range, severity, via }) =>
       via.map((cause) =>
@@ -99,13 +108,13 @@ export function judgeAudit(output: string, counts: (name: string) => boolean = (
           : `${severity}: ${name} ${range}: ${cause.title} (${cause.url})`,
       ),
     );
-  if (bad.length > 0) return { outcome: "found", lines };
+  if (isSevere) return { outcome: "found", lines };
   return { outcome: "clean", lines: [...lines, "nothing high or critical"] };
 }
 
-/** Runs npm's audit of this tree, with npm's own configuration of the registry, and judges its answer. */
-function audit(what: string, options: readonly string[], counts?: (name: string) => boolean): boolean {
-  // Offline, npm asks nobody and reports that nothing was found; so never offline, whatever the configuration says.
+/** Runs npm's audit of this directory against the registry that npm is configured for. Returns whether it passed. */
+function audit(title: string, options: readonly string[], isRelevant?: (name: string) => boolean): boolean {
+  // In offline mode npm reports no findings without asking the registry, so override that mode.
   const args = ["audit", "--json", "--offline=false", "--fetch-retries=1", "--fetch-timeout=30000", ...options];
   const { stdout, error } = spawnSync("npm", args, {
     cwd: root,
@@ -113,8 +122,8 @@ function audit(what: string, options: readonly string[], counts?: (name: string)
     stdio: ["ignore", "pipe", "ignore"],
   });
   if (error) throw error;
-  const { outcome, lines } = judgeAudit(stdout, counts);
-  for (const line of lines) console.log(`${what}: ${line}`);
+  const { outcome, lines } = judgeAudit(stdout, isRelevant);
+  for (const line of lines) console.log(`${title}: ${line}`);
   return outcome === "clean" || outcome === "not checked";
 }
 

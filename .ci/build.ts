@@ -1,12 +1,15 @@
 /**
- * Compiles fargate.ts, as `bun build --compile` does: dist/fargate for this machine, or with `--all` one program for
- * each target and their SHA256SUMS; and the licences of what is in them. With `--licences` it lists these.
+ * Compiles fargate.ts, as `bun build --compile` does, and writes the licences of everything that is compiled in.
  *
- * The same commit gives the same bytes, wherever it is built: nothing of the machine goes in, see `define` below.
+ * - Without options: dist/fargate for this machine.
+ * - `--all`: one program for each target, and SHA256SUMS.
+ * - `--licences`: also prints the list of licences.
  *
- * The plug-in is why this is not the bare command. ssh2 asks for two optional native add-ons; a `require` that the
- * bundler does not resolve is resolved when the program runs, from the working directory, which may be a stranger's.
- * So both are answered here, with nothing: never in the program, whether or not a compiler was at hand.
+ * The same commit always gives the same bytes: nothing in the program depends on the machine, see `define` below.
+ *
+ * The plain command would not do, because of ssh2's two optional native add-ons. A `require` that the bundler cannot
+ * resolve is resolved when the program runs, from the working directory, which an attacker may control. The plug-in
+ * replaces both add-ons by a module that throws, whether or not they were built.
  */
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -15,12 +18,12 @@ import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import manifest from "../package.json" with { type: "json" };
-import { licenceFaults, licenceList, notices, packagesOf, readRuntime } from "./licences.ts";
+import { licenceList, licenceProblems, notices, packagesOf, readRuntime } from "./licences.ts";
 
-/** bun's name of each target, and the package of its runtime. */
+/** bun's name for each target, and the package of its runtime. */
 export const TARGETS = {
   "linux-amd64": ["bun-linux-x64", "@oven/bun-linux-x64"],
-  // The same runtime: bun chooses by what the processor has when it starts.
+  // The same runtime: at its start, bun checks the processor's features.
   "linux-amd64-baseline": ["bun-linux-x64-baseline", "@oven/bun-linux-x64"],
   "linux-amd64-musl": ["bun-linux-x64-musl", "@oven/bun-linux-x64-musl"],
   "linux-arm64": ["bun-linux-arm64", "@oven/bun-linux-aarch64"],
@@ -31,7 +34,7 @@ export const TARGETS = {
 const root = join(import.meta.dirname, "..");
 const dist = join(root, "dist");
 
-/** The commit, with a mark when the tree differs from it; SOURCE_REVISION where there is no git (an image build). */
+/** The commit, with `-dirty` if files differ from it. SOURCE_REVISION replaces it, for builds without git history. */
 function revision(): string {
   if (process.env.SOURCE_REVISION) return process.env.SOURCE_REVISION;
   const git = (...args: string[]) => Bun.spawnSync(["git", ...args], { cwd: root, stderr: "ignore" });
@@ -43,8 +46,8 @@ function revision(): string {
 const resolve: Bun.BunPlugin = {
   name: "resolve",
   setup(build) {
-    // As CommonJS, the AWS SDKs stay wrapped until a stage loads them. As ES modules they are laid out flat, and every start
-    // of the program, `--help` too, would make their thousands of functions: 20 ms instead of 12, measured.
+    // CommonJS modules are evaluated when a stage loads them. ES modules are flattened into the program, so every
+    // start, even for --help, would create the thousands of functions of the AWS SDKs: 20 ms instead of 12, measured.
     build.onResolve({ filter: /^@(aws|aws-sdk|smithy)\// }, ({ path, importer }) => ({
       path: createRequire(importer).resolve(path),
     }));
@@ -56,13 +59,18 @@ const resolve: Bun.BunPlugin = {
   },
 };
 
-/** Writes one program, unless something is in it that must not be, and says which files are. */
+/**
+ * Writes one program and returns its source files.
+ *
+ * @throws Error when a package may not be compiled in
+ */
 async function compile(outfile: string, target?: Bun.Build.CompileTarget, executablePath?: string): Promise<string[]> {
-  // A program has its own name in it. Under one name, dist/fargate and what `--all` makes for such a machine are the same.
+  // A program contains its own file name. With one name for all, dist/fargate equals the file of `--all` for this
+  // target.
   const directory = mkdtempSync(join(dist, "build-"));
   try {
     const inputs = await bundle(join(directory, "fargate"), target, executablePath);
-    const faults = licenceFaults(packagesOf(inputs));
+    const faults = licenceProblems(packagesOf(inputs));
     if (faults.length > 0) throw new Error(faults.join("\n"));
     renameSync(join(directory, "fargate"), join(dist, outfile));
     console.log(`dist/${outfile}`);
@@ -79,15 +87,15 @@ async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executa
       outfile,
       ...(target && { target }),
       ...(executablePath && { executablePath }),
-      // Else a .env or bunfig.toml in the working directory could redirect signed requests or run code.
+      // A .env or bunfig.toml in the working directory could redirect signed requests or run code.
       autoloadDotenv: false,
       autoloadBunfig: false,
       autoloadTsconfig: false,
       autoloadPackageJson: false,
-      // Trusts the CAs of the host as well as bun's own; they are read at the first TLS connection.
+      // Trusts the host's CAs in addition to bun's; they are read at the first TLS connection.
       execArgv: ["--use-system-ca"],
     },
-    // Bytecode, which needs the cjs format, makes start-up several times as fast.
+    // Bytecode makes start-up several times faster. It needs the cjs format.
     bytecode: true,
     format: "cjs",
     minify: true,
@@ -95,19 +103,22 @@ async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executa
     plugins: [resolve],
     define: {
       BUILD: JSON.stringify(`${manifest.version} (${revision()})`),
-      // Of CommonJS modules, which ssh2 is: else the path of the machine that builds. Instead, where bun has a program's files.
+      // CommonJS modules such as ssh2 contain these. By default they are paths on the build machine; these are the
+      // paths that bun gives to a program's files.
       __dirname: '"/$bunfs/root"',
       __filename: '"/$bunfs/root/fargate"',
     },
   });
   for (const log of result.logs) console.warn(String(log));
-  if (!result.metafile) throw new Error("the bundler did not say what is in the program");
+  if (!result.metafile) throw new Error("the bundler did not list the files in the program");
   return Object.values(result.metafile.outputs).flatMap((output) => Object.keys(output.inputs));
 }
 
 /**
- * A runtime as package-lock.json pins it, for machines that this one is not: bun would fetch it from the registry by
- * its name, and what is in the lock file would have no say in it.
+ * Downloads the runtime of another target and checks it against package-lock.json. bun itself would download it without
+ * that check.
+ *
+ * @returns the path of its executable
  */
 function runtimeOf(name: string, into: string): string {
   const directory = join(into, name.replace("/", "-"));
@@ -122,26 +133,27 @@ function runtimeOf(name: string, into: string): string {
   });
   const archive = join(directory, file.trim());
   const hash = createHash("sha512").update(readFileSync(archive)).digest("base64");
-  if (integrity !== `sha512-${hash}`) throw new Error(`${name} ${version} is not what package-lock.json says it is`);
+  if (integrity !== `sha512-${hash}`)
+    throw new Error(`${name} ${version} does not match its integrity in package-lock.json`);
   execFileSync("tar", ["-xzf", archive, "-C", directory, "package/bin/bun"]);
   rmSync(archive);
   return join(directory, "package", "bin", "bun");
 }
 
-/** Writes SHA256SUMS, as `sha256sum -c` reads it in that directory. */
+/** Writes SHA256SUMS, for `sha256sum -c` in that directory. */
 export function writeSums(directory: string, files: readonly string[]): void {
   const sums = files.map((file) => {
     const hash = createHash("sha256").update(readFileSync(join(directory, file)));
     return `${hash.digest("hex")}  ${file}\n`;
   });
-  // At once: a list of some of them would say that the others do not belong.
+  // Atomically: an incomplete list would look as if the other files did not belong to the release.
   writeFileSync(join(directory, "SHA256SUMS.new"), sums.join(""));
   renameSync(join(directory, "SHA256SUMS.new"), join(directory, "SHA256SUMS"));
 }
 
 const NOTICES = "THIRD-PARTY-LICENSES";
 
-/** Writes the notices beside the programs that have these files in them, and lists them where that is asked for. */
+/** Writes the licence notices for programs with these source files; prints the list if `--licences` asks for it. */
 function writeNotices(inputs: readonly string[]): void {
   const packages = packagesOf(inputs);
   const runtime = readRuntime(Bun.version);
@@ -152,7 +164,7 @@ function writeNotices(inputs: readonly string[]): void {
 
 if (import.meta.main) {
   mkdirSync(dist, { recursive: true });
-  // It would be about other files than those that are there from now on.
+  // The old checksums would not match the new files.
   rmSync(join(dist, "SHA256SUMS"), { force: true });
   if (process.argv.includes("--all")) {
     const runtimes = mkdtempSync(join(tmpdir(), "fargate-runtimes-"));

@@ -1,7 +1,7 @@
 /** The check of licences. */
 import { describe, expect, test } from "vitest";
 import { setUp } from "../fixtures/test-support.ts";
-import { licenceFaults, licenceOf, packagesOf } from "./licences.ts";
+import { licenceOf, licenceProblems, packagesOf } from "./licences.ts";
 
 setUp();
 
@@ -14,7 +14,7 @@ describe("supply", () => {
       made("@c/d", "Apache-2.0"),
       made("@c/e", "Apache-2.0", []),
     ];
-    expect(licenceFaults(fine)).toEqual([]);
+    expect(licenceProblems(fine)).toEqual([]);
     for (const licence of [
       "",
       "GPL-3.0-only",
@@ -23,14 +23,14 @@ describe("supply", () => {
       "(MIT OR ISC) AND GPL-2.0",
       "SEE LICENSE",
     ])
-      expect(licenceFaults([...fine, made("f", licence)])).toEqual([
-        expect.stringMatching(/^f 1\.0\.0: its licence, /),
+      expect(licenceProblems([...fine, made("f", licence)])).toEqual([
+        expect.stringMatching(/^f 1\.0\.0: its licence \(/),
       ]);
     for (const without of [made("f", "MIT", []), made("@c/f", "MIT", []), made("@g/f", "Apache-2.0", [])])
-      expect(licenceFaults([...fine, without])).toEqual([`${without.name} 1.0.0: it has no licence text to pass on`]);
+      expect(licenceProblems([...fine, without])).toEqual([`${without.name} 1.0.0: it has no licence text`]);
     expect(licenceOf({ license: { type: "MIT" } })).toBe("MIT");
     expect(licenceOf({ licenses: [{ type: "MIT" }, { type: "GPL-2.0" }] })).toBe("MIT OR GPL-2.0");
     expect(licenceOf({})).toBe("");
-    expect(() => packagesOf(["/etc/passwd"])).toThrow("whose is /etc/passwd");
+    expect(() => packagesOf(["/etc/passwd"])).toThrow("/etc/passwd is compiled in, but belongs to no package");
   });
 });

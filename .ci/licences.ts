@@ -1,28 +1,29 @@
 /**
- * The licences of what is compiled in: which packages those are, whether they may be, and the notices that have to go
- * with a copy of the program. What the bundler put into the program decides, not what the lock file installs.
+ * The licences of the packages that are compiled in: whether they are allowed, and the notices that every copy of the
+ * program needs. The list of packages comes from the bundler, because the lock file also has packages that it leaves
+ * out.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join, resolve, sep } from "node:path";
 
 const root = join(import.meta.dirname, "..");
 
-/** Licences that ask for no more than their notice. Another one is for a person to decide on, not for a build. */
+/** Licences that require only their notice. A person has to decide about any other. */
 const ALLOWED = ["0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MIT-0", "Unlicense"];
 
-/** A package of which something is compiled in. */
+/** A package with files that are compiled in. */
 export interface Package {
   readonly name: string;
   readonly version: string;
-  /** An SPDX expression, or "" where the package says none. */
+  /** An SPDX expression, or "" if the package has none. */
   readonly licence: string;
-  /** The texts of its licence and notice files, in the order of their names. */
+  /** The texts of its licence and notice files, sorted by file name. */
   readonly texts: readonly string[];
 }
 
 const readText = (path: string) => readFileSync(path, "utf8").replaceAll("\r\n", "\n").trim();
 
-/** What a package.json says, old spellings too. */
+/** The licence in a package.json, in the current or an obsolete form. */
 export function licenceOf(manifest: { license?: unknown; licenses?: unknown }): string {
   const type = (value: unknown): string =>
     typeof value === "string" ? value : String((value as { type?: unknown } | null | undefined)?.type ?? "");
@@ -40,7 +41,12 @@ function readPackage(directory: string): Package {
   return { name: manifest.name, version: manifest.version, licence: licenceOf(manifest), texts };
 }
 
-/** The packages of a bundle's input files, by name. `inputs` are a metafile's: relative to the working directory. */
+/**
+ * The packages of a bundle's input files, sorted by name.
+ *
+ * @param inputs paths from a metafile: relative to the working directory
+ * @throws Error when a file belongs neither to a package nor to this repository
+ */
 export function packagesOf(inputs: readonly string[]): Package[] {
   const directories = new Set<string>();
   for (const input of inputs) {
@@ -49,15 +55,15 @@ export function packagesOf(inputs: readonly string[]): Package[] {
     const own = /^(.*[/\\]node_modules[/\\](?:@[^/\\]+[/\\])?[^/\\]+)[/\\]/.exec(path)?.[1];
     if (own) directories.add(own);
     else if (!existsSync(path) || !path.startsWith(root + sep))
-      throw new Error(`whose is ${input}, which is compiled in?`);
+      throw new Error(`${input} is compiled in, but belongs to no package`);
   }
   const packages = [...directories].map(readPackage);
-  // Not by the locale, which is the machine's.
+  // Not localeCompare: its order depends on the machine.
   const key = ({ name, version }: Package) => `${name}@${version}`;
   return packages.toSorted((a, b) => (key(a) < key(b) ? -1 : 1));
 }
 
-/** The licence text that a package goes under: its own, or, where it was left out, that of a sibling with the same. */
+/** The licence texts of a package, or, if it has none, those of a package with the same scope and licence. */
 function textsOf(one: Package, all: readonly Package[]): readonly string[] {
   if (one.texts.length > 0) return one.texts;
   const scope = /^@[^/]+\//.exec(one.name)?.[0];
@@ -67,25 +73,25 @@ function textsOf(one: Package, all: readonly Package[]): readonly string[] {
   return sibling?.texts ?? [];
 }
 
-/** Why these packages may not be compiled in; nothing where they may. */
-export function licenceFaults(packages: readonly Package[]): string[] {
+/** The reasons why these packages may not be compiled in. */
+export function licenceProblems(packages: readonly Package[]): string[] {
   return packages.flatMap((one) => {
     const name = `${one.name} ${one.version}`;
-    // One licence or a plain choice. What is more involved is in the list as a whole, or it is not allowed.
+    // Only single licences and simple choices (A OR B) are understood. Other expressions are not allowed.
     const choice = /^\(?([\w.+-]+(?: OR [\w.+-]+)*)\)?$/.exec(one.licence)?.[1]?.split(" OR ") ?? [];
     if (!choice.some((licence) => ALLOWED.includes(licence)))
-      return [`${name}: its licence, ${one.licence || "of which it says nothing"}, is not one that may be compiled in`];
-    if (textsOf(one, packages).length === 0) return [`${name}: it has no licence text to pass on`];
+      return [`${name}: its licence (${one.licence || "none given"}) is not in the list of allowed licences`];
+    if (textsOf(one, packages).length === 0) return [`${name}: it has no licence text`];
     return [];
   });
 }
 
-/** The runtime: bun's page about its licences, from the package of bun's own documentation, of the same version. */
+/** The licences of bun's runtime, from bun's own documentation of the same version. */
 export interface Runtime {
   readonly version: string;
   readonly licence: string;
   readonly page: string;
-  /** What it links: name and licence, in bun's words. */
+  /** The libraries that it links, as its documentation names them. */
   readonly parts: readonly (readonly [name: string, licence: string])[];
 }
 
@@ -93,18 +99,19 @@ export function readRuntime(version: string): Runtime {
   const read = (...path: string[]) => readText(join(root, "node_modules", ...path));
   const licence = licenceOf(JSON.parse(read("bun", "package.json")));
   for (const name of ["bun", "bun-types"])
-    if (JSON.parse(read(name, "package.json")).version !== version) throw new Error(`${name} is not ${version}`);
+    if (JSON.parse(read(name, "package.json")).version !== version)
+      throw new Error(`${name} is not of version ${version}`);
   const page = read("bun-types", "docs", "project", "license.mdx").replace(/^---\n.*?\n---\n+/s, "");
   const engine = /^Bun statically links JavaScriptCore \(and WebKit\),? which is (\S+) licensed\./m.exec(page)?.[1];
   const linked = /^## Linked libraries\n(.*?)^## /ms.exec(page)?.[1] ?? "";
   const plain = (cell: string) => cell.replace(/\[([^\]]*)\]\([^)]*\)/g, "$1").replaceAll("`", "");
   const rows = [...linked.matchAll(/^\| (.*?) +\| (.*?) +\|$/gm)].slice(2);
-  if (!engine || rows.length === 0) throw new Error("bun's page about its licences has changed: read it again");
+  if (!engine || rows.length === 0) throw new Error("the page with bun's licences has a new format: adapt readRuntime");
   const parts = rows.map(([, name = "", own = ""]) => [plain(name), plain(own)] as const);
   return { version, licence, page, parts: [["JavaScriptCore (WebKit)", engine], ...parts] };
 }
 
-/** What `npm run licences` prints. */
+/** The output of `npm run licences`. */
 export function licenceList(packages: readonly Package[], runtime: Runtime): string {
   const rows = [...packages.map(({ name, version, licence }) => [name, version, licence])];
   rows.push(["bun", runtime.version, `${runtime.licence}; it links:`]);
@@ -115,12 +122,12 @@ export function licenceList(packages: readonly Package[], runtime: Runtime): str
   return [...lines, ...runtime.parts.map(([name, licence]) => `  ${name}: ${licence}`)].join("\n");
 }
 
-const RELINKING = `The program is bun's runtime with the packages above put behind it as data. bun links JavaScriptCore (WebKit) and tinycc,
-which are covered by the GNU Library and Lesser General Public Licenses below; you may change them, and debug such
-changes. To use them changed: rebuild bun as its page below says, and then this program, whose source is under the MIT
-licence, with that bun: \`bun .ci/build.ts\`.`;
+const RELINKING = `The program is bun's runtime, with the packages above appended as data. bun links JavaScriptCore (WebKit) and
+tinycc, which are under the GNU Library and Lesser General Public Licenses below; you may modify them, and debug your
+modifications. To use a modified version, rebuild bun as described on its page below, and build this program with it.
+The program's source is under the MIT licence; the command is \`bun .ci/build.ts\`.`;
 
-/** The file that goes with every copy of the program. */
+/** The file of licence notices that accompanies every copy of the program. */
 export function notices(packages: readonly Package[], runtime: Runtime): string {
   const parts = [`The fargate driver\n\n${readText(join(root, "LICENSE"))}`];
   // Many packages share one text.
