@@ -846,36 +846,6 @@ describe("configuration", () => {
     expect(message).not.toContain("\n");
   });
 
-  test("the README's table has every key with its default, and no other", () => {
-    const readme = fs.readFileSync(join(projectRoot, "README.md"), "utf8");
-    const section = readme.slice(readme.indexOf("\n## Settings"), readme.indexOf("\n## What a task needs"));
-    const rows = [...section.matchAll(/^\| `([A-Za-z.]+)` \| (.*?) \|/gm)].map(([, key, value]) => [
-      key,
-      value?.trim(),
-    ]);
-    const documented = Object.fromEntries(rows) as Record<string, string>;
-    const defaults: Record<string, string> = {};
-    const walk = (schema: v.GenericSchema, prefix: string) => {
-      const entries = "entries" in schema ? (schema.entries as Record<string, v.GenericSchema>) : {};
-      for (const [key, entry] of Object.entries(entries)) {
-        const inner = "wrapped" in entry ? (entry.wrapped as v.GenericSchema) : entry;
-        const list = "item" in inner ? (inner.item as v.GenericSchema) : undefined;
-        const table = "entries" in inner;
-        if (!table) {
-          const value = v.getDefault(entry);
-          const optional = "wrapped" in entry;
-          defaults[prefix + key] = !optional ? "required" : typeof value === "object" ? "" : `${value ?? ""}`;
-        }
-        walk(inner, table ? "" : `${prefix}${key}.`);
-        if (list) walk(list, `${prefix}${key}.`);
-      }
-    };
-    walk(ConfigSchema, "");
-    expect(Object.keys(documented).sort()).toEqual(Object.keys(defaults).sort());
-    for (const [key, value] of Object.entries(defaults))
-      if (value) expect(`${key}: ${documented[key]}`).toBe(`${key}: ${value === "required" ? value : `\`${value}\``}`);
-  });
-
   test("a byte order mark and Windows line ends do no harm", () => {
     const file = `\uFEFF${configFile("manual").replaceAll("\n", "\r\n")}`;
     expect(readConfig(file, "x", {}, {})).toEqual(read("manual"));
