@@ -10,11 +10,10 @@ import { uptime } from "node:os";
 import { basename, join } from "node:path";
 import { promisify } from "node:util";
 import { ECSClient, RunTaskCommand, type RunTaskCommandInput } from "@aws-sdk/client-ecs";
-import { describe, expect, onTestFinished, test } from "vitest";
+import { describe, expect, onTestFinished } from "vitest";
 import { managerId, readJob, readRecord, type SweepReport, type TaskRecord, writeRecord } from "./fargate.ts";
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
-import { FAULTS } from "./fixtures/faults.ts";
 import { driver, type Finished, type Started, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import {
@@ -22,7 +21,6 @@ import {
   ended,
   type FaultOptions,
   faultJobs,
-  faults,
   faultTest,
   filesLeft,
   forever,
@@ -53,7 +51,7 @@ import {
   testProgram,
   testSecrets,
 } from "./fixtures/test-support.ts";
-import { makeWorld, projectRoot } from "./fixtures/world.ts";
+import { makeWorld } from "./fixtures/world.ts";
 
 setUp({ hosts: true });
 
@@ -1092,14 +1090,16 @@ describe.concurrent("sweep", () => {
   );
 
   faultTest("a runner dies between two stages; sweep, AbandonedAfter later", async (scene) => {
+    // Shorter than the time since this machine has booted, which counts as well.
+    scene.configure({ Fargate: { AbandonedAfter: 60 } });
     const arn = await prepared(scene);
     ended(await scene.run("true"), 0);
-    idle(scene, 890);
+    idle(scene, 50);
     expect(await sweeping(scene, "--json")).toMatchObject(untouched);
-    idle(scene, 901);
+    idle(scene, 61);
     scene.configure({ Fargate: { AbandonedAfter: 0 } });
     expect(await sweeping(scene, "--json")).toMatchObject(untouched);
-    scene.configure();
+    scene.configure({ Fargate: { AbandonedAfter: 60 } });
     const finished = await sweeping(scene);
     expect(finished).toMatchObject({ code: 0, stderr: "" });
     expect(scene.world.aws.running()).toEqual([]);
@@ -1113,6 +1113,7 @@ describe.concurrent("sweep", () => {
   faultTest(
     "a run is killed long after the stage before it; sweep waits for AbandonedAfter from its end",
     async (scene) => {
+      scene.configure({ Fargate: { AbandonedAfter: 60 } });
       await prepared(scene);
       const run = scene.begin("run", { script: "echo running; sleep 600" });
       await run.shows("running");
@@ -1124,9 +1125,9 @@ describe.concurrent("sweep", () => {
         const then = Date.now() / 1000 - ago;
         fs.utimesSync(join(scene.world.records, lock), then, then);
       };
-      touched(890);
+      touched(50);
       expect(await sweeping(scene, "--json")).toMatchObject(untouched);
-      touched(901);
+      touched(61);
       const finished = await sweeping(scene);
       expect(scene.world.aws.running()).toEqual([]);
       return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
@@ -1471,7 +1472,7 @@ describe.concurrent("RunTask is refused", () => {
         error: "InvalidSignatureException",
         message: "Signature expired: 20191209T104625Z is now earlier than 20191210T033904Z (20191210T034404Z - 5 min.)",
       },
-      /set the clock/,
+      /correct the clock/,
     ],
     [
       "the account is blocked",
@@ -2366,7 +2367,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       await closed.close();
       const finished = await scene.stage("prepare", { env: { AWS_ENDPOINT_URL: `http://127.0.0.1:${closed.port}` } });
       ended(finished, 2);
-      expect(finished.stderr).toContain("what to do: let the runner's host reach AWS");
+      expect(finished.stderr).toContain("what to do: the runner's host must be able to reach AWS");
       return { stage: "prepare", finished };
     },
     { changes: { Fargate: { StartTimeout: 2 } } },
@@ -2523,54 +2524,6 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       ],
     },
   );
-
-  /** The words that users look for, the fault that meets them here, and what our log says instead. */
-  const troubles: [old: string, fault: string, ours: string][] = [
-    [
-      "No Container Instances were found in your cluster",
-      "RunTask is refused: no default strategy",
-      "ecs:RunTask was refused: InvalidParameterException: No Container Instances were found in your cluster.",
-    ],
-    [
-      "file does not exist",
-      "there is no record when a script is to run",
-      "there is no task for this job: no finished record",
-    ],
-    ["connect: connection timed out", "the task's address is silent", "nothing answered for"],
-    ["connect: connection timed out", "the connection of a run times out", "nothing answered for"],
-    ["connect: connection refused", "the task's address is refusing", "ECONNREFUSED"],
-    ["connect: connection refused", "the connection of a run is refused", "ECONNREFUSED"],
-    [
-      "unable to authenticate, attempted methods [none publickey]",
-      "the container refuses the key",
-      "the server refused the key",
-    ],
-    ["unable to connect to ECS", "ECS cannot be reached", "ecs:RunTask got no answer"],
-    [
-      "unable to connect to worker ECS task via ssh",
-      "the task's address is refusing",
-      "no login worked within ConnectTimeout",
-    ],
-    [
-      "signature algorithm ssh-rsa not in PubkeyAcceptedAlgorithms",
-      "the key is RSA, and the container's sshd refuses SHA-1 signatures",
-      "",
-    ],
-    ["no credentials to access AWS", "a script needs the task role's credentials", ""],
-  ];
-  test.each(troubles)("%s: %s", (old, fault, ours) => {
-    expect(faults).toContain(fault);
-    const readme = fs.readFileSync(join(projectRoot, "README.md"), "utf8");
-    const [, section = ""] = /\n## When something fails\n([\s\S]*?)(?=\n## |$(?![\s\S]))/.exec(readme) ?? [];
-    const entry = section.split("\n").find((line) => line.includes(old) && line.includes(ours));
-    expect(entry, "an entry by the old words and ours").toBeDefined();
-    // What the log of that fault said is in the table of faults, which a run checks.
-    const row = fs
-      .readFileSync(FAULTS, "utf8")
-      .split("\n")
-      .find((line) => line.startsWith(`| ${fault} |`));
-    expect(row).toContain(ours);
-  });
 });
 
 describe.concurrent("the record cannot be kept", () => {

@@ -492,8 +492,8 @@ describeProgram.concurrent("a hostile SSH server", () => {
     "requests-global-deaf": deaf,
     "requests-channel-deaf": deaf,
     "channels-deaf": deaf,
-    "packet-size-0": [2, /error: the server accepts only packets of 0 bytes only/],
-    "packet-size-1": [2, /error: the server accepts only packets of 1 bytes only/],
+    "packet-size-0": [2, /error: the server accepts only packets of 0 bytes/],
+    "packet-size-1": [2, /error: the server accepts only packets of 1 bytes/],
     // The job's own server says how the job's own script ended; what SSH has room for and the runner has not is 255.
     "success-unasked": [0],
     "open-twice": [0],

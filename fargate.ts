@@ -1647,7 +1647,7 @@ export async function findShells(connection: Connection, signal: AbortSignal) {
     tr: "the image has no tr",
   };
   const [, state] = /^fargate-environment (sshd|closed|tr)$/m.exec(output) ?? [];
-  const instead = 'start sshd with -o "SetEnv=NAME=$NAME ..." (see the README), or set PassEnvironment = []';
+  const instead = 'start sshd with -o "SetEnv=NAME=$NAME ..." (see docs/worker-images.md), or set PassEnvironment = []';
   const isLost = state && connection.target.PassEnvironment?.length;
   const warning = isLost ? `PassEnvironment has no effect: ${reasons[state]}; ${instead}` : undefined;
   return { Interpreter, LoginShell: basename(login), warning };
