@@ -54,6 +54,7 @@ import {
   formatRecord,
   interfaceOf,
   interpreterOf,
+  judgeTask,
   keyPairOf,
   makeKeyPair,
   managerId,
@@ -1241,6 +1242,83 @@ describe("calls to AWS", () => {
 // ---------------------------------------------------------------------------------------------------------
 // 8 to 10 with ECS mocked: what prepare and cleanup ask of AWS, and what they do with its answers
 // ---------------------------------------------------------------------------------------------------------
+
+describe("ssh2's internals", () => {
+  const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
+  const [block = ""] =
+    /\/\/ ---- Begin of ssh2's internals ----[\s\S]*\/\/ ---- End of ssh2's internals ----/.exec(source) ?? [];
+
+  test("ssh2 has the version whose source was read", () => {
+    const { version } = JSON.parse(fs.readFileSync(join(projectRoot, "node_modules", "ssh2", "package.json"), "utf8"));
+    expect(/the one whose source was read for this block \(([\d.]+)\)/.exec(block)?.[1]).toBe(version);
+  });
+
+  test("ssh2's unpublished parts are used in one block of the driver only", () => {
+    const internals = /_protocol\b|\.outgoing\b|\.incoming\b|ssh2\/lib|_sock\b|_chanMgr\b/g;
+    expect(block.match(internals)).toEqual(expect.arrayContaining(["_protocol", ".outgoing", "ssh2/lib"]));
+    expect(source.replace(block, "").match(internals)).toBeNull();
+  });
+});
+
+describe("judgeTask", () => {
+  const id = "0123456789ab";
+  const job = "a".repeat(32);
+  const now = 1_000_000; // epoch seconds
+  const record = { name: "record", job, mtimeMs: (now - 60) * 1000 };
+  const lock = {
+    stem: `job-1-${job}${"b".repeat(32)}`,
+    stage: "run",
+    pid: 1,
+    identity: "",
+    mtimeMs: (now - 10) * 1000,
+  };
+  const live = { ...lock, lives: true };
+  const dead = { ...lock, lives: false };
+  const snapshot = { time: now, uptime: 100_000, records: [record], processes: [] };
+  const rules = { MaxTaskAge: 86_400, AbandonedAfter: 900, managers: [id], canLock: true };
+  const task = (age: number, deadline?: number, manager = id): Task => ({
+    taskArn: "arn",
+    startedBy: `fargate-${manager}-${job}`,
+    createdAt: new Date((now - age) * 1000),
+    overrides: deadline
+      ? { containerOverrides: [{ environment: [{ name: "FARGATE_DEADLINE", value: String(deadline) }] }] }
+      : undefined,
+  });
+  const idle = (seconds: number) => ({ ...snapshot, records: [{ ...record, mtimeMs: (now - seconds) * 1000 }] });
+  const other = "ffffffffffff";
+  const LOST = "its record is gone";
+  const LATE = "it is past its deadline";
+  const ABANDONED = "its job is abandoned";
+
+  type Seen = Partial<Parameters<typeof judgeTask>[1]>;
+  type Rules = Partial<Parameters<typeof judgeTask>[2]>;
+  test.each<[what: string, why: string | undefined, judged: Task, seen: Seen, changed?: Rules]>([
+    ["with a record and time left is left alone", undefined, task(600, now + 1), {}],
+    ["without a record is lost after 10 minutes", LOST, task(601), { records: [] }],
+    ["without a record may be starting until then", undefined, task(600), { records: [] }],
+    ["of another manager needs no record here", undefined, task(601, undefined, other), { records: [] }],
+    ["is late behind the deadline in its variables", LATE, task(60, now - 1), {}],
+    ["of another manager is late as well", LATE, task(60, now - 1, other), { records: [] }],
+    [
+      "is late behind the deadline in its record",
+      LATE,
+      task(60, now + 9),
+      { records: [{ ...record, Deadline: now - 1 }] },
+    ],
+    ["without a deadline is late after MaxTaskAge", LATE, task(86_401), {}],
+    ["without a deadline has time until then", undefined, task(86_400), {}],
+    ["is abandoned after AbandonedAfter", ABANDONED, task(60), idle(901)],
+    ["is not abandoned before", undefined, task(60), idle(899)],
+    ["is abandoned if nothing was heard since the boot", ABANDONED, task(60), { ...idle(300), uptime: 200 }],
+    ["is not abandoned if no lock can be made", undefined, task(60), idle(901), { canLock: false }],
+    ["of another manager is never abandoned", undefined, task(60, undefined, other), idle(901)],
+    ["with a dead lock counts from its last touch", undefined, task(60), { ...idle(901), processes: [dead] }],
+    ["with a live process is never stopped", undefined, task(90_000, now - 1), { processes: [live], records: [] }],
+    ["of another manager is late whatever works here", LATE, task(60, now - 1, other), { processes: [live] }],
+  ])("judgeTask: a task %s", (_, why, judged, seen, changed) => {
+    expect(judgeTask(judged, { ...snapshot, ...seen }, { ...rules, ...changed }).task.why).toBe(why);
+  });
+});
 
 describe("prepare and cleanup, with ECS mocked", () => {
   let ecs: AwsStub<EcsInput, EcsOutput, ECSClientResolvedConfig>;

@@ -139,7 +139,7 @@ const ADVICE = {
   profile: "check AWS_PROFILE and credential_process, and that the runner's user can read and run them",
   clock: "correct the clock of the runner's host",
   unreachable:
-    "the runner's host must be able to reach AWS in Region: through a NAT gateway, a VPC endpoint for ECS, or HTTPS_PROXY",
+    "the runner's host must be able to reach AWS in Region: by a NAT gateway, a VPC endpoint for ECS, or HTTPS_PROXY",
   certificate: "set AWS_CA_BUNDLE to the certificate authority of your proxy or endpoint",
   proxy: "check HTTPS_PROXY: its address, user name and password, and what it allows",
   accessDenied: "allow $1 in the IAM policy of the runner's host",
@@ -743,8 +743,9 @@ function identityOf(pid: number | "self"): string {
   }
 }
 
-const LOCK_TOUCH_MS = 5_000; // ms; how often a process that works on a job touches its lock
-const LOCK_EXPIRY_MS = 4 * LOCK_TOUCH_MS; // ms without a touch after which a process that /proc does not show counts as dead
+const LOCK_TOUCH_MS = 5_000; // how often a process that works on a job touches its lock
+// After so long without a touch, a process that /proc does not show counts as dead.
+const LOCK_EXPIRY_MS = 4 * LOCK_TOUCH_MS;
 
 /** Makes a lock, named after this process: `sweep` leaves the job alone, `cleanup` waits. Returns its removal. */
 export function createLock({ Directory }: Config["TaskMetadata"], stem: string, stage: string): () => void {
@@ -1031,7 +1032,7 @@ const isRetryableStop = (error: unknown): boolean =>
 /** Whether AWS asks for fewer calls: its limits are for an account and region, all runners together. */
 const isThrottling = (error: unknown): boolean => causeOf(error).problem === "throttled";
 
-const CALL_TIMEOUT_MS = 30_000; // ms at most for one call to AWS, from getting credentials to the answer's last byte
+const CALL_TIMEOUT_MS = 30_000; // for one call to AWS, from getting credentials to the answer's last byte
 
 /** A value of another type counts as absent. */
 const given = <T extends v.GenericSchema>(schema: T) => v.fallback(v.nullish(schema), undefined);
@@ -1406,9 +1407,9 @@ const ALGORITHMS: ConnectConfig["algorithms"] = {
   ],
   compress: ["none"], // with compression, a few bytes from a server could become many
 };
-const CONNECT_TIMEOUT_MS = 3_000; // ms for the TCP connection: a new attempt is faster than TCP's own retransmissions
-const MAX_SILENCE_MS = 15_000; // max ms from the TCP connection to the server's first bytes
-const LOGIN_TIMEOUT_MS = 30_000; // ms from those to the login: busy hosts, name look-ups and PAM take long
+const CONNECT_TIMEOUT_MS = 3_000; // for the TCP connection: a new attempt is faster than TCP's own retransmissions
+const MAX_SILENCE_MS = 15_000; // from the TCP connection to the server's first bytes
+const LOGIN_TIMEOUT_MS = 30_000; // from those to the login: busy hosts, name look-ups and PAM take long
 
 /**
  * Limits the time for each phase of a login: TCP connection, the server's first bytes, login.
@@ -1578,7 +1579,8 @@ async function execute({ client }: Connection, command: string, signal: AbortSig
 /** `within`: ms; `apart`: over a connection of its own; `report`: gets standard error and how the command ended. */
 type CommandOptions = { within?: number; apart?: boolean; report?: { errors: string; ended: Exit } };
 
-const UNSET_FUNCTIONS = "unset -f [ cat command echo env grep kill ls read sleep tr true"; // if a start-up file exports some
+// Start-up files may export functions of these names.
+const UNSET_FUNCTIONS = "unset -f [ cat command echo env grep kill ls read sleep tr true";
 const TOOL_PATH = "PATH=$PATH:/usr/local/bin:/usr/bin:/bin"; // even if a start-up file has broken it
 /** Runs a short program, if need be (MaxSessions 1) over a new connection; returns up to 1 MiB of standard output. */
 async function ask(
@@ -1906,7 +1908,8 @@ async function startScript(
 async function drainOutput(script: RunningScript, { stop, log }: Pick<Context, "stop" | "log">): Promise<void> {
   const { connection, channel, preamble, output, closed } = script;
   const receivedBefore = output.received;
-  let holders: ReturnType<typeof findPipeHolders>; // until they are known, treated as a filter, whose output must not be lost
+  // Until the holders are known, they are treated as a filter, whose output must not be lost.
+  let holders: ReturnType<typeof findPipeHolders>;
   const runCommand = (program: string) => ask(connection, program, stop, { within: DRAIN.background });
   for (let waited = 0, quiet = 0, limit: number = DRAIN.filter; waited < limit; ) {
     const { received } = output;
@@ -1938,7 +1941,7 @@ async function drainOutput(script: RunningScript, { stop, log }: Pick<Context, "
   await runCommand(reader).catch(() => {});
 }
 
-/** Waits until a script has ended and its output is written. @throws {Failure} if the shell could not take the script */
+/** Waits until a script has ended and its output is written. @throws {Failure} if the shell could not read all of it */
 async function outcomeOf(script: RunningScript, context: Pick<Context, "stop" | "log">): Promise<Outcome> {
   const { connection, preamble, sshErrors } = script;
   const status = await script.exit;
@@ -2038,7 +2041,7 @@ function checkRunnerTimeouts({ config, env, log }: Context): void {
   } catch {} // this user cannot read it; or CONFIG_FILE names another file, as it may after --config
 }
 
-const PREPARE_SHUTDOWN_MS = 4_500; // max ms from SIGTERM until prepare has ended
+const PREPARE_SHUTDOWN_MS = 4_500; // from SIGTERM until prepare has ended
 const RUN_TASK_GRACE_MS = 3_000; // of these, for RunTask's answer
 
 /** Logs what prepare notices before it starts a task: what has no effect, and settings that do not fit. */
@@ -2239,10 +2242,10 @@ function attributeToJob({ config, jobOverrides }: Context, error: unknown): unkn
   return new Failure("build", `${choice} cannot be used: ${reasonOf(error)}`, causeOf(error));
 }
 
-// ms for which the server may refuse the key before prepare gives up: an image may install the key late, and OpenSSH
+// For how long the server may refuse the key before prepare gives up: an image may install the key late, and OpenSSH
 // 9.8 and later rejects every connection for 15 s after three refusals.
 const KEY_REFUSAL_MS = 25_000;
-// Within this time of hearing from a task, in ms, its address cannot have been reassigned: a new task takes longer to
+// Within this time of hearing from a task, its address cannot have been reassigned: a new task takes longer to
 // start. After that, a task with the same host key may answer there and accept any key. With PrivateKeyPath, ECS is
 // always asked.
 const ADDRESS_TRUST_MS = 10_000;
@@ -2263,7 +2266,7 @@ interface Startup {
 const stoppedEarly = (task: Task): Failure =>
   new Failure("system", `the task stopped before it was ready: ${explainStop(task)}`, stopCause(task));
 
-/** Describes the task once and records the result in `startup`. @throws {Failure} if the task has ended or is unhealthy */
+/** Describes the task once and keeps the result in `startup`. @throws {Failure} if the task has ended or is unhealthy */
 async function pollTask(context: Context, aws: Aws, record: TaskRecord, startup: Startup, signal: AbortSignal) {
   const { config, log, now } = context;
   const { WaitForHealthy, EnablePublicIP, UsePublicIP: usePublic = EnablePublicIP } = config.Fargate;
@@ -2536,9 +2539,9 @@ async function describeTaskState(context: Context, record: TaskRecord, patience:
   }
 }
 
-const STOP_RETRY_MS = 60_000; // ms; for how long stopping a task is tried again
-const LIST_LAG_MS = 30_000; // ms for which an unanswered RunTask's task is looked for: lists are eventually consistent
-const PREPARE_WAIT_MS = 30_000; // ms; for how long cleanup waits for a prepare of its job that still runs
+const STOP_RETRY_MS = 60_000; // for how long stopping a task is tried again
+const LIST_LAG_MS = 30_000; // for how long an unanswered RunTask's task is looked for: lists are eventually consistent
+const PREPARE_WAIT_MS = 30_000; // for how long cleanup waits for a prepare of its job that still runs
 // The `cleanup` stage: stops the job's task and removes its record. Works without a record (by the task's startedBy),
 // when repeated, beside a live prepare, which ends when its record is gone, and in a directory that `checkDirectory`
 // refuses: only this user can write a record that is believed, and a task costs money.
@@ -2603,7 +2606,7 @@ async function releaseTask(context: Context, signal?: AbortSignal): Promise<bool
   return true;
 }
 
-/** Stops the task of a record; looks for one that may have been started without an answer. @returns as stopTasksStartedBy */
+/** Stops a record's task; looks for one that may have been started without an answer. @returns as stopTasksStartedBy */
 async function stopRecordedTask(
   context: Context,
   aws: Aws,
