@@ -1,6 +1,6 @@
 /**
- * Faults: each is injected where it would occur (the AWS endpoint, a container, an SSH server, a process, a disk), and the
- * compiled program meets it. Afterwards no task may be left. Each result is a row of `docs/faults.md`.
+ * Fault tests. Each injects one fault where it would occur (AWS endpoint, container, SSH server, process, disk) while
+ * the compiled driver runs. Afterwards no task may be running. Each result is a row of `docs/faults.md`.
  */
 import { execFileSync, spawnSync } from "node:child_process";
 import * as fs from "node:fs";
@@ -19,13 +19,13 @@ import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import {
   adviceLine,
   ended,
+  type FaultEffect,
   type FaultOptions,
-  faultJobs,
   faultTest,
   filesLeft,
   forever,
-  type Met,
   makeScene,
+  nextJobId,
   type Scene,
   SkipFault,
   testTable,
@@ -55,11 +55,11 @@ import { makeWorld } from "./fixtures/world.ts";
 
 setUp({ hosts: true });
 
-/** A file that blocks whoever reads it, until `release`; `reached` resolves when somebody does. */
+/** A FIFO: its reader blocks until `release`. `reached` resolves when there is a reader. */
 function fifo(): { path: string; reached: Promise<unknown>; release: (content: string) => Promise<void> } {
   const path = join(directory(), "fifo");
   execFileSync("mkfifo", [path]);
-  const opened = promisify(fs.open)(path, "w"); // calls back when there is a reader
+  const opened = promisify(fs.open)(path, "w"); // resolves when there is a reader
   let released = false;
   return {
     path,
@@ -79,7 +79,7 @@ function fifo(): { path: string; reached: Promise<unknown>; release: (content: s
   };
 }
 
-/** A server that takes requests and never answers; `reached` resolves at the first. */
+/** A server that never answers. `reached` resolves at its first request. */
 async function silentServer(): Promise<{ url: string; reached: Promise<void>; close: () => void }> {
   const reached = Promise.withResolvers<void>();
   const server = createServer(() => reached.resolve()).listen(0, "127.0.0.1");
@@ -92,10 +92,10 @@ async function silentServer(): Promise<{ url: string; reached: Promise<void>; cl
   return { url: `http://127.0.0.1:${port}/`, reached: reached.promise, close };
 }
 
-/** A step of prepare at which it can be held. */
+/** A step at which a test can hold prepare. */
 interface Step {
   readonly name: string;
-  /** Begins prepare and resolves once it is there. `release`: what holds it is let go, after the signal. */
+  /** Starts prepare and resolves when it has reached the step. `release` lets it go on; call it after the signal. */
   hold(scene: Scene): Promise<{ prepare: Started; release?: () => unknown }>;
   readonly options?: FaultOptions;
 }
@@ -114,7 +114,7 @@ const steps: Step[] = [
     },
   },
   {
-    name: "with its record written, before RunTask is sent",
+    name: "before RunTask is sent",
     async hold(scene) {
       const credentials = await silentServer();
       const prepare = scene.begin("prepare", {
@@ -130,7 +130,7 @@ const steps: Step[] = [
     },
   },
   {
-    name: "with RunTask sent, before it takes effect",
+    name: "before RunTask takes effect",
     async hold(scene) {
       const { aws } = scene.world;
       const held = Promise.withResolvers<void>();
@@ -138,13 +138,13 @@ const steps: Step[] = [
       const prepare = scene.begin("prepare");
       await aws.waitFor(() => aws.callsTo("RunTask").length === 1, 30_000);
       expect(aws.tasks()).toEqual([]);
-      // It takes effect after the driver is gone.
+      // RunTask takes effect only after the driver has ended.
       return { prepare, release: () => held.resolve() };
     },
     options: { timing: { hideList: 1_500 } },
   },
   {
-    name: "with RunTask in effect, before its answer",
+    name: "before RunTask is answered",
     async hold(scene) {
       const { aws } = scene.world;
       const held = Promise.withResolvers<void>();
@@ -157,7 +157,7 @@ const steps: Step[] = [
     options: { timing: { hideList: 1_500 } },
   },
   {
-    name: "with RunTask answered, before DescribeTasks is",
+    name: "before DescribeTasks is answered",
     async hold(scene) {
       const { aws } = scene.world;
       const held = Promise.withResolvers<void>();
@@ -191,7 +191,7 @@ const steps: Step[] = [
     },
   },
   {
-    name: "logged in, while it asks for the container's shells",
+    name: "while it looks for shells",
     async hold(scene) {
       const prepare = scene.begin("prepare");
       await scene.commandHeld;
@@ -201,10 +201,10 @@ const steps: Step[] = [
   },
 ];
 
-describe.concurrent("prepare is killed or told to stop", () => {
+describe.concurrent("interrupted prepare", () => {
   for (const step of steps) {
     faultTest(
-      `prepare is killed (SIGKILL) ${step.name}; cleanup follows`,
+      `cleanup leaves no task after prepare is killed ${step.name}`,
       async (scene) => {
         const { prepare, release } = await step.hold(scene);
         prepare.process.kill("SIGKILL");
@@ -215,7 +215,7 @@ describe.concurrent("prepare is killed or told to stop", () => {
       step.options,
     );
     faultTest(
-      `prepare is killed (SIGKILL) ${step.name}; the next try follows`,
+      `prepare succeeds after an earlier one is killed ${step.name}`,
       async (scene) => {
         const { prepare, release } = await step.hold(scene);
         prepare.process.kill("SIGKILL");
@@ -232,15 +232,15 @@ describe.concurrent("prepare is killed or told to stop", () => {
     );
     for (const signal of ["SIGTERM", "SIGINT"] as const)
       faultTest(
-        `prepare gets ${signal} ${step.name}`,
+        `prepare ends on ${signal} ${step.name}`,
         async (scene) => {
           const { prepare, release } = await step.hold(scene);
           prepare.process.kill(signal);
-          if (step.name.startsWith("before its record")) await release?.(); // it waits for a file, and hears nothing
+          if (step.name.startsWith("before its record")) await release?.(); // prepare is blocked in a read and cannot handle the signal yet
           const finished = await prepare.finished;
           await release?.();
           ended(finished, 2);
-          // What it knows of, it has stopped itself.
+          // If RunTask was answered, prepare has stopped the task itself.
           if (scene.world.aws.callsTo("RunTask").every(({ status }) => status === 200))
             expect(scene.world.aws.running()).toEqual([]);
           return { stage: "prepare", finished };
@@ -250,13 +250,13 @@ describe.concurrent("prepare is killed or told to stop", () => {
   }
 });
 
-describe.concurrent("RunTask's answer", () => {
+describe.concurrent("RunTask answers", () => {
   for (const [what, fault] of [
-    ["is lost with the connection, after it took effect", "reset-after"],
-    ["is a 500, after it took effect", "500-after"],
-    ["is lost with the connection, before it took effect", "reset-before"],
+    ["the connection breaks after RunTask takes effect", "reset-after"],
+    ["the answer is a 500 after RunTask takes effect", "500-after"],
+    ["the connection breaks before RunTask takes effect", "reset-before"],
   ] as const)
-    faultTest(`RunTask's answer ${what}`, async (scene) => {
+    faultTest(`prepare starts one task when ${what}`, async (scene) => {
       const { aws } = scene.world;
       const lost = aws.inject({ operation: "RunTask", do: fault });
       const finished = await scene.stage("prepare");
@@ -268,7 +268,8 @@ describe.concurrent("RunTask's answer", () => {
       return { stage: "prepare", finished };
     });
 
-  faultTest("RunTask's answer never comes, after it took effect (30 s)", async (scene) => {
+  // The driver gives up the call after 30 s.
+  faultTest("prepare starts one task when RunTask takes effect without an answer", async (scene) => {
     const { aws } = scene.world;
     aws.inject({ operation: "RunTask", do: "hang-after" });
     const finished = await scene.stage("prepare");
@@ -277,7 +278,7 @@ describe.concurrent("RunTask's answer", () => {
     return { stage: "prepare", finished, says: /got no answer|still fails/ };
   });
 
-  faultTest("RunTask is throttled ten times", async (scene) => {
+  faultTest("prepare starts one task when RunTask is throttled ten times", async (scene) => {
     const { aws } = scene.world;
     aws.inject({ operation: "RunTask", times: 10, do: { error: "ThrottlingException", message: "Rate exceeded" } });
     const finished = await scene.stage("prepare");
@@ -288,7 +289,7 @@ describe.concurrent("RunTask's answer", () => {
   });
 
   faultTest(
-    "RunTask's answer is lost, then its token is said to be in conflict",
+    "prepare stops its task when its token conflicts after a lost answer",
     async (scene) => {
       const { aws } = scene.world;
       aws.inject({ operation: "RunTask", do: "500-after" });
@@ -297,8 +298,8 @@ describe.concurrent("RunTask's answer", () => {
       const finished = await scene.stage("prepare");
       ended(finished, 2);
       expect(aws.tasks()).toHaveLength(1);
-      expect(aws.running()).toEqual([]); // found by its name, and stopped, before prepare ended
-      // The runner's next try gets a task of its own.
+      expect(aws.running()).toEqual([]); // prepare found the task by its startedBy and stopped it
+      // The runner's next attempt gets a new task.
       ended(await scene.stage("prepare"), 0);
       expect(aws.running()).toHaveLength(1);
       return { stage: "prepare", finished };
@@ -307,14 +308,14 @@ describe.concurrent("RunTask's answer", () => {
   );
 
   faultTest(
-    "DescribeTasks is throttled until StartTimeout",
+    "prepare stops its task when DescribeTasks is throttled until StartTimeout",
     async (scene) => {
       const { aws } = scene.world;
       const throttled: FaultAction = { error: "ThrottlingException", message: "Rate exceeded" };
       aws.inject({ operation: "DescribeTasks", times: Number.POSITIVE_INFINITY, do: throttled });
       const finished = await scene.stage("prepare");
       ended(finished, 2);
-      // Its text is one that may pass for a start; but here there is a task.
+      // Throttling is a reason to start again, but not here: a task exists.
       expect(aws.tasks()).toHaveLength(1);
       expect(aws.running()).toEqual([]);
       return { stage: "prepare", finished };
@@ -323,7 +324,7 @@ describe.concurrent("RunTask's answer", () => {
   );
 
   faultTest(
-    "RunTask's answer is lost, then its token is refused for want of capacity",
+    "prepare stops its task when capacity is refused after a lost answer",
     async (scene) => {
       const { aws } = scene.world;
       aws.inject({ operation: "RunTask", do: "500-after" });
@@ -331,7 +332,7 @@ describe.concurrent("RunTask's answer", () => {
       aws.inject({ operation: "RunTask", do: { error: "ClientException", message } });
       const finished = await scene.stage("prepare");
       ended(finished, 2);
-      // No other token is tried while the first may have started a task; that is looked for, and stopped.
+      // The first call may have started a task, so prepare uses no other token: it finds the task and stops it.
       expect(aws.callsTo("RunTask")).toHaveLength(2);
       expect(aws.tasks()).toHaveLength(1);
       expect(aws.running()).toEqual([]);
@@ -341,7 +342,7 @@ describe.concurrent("RunTask's answer", () => {
   );
 
   faultTest(
-    "RunTask's answer is lost each time, until StartTimeout",
+    "prepare stops its task when every answer is lost until StartTimeout",
     async (scene) => {
       const { aws } = scene.world;
       aws.inject({ operation: "RunTask", times: Number.POSITIVE_INFINITY, do: "reset-after" });
@@ -354,7 +355,7 @@ describe.concurrent("RunTask's answer", () => {
     { changes: { Fargate: { StartTimeout: 2 } }, timing: { hideList: 1_000 } },
   );
 
-  faultTest("the task stops at once, in each of the runner's three tries", async (scene) => {
+  faultTest("prepare starts a new task in each of three tries when tasks stop at once", async (scene) => {
     const { aws } = scene.world;
     const stoppedReason = "CannotPullContainerError: pull image manifest has been retried 1 time(s): not found";
     const ends = { stopCode: "TaskFailedToStart", stoppedReason };
@@ -367,7 +368,7 @@ describe.concurrent("RunTask's answer", () => {
       seen.push(aws.tasks().at(-1)?.taskArn);
       await scene.stage("cleanup");
     }
-    // No try gets the stopped task of the one before it back.
+    // Each attempt gets a new task, not the stopped one of the attempt before.
     expect(new Set(seen).size).toBe(3);
     expect(aws.tasks()).toHaveLength(3);
     return { stage: "prepare", finished: finished as Finished };
@@ -375,7 +376,7 @@ describe.concurrent("RunTask's answer", () => {
 });
 
 describe.concurrent("cleanup", () => {
-  /** A scene whose job has a task that is ready. */
+  /** Runs prepare, so that the scene's job has a task. */
   const prepared = async (scene: Scene) => {
     ended(await scene.stage("prepare"), 0);
     const [task] = scene.world.aws.running();
@@ -389,7 +390,7 @@ describe.concurrent("cleanup", () => {
     ["fails with 500 ten times", { error: "ServerException", message: "Service Unavailable", status: 500 }],
     ["gets no answer five times", "reset-before"],
   ] as const)
-    faultTest(`StopTask ${what}`, async (scene) => {
+    faultTest(`cleanup stops the task when StopTask ${what}`, async (scene) => {
       await prepared(scene);
       const times = fault === "reset-before" ? 5 : 10;
       scene.world.aws.inject({ operation: "StopTask", times, do: fault });
@@ -400,7 +401,8 @@ describe.concurrent("cleanup", () => {
       return { stage: "cleanup", finished };
     });
 
-  faultTest("StopTask fails for more than a minute; a later cleanup succeeds", async (scene) => {
+  // The next cleanup succeeds.
+  faultTest("cleanup keeps the record when StopTask fails for more than a minute", async (scene) => {
     const arn = await prepared(scene);
     const broken = scene.world.aws.inject({
       operation: "StopTask",
@@ -409,13 +411,13 @@ describe.concurrent("cleanup", () => {
     });
     const finished = await scene.stage("cleanup");
     ended(finished, 2);
-    expect(finished.stderr).toContain(`${arn} may still run, stop it by hand`);
+    expect(finished.stderr).toMatch(/may still be running \(.*\); stop it by hand/);
     expect(readRecord(scene.record)).toMatchObject({ TaskARN: arn });
     broken.remove();
     return { stage: "cleanup", finished };
   });
 
-  faultTest("StopTask is not permitted; a later cleanup may", async (scene) => {
+  faultTest("cleanup keeps the record when StopTask is not permitted", async (scene) => {
     const arn = await prepared(scene);
     scene.world.aws.permissions = new Set(["ecs:RunTask", "ecs:DescribeTasks"]);
     const finished = await scene.stage("cleanup");
@@ -427,7 +429,7 @@ describe.concurrent("cleanup", () => {
     return { stage: "cleanup", finished };
   });
 
-  faultTest("cleanup is called twice", async (scene) => {
+  faultTest("cleanup is idempotent", async (scene) => {
     await prepared(scene);
     expect(await scene.stage("cleanup")).toMatchObject({ code: 0, stderr: "" });
     const finished = await scene.stage("cleanup");
@@ -436,31 +438,34 @@ describe.concurrent("cleanup", () => {
     return { stage: "the second cleanup", finished };
   });
 
-  faultTest("two cleanups at the same time", async (scene) => {
+  faultTest("cleanup succeeds beside another cleanup of the job", async (scene) => {
     await prepared(scene);
     const both = await Promise.all([scene.stage("cleanup"), scene.stage("cleanup")]);
     for (const one of both) expect(one).toMatchObject({ code: 0, stderr: "" });
     return { stage: "cleanup", finished: both[0] as Finished };
   });
 
-  // The record says that RunTask may have been sent, and its task is hidden for a while.
+  // The record has `Unanswered`, and ListTasks does not return the task at first.
   for (const hidden of [0, 3_000])
-    faultTest(`the task of an unanswered RunTask is not listed for ${hidden / 1000} s`, async (scene) => {
-      const { aws } = scene.world;
-      aws.timing.hideList = hidden;
-      aws.inject({ operation: "RunTask", do: { holdUntil: forever, after: true } });
-      const prepare = scene.begin("prepare");
-      await aws.waitFor(() => aws.tasks().length === 1, 30_000);
-      prepare.process.kill("SIGKILL");
-      await prepare.finished;
-      const finished = await scene.stage("cleanup");
-      expect(finished).toMatchObject({ code: 0, stderr: "" });
-      expect(aws.running()).toEqual([]);
-      noRunTask(scene, 1);
-      return { stage: "cleanup", finished };
-    });
+    faultTest(
+      `cleanup stops the task of an unanswered RunTask that is hidden for ${hidden / 1000} s`,
+      async (scene) => {
+        const { aws } = scene.world;
+        aws.timing.hideList = hidden;
+        aws.inject({ operation: "RunTask", do: { holdUntil: forever, after: true } });
+        const prepare = scene.begin("prepare");
+        await aws.waitFor(() => aws.tasks().length === 1, 30_000);
+        prepare.process.kill("SIGKILL");
+        await prepare.finished;
+        const finished = await scene.stage("cleanup");
+        expect(finished).toMatchObject({ code: 0, stderr: "" });
+        expect(aws.running()).toEqual([]);
+        noRunTask(scene, 1);
+        return { stage: "cleanup", finished };
+      },
+    );
 
-  faultTest("StopTask does not know the task yet, for 2 s after RunTask", async (scene) => {
+  faultTest("cleanup stops a task that StopTask does not know at first", async (scene) => {
     const { aws } = scene.world;
     const arn = await prepared(scene);
     const unknown = aws.inject({
@@ -478,7 +483,8 @@ describe.concurrent("cleanup", () => {
     return { stage: "cleanup", finished };
   });
 
-  faultTest("cleanup gets SIGQUIT, which asks the runner to end when its jobs have", async (scene) => {
+  // systemd may send SIGQUIT, which is meant for the runner, to its stages as well.
+  faultTest("cleanup stops the task despite SIGQUIT", async (scene) => {
     const { aws } = scene.world;
     await prepared(scene);
     aws.inject({ operation: "StopTask", times: 3, do: { error: "ThrottlingException", message: "Rate exceeded" } });
@@ -491,7 +497,7 @@ describe.concurrent("cleanup", () => {
     return { stage: "cleanup", finished };
   });
 
-  faultTest("cleanup is killed before StopTask works; sweep follows at once", async (scene) => {
+  faultTest("sweep stops a task at once after its cleanup is killed", async (scene) => {
     const { aws } = scene.world;
     await prepared(scene);
     const held = aws.inject({ operation: "StopTask", times: Number.POSITIVE_INFINITY, do: { holdUntil: forever } });
@@ -500,14 +506,14 @@ describe.concurrent("cleanup", () => {
     cleaning.process.kill("SIGKILL");
     const finished = await cleaning.finished;
     held.remove();
-    // The deadline of the task itself is hours away, but its job is over.
+    // The task's deadline is hours away, but cleanup has marked it in the record.
     const swept = await scene.begin("sweep").finished;
     ended(swept, 0);
     expect(aws.running()).toEqual([]);
     return { stage: "cleanup", finished };
   });
 
-  faultTest("the disk of the records becomes read-only while a job runs", async (scene) => {
+  faultTest("cleanup stops the task when the disk of its record becomes read-only", async (scene) => {
     const path = directory();
     const mount = (...args: string[]) => spawnSync("mount", [...args, path], { stdio: "ignore" }).status === 0;
     if (!mount("-t", "tmpfs", "-o", "size=1m", "tmpfs")) throw new SkipFault("mount(8) is not permitted");
@@ -532,8 +538,8 @@ describe.concurrent("cleanup", () => {
   const damages: [what: string, damage: (path: string) => void, right?: { code: number; keepsRecord: boolean }][] = [
     ["is missing", (path) => fs.rmSync(path)],
     ["is empty", (path) => fs.truncateSync(path, 0)],
-    ["is cut off after its task's name", (path) => fs.truncateSync(path, 160)],
-    ["is cut off before its task's name", (path) => fs.truncateSync(path, 20)],
+    ["is cut off after the task's name", (path) => fs.truncateSync(path, 160)],
+    ["is cut off before the task's name", (path) => fs.truncateSync(path, 20)],
     [
       "is of a newer version",
       (path) => {
@@ -542,15 +548,15 @@ describe.concurrent("cleanup", () => {
       },
     ],
     [
-      "cannot be read: a directory stands in its place",
+      "is a directory",
       (path) => {
         fs.rmSync(path);
         fs.mkdirSync(path);
       },
       { code: 2, keepsRecord: true },
     ],
-    ["may be read by others", (path) => fs.chmodSync(path, 0o644)],
-    ["may be written by others", (path) => fs.chmodSync(path, 0o666)],
+    ["is readable by others", (path) => fs.chmodSync(path, 0o644)],
+    ["is writable by others", (path) => fs.chmodSync(path, 0o666)],
     [
       "belongs to another user",
       (path) => {
@@ -560,9 +566,9 @@ describe.concurrent("cleanup", () => {
     ],
   ];
   for (const [what, damage, right = { code: 0, keepsRecord: false }] of damages)
-    faultTest(`the record ${what}`, async (scene) => {
+    faultTest(`cleanup stops the task when its record ${what}`, async (scene) => {
       await prepared(scene);
-      wholeRun.ownFile(scene.record); // what the test makes of it is no fault of the driver's
+      wholeRun.ownFile(scene.record); // the test damages it, so its content is not the driver's
       damage(scene.record);
       const finished = await scene.stage("cleanup");
       expect(finished).toMatchObject({ code: right.code });
@@ -576,7 +582,7 @@ describe.concurrent("cleanup", () => {
     ["a copy of", (path: string, other: string) => fs.copyFileSync(other, path)],
     ["the same file as", (path: string, other: string) => fs.linkSync(other, path)],
   ] as const)
-    faultTest(`the record has become ${what} another job's, which runs`, async (scene) => {
+    faultTest(`run refuses a record that is ${what} a running job's`, async (scene) => {
       const arn = await prepared(scene);
       const response = join(directory(), "response.json");
       const { id, ...rest } = JSON.parse(fs.readFileSync(scene.env.JOB_RESPONSE_FILE as string, "utf8"));
@@ -590,7 +596,7 @@ describe.concurrent("cleanup", () => {
       ended(run, 2);
       expect(run.stdout.toString()).toBe("");
       ended(await scene.stage("cleanup"), 0);
-      // Its own task is found by its name and stopped; the other's runs on, and its record is whole.
+      // cleanup finds its own task by its startedBy. The other job's task and record are untouched.
       expect(scene.world.aws.running().map(({ taskArn }) => taskArn)).not.toContain(arn);
       expect(scene.world.aws.running()).toHaveLength(1);
       ended(await scene.begin("run", { script: "true", env }).finished, 0);
@@ -598,22 +604,19 @@ describe.concurrent("cleanup", () => {
       return { stage: "run", finished: run };
     });
 
-  faultTest(
-    "the record may be written by others, and the configuration names another cluster by now",
-    async (scene) => {
-      await prepared(scene);
-      wholeRun.ownFile(scene.record);
-      fs.chmodSync(scene.record, 0o660);
-      scene.configure({ Fargate: { Cluster: "bare-cluster" } });
-      const finished = await scene.stage("cleanup");
-      ended(finished, 0);
-      // What it says counts once ECS has said the same.
-      expect(scene.world.aws.running()).toEqual([]);
-      scene.configure();
-      return { stage: "cleanup", finished };
-    },
-  );
-  faultTest("anybody may write to the directory for records", async (scene) => {
+  faultTest("cleanup stops a task in a cluster that only a writable record names", async (scene) => {
+    await prepared(scene);
+    wholeRun.ownFile(scene.record);
+    fs.chmodSync(scene.record, 0o660);
+    scene.configure({ Fargate: { Cluster: "bare-cluster" } });
+    const finished = await scene.stage("cleanup");
+    ended(finished, 0);
+    // The task in the damaged record counts, because ECS confirms that it is this job's.
+    expect(scene.world.aws.running()).toEqual([]);
+    scene.configure();
+    return { stage: "cleanup", finished };
+  });
+  faultTest("prepare refuses a directory for records that anybody may write to", async (scene) => {
     fs.mkdirSync(scene.world.records);
     fs.chmodSync(scene.world.records, 0o777);
     const refused = await scene.stage("prepare");
@@ -622,12 +625,12 @@ describe.concurrent("cleanup", () => {
     ended(await scene.stage("sweep"), 2);
     fs.chmodSync(scene.world.records, 0o700);
     await prepared(scene);
-    // What is there by then is not run in, but it is stopped.
+    // An existing task gets no more scripts, but cleanup still stops it.
     fs.chmodSync(scene.world.records, 0o777);
     ended(await scene.run("echo never"), 2);
     return { stage: "prepare", finished: refused };
   });
-  faultTest("the group may write to the directory for records", async (scene) => {
+  faultTest("prepare warns of a directory for records that the group may write to", async (scene) => {
     fs.mkdirSync(scene.world.records);
     fs.chmodSync(scene.world.records, 0o770);
     const finished = await scene.stage("prepare");
@@ -635,7 +638,8 @@ describe.concurrent("cleanup", () => {
     ended(await scene.run("true"), 0);
     return { stage: "prepare", finished, says: /warning: TaskMetadata/ };
   });
-  faultTest("the directory for records is shared by all users, as /tmp is", async (scene) => {
+  // World-writable with the sticky bit, like /tmp.
+  faultTest("prepare warns of a directory for records that all users share", async (scene) => {
     fs.mkdirSync(scene.world.records);
     fs.chmodSync(scene.world.records, 0o1777);
     scene.configure({ TaskMetadata: { Directory: `${scene.world.records}/` } });
@@ -646,7 +650,7 @@ describe.concurrent("cleanup", () => {
     return { stage: "prepare", finished, says: /warning: / };
   });
 
-  faultTest("the task has stopped before cleanup", async (scene) => {
+  faultTest("cleanup succeeds when the task has already stopped", async (scene) => {
     const arn = await prepared(scene);
     await scene.world.aws.stopTask(arn, { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" });
     const finished = await scene.stage("cleanup");
@@ -654,7 +658,7 @@ describe.concurrent("cleanup", () => {
     return { stage: "cleanup", finished };
   });
 
-  faultTest("the task is not known any more", async (scene) => {
+  faultTest("cleanup succeeds when ECS no longer knows the task", async (scene) => {
     await prepared(scene);
     const unknown = "arn:aws:ecs:us-east-2:123456789012:task/test-cluster/00000000000000000000000000000000";
     const record = readRecord(scene.record) as TaskRecord;
@@ -662,23 +666,23 @@ describe.concurrent("cleanup", () => {
     const finished = await scene.stage("cleanup");
     ended(finished, 0);
     expect(filesLeft(scene.world)).toEqual([]);
-    // The real one, which the record does not name, is none of this test.
+    // The job's real task, which the damaged record does not name, would otherwise be left.
     await scene.world.aws.stopTask(record.TaskARN, { stopCode: "UserInitiated", stoppedReason: "test over" });
     return { stage: "cleanup", finished };
   });
 
   for (const step of steps)
     faultTest(
-      `cleanup comes at the same time as prepare, which is ${step.name}`,
+      `cleanup ends a live prepare ${step.name}`,
       async (scene) => {
         const { aws } = scene.world;
-        aws.timing.sshDelay = 600_000; // no login works before cleanup has done its work
+        aws.timing.sshDelay = 600_000; // no login succeeds before cleanup is done
         if (step.options?.holdFirstCommand) aws.timing.sshDelay = 100;
         const { prepare, release } = await step.hold(scene);
         scene.configure({ top: { LogLevel: "debug" } });
         const begun = scene.begin("cleanup");
         const cleaning = begun.finished;
-        await begun.shows("prepare still runs"); // then prepare goes on
+        await begun.shows("prepare is still running"); // only now may prepare go on
         await release?.();
         const finished = await prepare.finished;
         const cleaned = await cleaning;
@@ -690,7 +694,7 @@ describe.concurrent("cleanup", () => {
       step.options,
     );
 
-  faultTest("cleanup comes at the same time as prepare, and ListTasks is not permitted", async (scene) => {
+  faultTest("cleanup ends a live prepare when ListTasks is not permitted", async (scene) => {
     const { aws } = scene.world;
     aws.permissions = new Set(["ecs:RunTask", "ecs:StopTask", "ecs:DescribeTasks", "iam:PassRole"]);
     aws.timing.sshDelay = 600_000;
@@ -698,17 +702,17 @@ describe.concurrent("cleanup", () => {
     await aws.waitFor(() => aws.running().length === 1);
     scene.configure({ top: { LogLevel: "debug" } });
     const cleaning = scene.begin("cleanup");
-    await cleaning.shows("prepare still runs");
+    await cleaning.shows("prepare is still running");
     ended(await prepare.finished, 2);
     const finished = await cleaning.finished;
     ended(finished, 0);
-    expect(finished.stderr.match(/could not be looked up/g)).toHaveLength(1);
+    expect(finished.stderr.match(/cannot check whether a task/g)).toHaveLength(1);
     expect(aws.running()).toEqual([]);
-    return { stage: "cleanup", finished, says: /could not be looked up/ };
+    return { stage: "cleanup", finished, says: /cannot check whether a task/ };
   });
 
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    faultTest(`cleanup gets ${signal} while StopTask is under way`, async (scene) => {
+    faultTest(`cleanup stops the task despite ${signal} during StopTask`, async (scene) => {
       await prepared(scene);
       const held = Promise.withResolvers<void>();
       scene.world.aws.inject({ operation: "StopTask", do: { holdUntil: held.promise } });
@@ -721,7 +725,7 @@ describe.concurrent("cleanup", () => {
       expect(scene.world.aws.running()).toEqual([]);
       return { stage: "cleanup", finished };
     });
-    faultTest(`cleanup gets ${signal} while it looks for a task`, async (scene) => {
+    faultTest(`cleanup stops the task despite ${signal} during ListTasks`, async (scene) => {
       const { aws } = scene.world;
       await prepared(scene);
       fs.rmSync(scene.record);
@@ -739,9 +743,9 @@ describe.concurrent("cleanup", () => {
   }
 });
 
-describe.concurrent("a script's output outlives its shell", () => {
+describe.concurrent("late output", () => {
   faultTest(
-    "a filter of a script's output writes 3 s after the script has failed",
+    "run waits for a filter that writes 3 s after the script has failed",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const finished = await scene.run("exec > >(sleep 3; sort) 2>&1; echo b; echo a >&2; exit 3");
@@ -753,7 +757,7 @@ describe.concurrent("a script's output outlives its shell", () => {
     { container: true },
   );
   faultTest(
-    "a filter of a script's output writes 3 s after the script has failed, and no further command begins meanwhile",
+    "run waits for a late filter when it can begin no further command",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const finished = await scene.run("exec > >(sleep 3; sort) 2>&1; echo b; echo a >&2; exit 3");
@@ -761,11 +765,11 @@ describe.concurrent("a script's output outlives its shell", () => {
       expect(finished.stdout.toString()).toBe("a\nb\n");
       return { stage: "run", finished };
     },
-    // The question what holds the channel open.
+    // The driver's command that looks for the processes holding the channel.
     { misbehaviour: { holdExec: (command) => (command.includes("/fd/[0-2]") ? forever : undefined) } },
   );
   faultTest(
-    "a process in the background goes on writing to the job's output after its stage",
+    "run ends while a background process still writes to the job's output",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const writer = "while echo line; do date +%N >/root/wrote; sleep 0.1; done & echo $! >/root/pid";
@@ -780,19 +784,19 @@ describe.concurrent("a script's output outlives its shell", () => {
   );
 });
 
-/** A line of .bashrc. */
+/** A .bashrc that breaks PATH, exec and kill. */
 const BREAKS_PATH_AND_EXEC =
   "PATH=/nowhere; exec() { echo meddled; }; shopt -s expand_aliases; alias exec=:; kill() { :; }; export -f kill";
 
-describe.concurrent("run gets a signal", () => {
-  faultTest("the runner writes scripts for PowerShell", async (scene) => {
+describe.concurrent("interrupted run", () => {
+  faultTest("run refuses a script for PowerShell", async (scene) => {
     ended(await scene.stage("prepare"), 0);
     const finished = await scene.run("& {\r\n\r\n$ErrorActionPreference = 'Stop'\r\n");
     ended(finished, 2);
     return { stage: "run", finished };
   });
 
-  faultTest("the runner has died, its run goes on, and the job's deadline comes", async (scene) => {
+  faultTest("run ends at the job's deadline after the runner has died", async (scene) => {
     ended(await scene.stage("prepare"), 0);
     const record = readRecord(scene.record) as TaskRecord;
     writeRecord(scene.record, { ...record, Deadline: Math.floor(Date.now() / 1000) });
@@ -802,7 +806,7 @@ describe.concurrent("run gets a signal", () => {
   });
 
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    faultTest(`run gets ${signal} while it connects`, async (scene) => {
+    faultTest(`run ends on ${signal} while it connects`, async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const { ContainerIP: host } = readRecord(scene.record) as TaskRecord;
       const proxy = await startProxy({ host, port: scene.world.sshPort }, { host });
@@ -817,9 +821,9 @@ describe.concurrent("run gets a signal", () => {
       scene.configure();
       return { stage: "run", finished };
     });
-    faultTest(`run gets ${signal} while its script runs`, async (scene) => {
+    faultTest(`run ends its script on ${signal}`, async (scene) => {
       ended(await scene.stage("prepare"), 0);
-      const mark = `600.${process.pid}${signal.length}`; // a duration that nobody else sleeps
+      const mark = `600.${process.pid}${signal.length}`; // a duration that no other process uses
       const run = scene.begin("run", { script: `echo running; sleep ${mark}; echo never` });
       await run.shows("running");
       run.process.kill(signal);
@@ -834,14 +838,14 @@ describe.concurrent("run gets a signal", () => {
 
   /** The output of a script's trap must arrive, none of its processes may be left, and after_script must work. */
   const releasesLock = async (scene: Scene, trap: string) => {
-    const mark = `600.${process.pid}${faultJobs}`;
+    const mark = `600.${process.pid}${nextJobId}`;
     const script = `PATH=/usr/bin:/bin; trap '${trap}' TERM; echo running; sleep ${mark} & wait; echo never`;
     const run = scene.begin("run", { script });
     await run.shows("running");
     run.process.kill("SIGTERM");
     const finished = await run.finished;
     expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("running\nreleased\n") });
-    expect(finished.stderr).not.toContain("may still run");
+    expect(finished.stderr).not.toContain("may still be running");
     const [task] = scene.world.aws.running();
     const still = await task?.host?.exec(`cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c '^${mark}$'`);
     expect(still?.output.trim()).toBe("0");
@@ -850,11 +854,11 @@ describe.concurrent("run gets a signal", () => {
     return { stage: "run", finished };
   };
   for (const [what, container] of [
-    ["the task's SSH server is dropbear, under which a script's shell does not lead its session", DROPBEAR],
-    ["the task's SSH server opens one channel a connection (MaxSessions 1)", ONE_SESSION],
+    ["dropbear", DROPBEAR], // where a script's shell does not lead its session
+    ["an sshd with MaxSessions 1", ONE_SESSION], // one channel per connection
   ] as const)
     faultTest(
-      `run gets SIGTERM; ${what}`,
+      `run ends its script on SIGTERM under ${what}`,
       async (scene) => {
         ended(await scene.stage("prepare"), 0);
         return releasesLock(scene, "echo released; exit 1");
@@ -862,7 +866,7 @@ describe.concurrent("run gets a signal", () => {
       { container },
     );
   faultTest(
-    "run gets SIGTERM; a .bashrc takes 4 s, and the script's trap 8 s",
+    "run ends its script on SIGTERM with a .bashrc of 4 s and a trap of 8 s",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const [task] = scene.world.aws.running();
@@ -872,10 +876,10 @@ describe.concurrent("run gets a signal", () => {
     { container: true },
   );
   faultTest(
-    "run gets SIGTERM; CancelGracePeriod is 0 and the script ignores SIGTERM",
+    "run ends a script that ignores SIGTERM when CancelGracePeriod is 0",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
-      const mark = `600.${process.pid}0${faultJobs}`;
+      const mark = `600.${process.pid}0${nextJobId}`;
       const run = scene.begin("run", { script: `trap '' TERM; echo running; while :; do sleep ${mark}; done` });
       await run.shows("running");
       run.process.kill("SIGTERM");
@@ -889,7 +893,7 @@ describe.concurrent("run gets a signal", () => {
     { changes: { SSH: { CancelGracePeriod: 0 } } },
   );
   faultTest(
-    "run gets SIGTERM; a .bashrc breaks PATH and replaces exec",
+    "run ends its script on SIGTERM when .bashrc breaks PATH and replaces exec",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const [task] = scene.world.aws.running();
@@ -906,7 +910,7 @@ describe.concurrent("sweep", () => {
     return { ...finished, report: args.includes("--json") ? (JSON.parse(`${finished.stdout}`) as SweepReport) : null };
   };
   const managerOf = (scene: Scene) => scene.world.aws.callsTo("RunTask")[0]?.input.startedBy?.split("-")[1] as string;
-  /** Makes a task look older than it is, to the driver: AWS's times are its only clock. */
+  /** Makes tasks look older: the driver takes their age from AWS's createdAt. */
   const age = (scene: Scene, seconds: number) => {
     for (const task of scene.world.aws.tasks()) (task as { createdAt: number }).createdAt -= seconds * 1000;
   };
@@ -919,13 +923,13 @@ describe.concurrent("sweep", () => {
     ended(await scene.stage("prepare"), 0);
     return scene.world.aws.running()[0]?.taskArn as string;
   };
-  /** A record becomes as old as it would be after so many seconds. */
+  /** Makes a record this many seconds old. */
   const ageRecord = (path: string, seconds: number, changes: Partial<TaskRecord> = {}) => {
     const record = readRecord(path) as TaskRecord;
     writeRecord(path, { ...record, UpdatedAt: Math.floor(Date.now() / 1000 - seconds), ...changes });
   };
 
-  faultTest("the records are lost while a task runs; sweep, 10 minutes later", async (scene) => {
+  faultTest("sweep stops a task without a record after 10 minutes", async (scene) => {
     const arn = await prepared(scene);
     fs.rmSync(scene.record);
     const early = await sweeping(scene, "--json");
@@ -942,7 +946,7 @@ describe.concurrent("sweep", () => {
     expect(scene.world.aws.running()).toEqual([]);
     const lines = finished.stdout.toString().trimEnd().split("\n");
     expect(lines[0]).toMatch(`${arn} stopped: its record is gone; created 20`);
-    expect(lines[1]).toBe("tasks: 1 stopped, 0 left alone; records: 0 removed; problems: 0");
+    expect(lines[1]).toBe("tasks: 1 stopped, 0 left running; records: 0 removed; problems: 0");
     const stop = scene.world.aws.callsTo("StopTask").at(-1);
     expect(stop?.input.reason).toBe("fargate sweep: its record is gone");
     return {
@@ -952,14 +956,14 @@ describe.concurrent("sweep", () => {
     };
   });
 
-  faultTest("the runner's host dies with its directory; sweep on another host, past the deadline", async (scene) => {
+  faultTest("sweep stops a task of another host past its deadline", async (scene) => {
     const arn = await prepared(scene);
     const manager = managerOf(scene);
     fs.rmSync(scene.world.records, { recursive: true });
     age(scene, 100_000);
     const early = await sweeping(scene, "--json");
     expect(early).toMatchObject({ code: 0, report: { stopped: [], left: [{ taskArn: arn }] } });
-    // An operator who knows that the host is gone need not wait for the deadline.
+    // With --manager, the operator need not wait for the deadline.
     const known = await sweeping(scene, "--manager", manager, "--dry-run", "--json");
     expect(known).toMatchObject({ code: 0, report: { stopped: [{ taskArn: arn, why: "its record is gone" }] } });
     deadlineIn(scene, -1);
@@ -968,7 +972,7 @@ describe.concurrent("sweep", () => {
     return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /past its deadline/ };
   });
 
-  faultTest("a task without a readable deadline is older than MaxTaskAge; sweep", async (scene) => {
+  faultTest("sweep stops a task without a readable deadline after MaxTaskAge", async (scene) => {
     await prepared(scene);
     const record = fs.readFileSync(scene.record);
     fs.rmSync(scene.world.records, { recursive: true });
@@ -982,10 +986,10 @@ describe.concurrent("sweep", () => {
     return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /past its deadline/ };
   });
 
-  faultTest("sweep while jobs run, and beside tasks that are none of its business", async (scene) => {
+  faultTest("sweep leaves running jobs and foreign tasks alone", async (scene) => {
     const { aws } = scene.world;
     const arn = await prepared(scene);
-    // Somebody else's tasks: of no driver, and of another manager whose deadline has not come.
+    // Tasks that sweep must not stop: of other programs, and of another manager before their deadline.
     const client = new ECSClient({
       region: "us-east-2",
       endpoint: aws.url,
@@ -1016,36 +1020,33 @@ describe.concurrent("sweep", () => {
     return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() } };
   });
 
-  faultTest(
-    "a job past its deadline that a run still works on; sweep leaves it, and takes it when the run is gone",
-    async (scene) => {
-      const { aws } = scene.world;
-      await prepared(scene);
-      const run = scene.begin("run", { script: "echo running; sleep 600" });
-      await run.shows("running");
-      deadlineIn(scene, -1);
-      ageRecord(scene.record, 7_200, { Deadline: 1 });
-      expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { stopped: [], removedRecords: [] } });
-      expect(aws.running()).toHaveLength(1);
-      run.process.kill("SIGKILL");
-      await run.finished;
-      const finished = await sweeping(scene, "--json");
-      expect(finished.report).toMatchObject({ stopped: [{ why: "it is past its deadline" }] });
-      expect(aws.running()).toEqual([]);
-      // In the same sweep, or as soon as the task is on its way down, the record goes as well.
-      expect(filesLeft(scene.world)).toEqual([]);
-      return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /./ };
-    },
-  );
+  faultTest("sweep leaves a job past its deadline until its run is gone", async (scene) => {
+    const { aws } = scene.world;
+    await prepared(scene);
+    const run = scene.begin("run", { script: "echo running; sleep 600" });
+    await run.shows("running");
+    deadlineIn(scene, -1);
+    ageRecord(scene.record, 7_200, { Deadline: 1 });
+    expect(await sweeping(scene, "--json")).toMatchObject({ code: 0, report: { stopped: [], removedRecords: [] } });
+    expect(aws.running()).toHaveLength(1);
+    run.process.kill("SIGKILL");
+    await run.finished;
+    const finished = await sweeping(scene, "--json");
+    expect(finished.report).toMatchObject({ stopped: [{ why: "it is past its deadline" }] });
+    expect(aws.running()).toEqual([]);
+    // The same sweep removes the record.
+    expect(filesLeft(scene.world)).toEqual([]);
+    return { stage: "sweep", finished: { ...finished, stderr: finished.stdout.toString() }, says: /./ };
+  });
 
-  /** Makes every lock and record that many seconds old, as a clock that is set forward does. */
+  /** Makes all locks and records this many seconds old, as if the clock had been set forward. */
   const idle = (scene: Scene, seconds: number) => {
     const then = Date.now() / 1000 - seconds;
     for (const name of filesLeft(scene.world)) fs.utimesSync(join(scene.world.records, name), then, then);
   };
   const report = (finished: Finished) => ({ ...finished, stderr: finished.stdout.toString() });
   const untouched = { code: 0, report: { stopped: [], removedRecords: [], problems: [] } };
-  /** Runs a script in a PID namespace of its own, as in another container that has the same directory of records. */
+  /** Runs a script in a new PID namespace, like a driver in another container with the same directory of records. */
   const runElsewhere = (scene: Scene, script: string) => {
     const file = join(directory(), "script");
     fs.writeFileSync(file, script);
@@ -1056,41 +1057,38 @@ describe.concurrent("sweep", () => {
     return start([...elsewhere, ...run], { env: scene.env });
   };
 
-  faultTest(
-    "the process that plays the runner is killed (SIGKILL) during a script; sweep stops its task, and no other's",
-    async (scene) => {
-      const { aws } = scene.world;
-      const other = await prepared(scene);
-      const lasting = scene.begin("run", { script: "echo running; sleep 600" });
-      await lasting.shows("running");
-      const second = makeScene(scene.world, {}, forever);
-      ended(await second.stage("prepare"), 0);
-      const killed = aws.running().find(({ taskArn }) => taskArn !== other)?.taskArn;
-      const script = join(directory(), "script");
-      fs.writeFileSync(script, "echo begun; sleep 600");
-      const run = [driver, "--config", second.config, "custom", "run", script, "build_script"];
-      const runner = start(["sh", "-c", '"$@"; exit', "sh", ...run], { env: second.env });
-      await runner.shows("begun");
-      runner.process.kill("SIGKILL");
-      // Its output ends when the driver's process has ended, too.
-      expect((await runner.finished).stderr).toContain("the process that started this stage has ended");
-      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
-      idle(scene, 901);
-      const finished = await sweeping(scene, "--json");
-      expect(finished).toMatchObject({
-        code: 0,
-        report: { stopped: [{ taskArn: killed, why: "its job is abandoned" }] },
-      });
-      expect(aws.running().map(({ taskArn }) => taskArn)).toEqual([other]);
-      lasting.process.kill("SIGTERM");
-      await lasting.finished;
-      ended(await second.stage("cleanup"), 0);
-      return { stage: "sweep", finished: { ...finished, stderr: `${finished.report?.stopped[0]?.why}` } };
-    },
-  );
+  faultTest("sweep stops only the task of a runner that is killed during a script", async (scene) => {
+    const { aws } = scene.world;
+    const other = await prepared(scene);
+    const lasting = scene.begin("run", { script: "echo running; sleep 600" });
+    await lasting.shows("running");
+    const second = makeScene(scene.world, {}, forever);
+    ended(await second.stage("prepare"), 0);
+    const killed = aws.running().find(({ taskArn }) => taskArn !== other)?.taskArn;
+    const script = join(directory(), "script");
+    fs.writeFileSync(script, "echo begun; sleep 600");
+    const run = [driver, "--config", second.config, "custom", "run", script, "build_script"];
+    const runner = start(["sh", "-c", '"$@"; exit', "sh", ...run], { env: second.env });
+    await runner.shows("begun");
+    runner.process.kill("SIGKILL");
+    // `finished` also waits for the driver, which holds the same output.
+    expect((await runner.finished).stderr).toContain("the process that started this stage has ended");
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, 901);
+    const finished = await sweeping(scene, "--json");
+    expect(finished).toMatchObject({
+      code: 0,
+      report: { stopped: [{ taskArn: killed, why: "its job is abandoned" }] },
+    });
+    expect(aws.running().map(({ taskArn }) => taskArn)).toEqual([other]);
+    lasting.process.kill("SIGTERM");
+    await lasting.finished;
+    ended(await second.stage("cleanup"), 0);
+    return { stage: "sweep", finished: { ...finished, stderr: `${finished.report?.stopped[0]?.why}` } };
+  });
 
-  faultTest("a runner dies between two stages; sweep, AbandonedAfter later", async (scene) => {
-    // Shorter than the time since this machine has booted, which counts as well.
+  faultTest("sweep waits for AbandonedAfter when a runner dies between two stages", async (scene) => {
+    // Must be shorter than this machine's uptime, which also limits it.
     scene.configure({ Fargate: { AbandonedAfter: 60 } });
     const arn = await prepared(scene);
     ended(await scene.run("true"), 0);
@@ -1110,81 +1108,72 @@ describe.concurrent("sweep", () => {
     return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
   });
 
-  faultTest(
-    "a run is killed long after the stage before it; sweep waits for AbandonedAfter from its end",
-    async (scene) => {
-      scene.configure({ Fargate: { AbandonedAfter: 60 } });
-      await prepared(scene);
-      const run = scene.begin("run", { script: "echo running; sleep 600" });
-      await run.shows("running");
-      idle(scene, 1_800);
-      const [lock = ""] = filesLeft(scene.world).filter((name) => name.endsWith(".lock"));
-      run.process.kill("SIGKILL");
-      await run.finished;
-      const touched = (ago: number) => {
-        const then = Date.now() / 1000 - ago;
-        fs.utimesSync(join(scene.world.records, lock), then, then);
-      };
-      touched(50);
-      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
-      touched(61);
-      const finished = await sweeping(scene);
-      expect(scene.world.aws.running()).toEqual([]);
-      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
-    },
-  );
+  faultTest("sweep counts AbandonedAfter from the end of a run that is killed", async (scene) => {
+    scene.configure({ Fargate: { AbandonedAfter: 60 } });
+    await prepared(scene);
+    const run = scene.begin("run", { script: "echo running; sleep 600" });
+    await run.shows("running");
+    idle(scene, 1_800);
+    const [lock = ""] = filesLeft(scene.world).filter((name) => name.endsWith(".lock"));
+    run.process.kill("SIGKILL");
+    await run.finished;
+    const touched = (ago: number) => {
+      const then = Date.now() / 1000 - ago;
+      fs.utimesSync(join(scene.world.records, lock), then, then);
+    };
+    touched(50);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    touched(61);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
 
-  faultTest(
-    "a stage fails long after the one before it; sweep waits for AbandonedAfter from its end",
-    async (scene) => {
+  faultTest("sweep counts AbandonedAfter from the end of a stage that fails", async (scene) => {
+    await prepared(scene);
+    const run = scene.begin("run", { script: "echo running; sleep 600" });
+    await run.shows("running");
+    const then = Date.now() / 1000 - 1_800;
+    fs.utimesSync(scene.record, then, then); // when the previous stage ended
+    run.process.kill("SIGTERM");
+    ended(await run.finished, 2);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    idle(scene, 901);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
+
+  faultTest("sweep leaves a running job that can make no lock on a full disk", async (scene) => {
+    const path = directory();
+    const mount = ["-t", "tmpfs", "-o", "size=1m,nr_inodes=20,mode=0700", "tmpfs", path];
+    if (spawnSync("mount", mount, { stdio: "ignore" }).status !== 0) throw new SkipFault("mount(8) is not permitted");
+    try {
+      scene.configure({ TaskMetadata: { Directory: path } });
       await prepared(scene);
+      expect(() => {
+        for (let count = 0; count < 100; count++) fs.writeFileSync(join(path, `full-${count}`), "");
+      }).toThrow("ENOSPC");
       const run = scene.begin("run", { script: "echo running; sleep 600" });
       await run.shows("running");
+      expect(fs.readdirSync(path).filter((name) => name.endsWith(".lock"))).toEqual([]);
       const then = Date.now() / 1000 - 1_800;
-      fs.utimesSync(scene.record, then, then); // as old as the end of the stage before
-      run.process.kill("SIGTERM");
-      ended(await run.finished, 2);
-      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
-      idle(scene, 901);
+      fs.utimesSync(join(path, basename(scene.record)), then, then);
       const finished = await sweeping(scene);
-      expect(scene.world.aws.running()).toEqual([]);
-      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
-    },
-  );
+      ended(finished, 2);
+      expect(scene.world.aws.running()).toHaveLength(1);
+      run.process.kill("SIGTERM");
+      await run.finished;
+      ended(await scene.stage("cleanup"), 0);
+      scene.configure();
+      const stderr = finished.stderr.replaceAll(path, "...").replace(/, open '[^']*'/, "");
+      return { stage: "sweep", finished: { ...finished, stderr } };
+    } finally {
+      spawnSync("umount", [path]);
+    }
+  });
 
-  faultTest(
-    "no lock can be made, because the disk of the records is full; sweep leaves the running job",
-    async (scene) => {
-      const path = directory();
-      const mount = ["-t", "tmpfs", "-o", "size=1m,nr_inodes=20,mode=0700", "tmpfs", path];
-      if (spawnSync("mount", mount, { stdio: "ignore" }).status !== 0) throw new SkipFault("mount(8) is not permitted");
-      try {
-        scene.configure({ TaskMetadata: { Directory: path } });
-        await prepared(scene);
-        expect(() => {
-          for (let count = 0; count < 100; count++) fs.writeFileSync(join(path, `full-${count}`), "");
-        }).toThrow("ENOSPC");
-        const run = scene.begin("run", { script: "echo running; sleep 600" });
-        await run.shows("running");
-        expect(fs.readdirSync(path).filter((name) => name.endsWith(".lock"))).toEqual([]);
-        const then = Date.now() / 1000 - 1_800;
-        fs.utimesSync(join(path, basename(scene.record)), then, then);
-        const finished = await sweeping(scene);
-        ended(finished, 2);
-        expect(scene.world.aws.running()).toHaveLength(1);
-        run.process.kill("SIGTERM");
-        await run.finished;
-        ended(await scene.stage("cleanup"), 0);
-        scene.configure();
-        const stderr = finished.stderr.replaceAll(path, "...").replace(/, open '[^']*'/, "");
-        return { stage: "sweep", finished: { ...finished, stderr } };
-      } finally {
-        spawnSync("umount", [path]);
-      }
-    },
-  );
-
-  faultTest("a lock is touched by a clock that is an hour behind sweep's; sweep leaves its job", async (scene) => {
+  faultTest("sweep leaves a job whose lock is touched by a clock an hour behind", async (scene) => {
     await prepared(scene);
     const lock = join(scene.world.records, `${basename(scene.record, ".json")}.run.17.123.0123456789.lock`);
     fs.writeFileSync(lock, "", { mode: 0o600 });
@@ -1201,7 +1190,7 @@ describe.concurrent("sweep", () => {
     }
   });
 
-  faultTest("the host is booted anew in the middle of a job; sweep need not wait", async (scene) => {
+  faultTest("sweep stops a task at once after a reboot in the middle of its job", async (scene) => {
     scene.configure({ Fargate: { AbandonedAfter: 604_800 } });
     await prepared(scene);
     const lock = `${basename(scene.record, ".json")}.run.4711.123.0123456789.lock`;
@@ -1214,25 +1203,22 @@ describe.concurrent("sweep", () => {
     return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
   });
 
-  faultTest(
-    "the manager's container is replaced in the middle of a script; its lock does not count for ever",
-    async (scene) => {
-      await prepared(scene);
-      const run = runElsewhere(scene, "echo running; sleep 600");
-      await run.shows("running");
-      // From here its process cannot be looked at, but it touches its lock.
-      idle(scene, 1_800);
-      expect(await sweeping(scene, "--json")).toMatchObject(untouched);
-      run.process.kill("SIGKILL");
-      await run.finished;
-      idle(scene, 901);
-      const finished = await sweeping(scene);
-      expect(scene.world.aws.running()).toEqual([]);
-      return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
-    },
-  );
+  faultTest("sweep lets the lock of a replaced manager's container expire", async (scene) => {
+    await prepared(scene);
+    const run = runElsewhere(scene, "echo running; sleep 600");
+    await run.shows("running");
+    // sweep cannot see the process from here, but the process touches its lock.
+    idle(scene, 1_800);
+    expect(await sweeping(scene, "--json")).toMatchObject(untouched);
+    run.process.kill("SIGKILL");
+    await run.finished;
+    idle(scene, 901);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toEqual([]);
+    return { stage: "sweep", finished: report(finished), says: /its job is abandoned/ };
+  });
 
-  faultTest("a script prints nothing for half an hour; sweep leaves its job", async (scene) => {
+  faultTest("sweep leaves a job whose script prints nothing for half an hour", async (scene) => {
     await prepared(scene);
     const gate = join(directory(), "gate");
     execFileSync("mkfifo", [gate]);
@@ -1248,31 +1234,28 @@ describe.concurrent("sweep", () => {
     return { stage: "sweep", finished: report(finished) };
   });
 
-  faultTest(
-    "a driver process is stopped (SIGSTOP) for longer than AbandonedAfter; sweep leaves its job",
-    async (scene) => {
-      await prepared(scene);
-      const gate = join(directory(), "gate");
-      execFileSync("mkfifo", [gate]);
-      const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
-      await run.shows("running");
-      run.process.kill("SIGSTOP");
-      idle(scene, 1_800);
-      const finished = await sweeping(scene);
-      expect(scene.world.aws.running()).toHaveLength(1);
-      run.process.kill("SIGCONT");
-      fs.writeFileSync(gate, "go on\n");
-      expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
-      return { stage: "sweep", finished: report(finished) };
-    },
-  );
+  faultTest("sweep leaves a job whose process is stopped beyond AbandonedAfter", async (scene) => {
+    await prepared(scene);
+    const gate = join(directory(), "gate");
+    execFileSync("mkfifo", [gate]);
+    const run = scene.begin("run", { script: `echo running; read -r _ < ${gate}; echo done` });
+    await run.shows("running");
+    run.process.kill("SIGSTOP");
+    idle(scene, 1_800);
+    const finished = await sweeping(scene);
+    expect(scene.world.aws.running()).toHaveLength(1);
+    run.process.kill("SIGCONT");
+    fs.writeFileSync(gate, "go on\n");
+    expect(await run.finished).toMatchObject({ code: 0, stdout: Buffer.from("running\ndone\n") });
+    return { stage: "sweep", finished: report(finished) };
+  });
 
-  faultTest("the clock is set forward by an hour while a job is between two stages; sweep leaves it", async (scene) => {
+  faultTest("sweep leaves a job between two stages when the clock jumps an hour ahead", async (scene) => {
     await prepared(scene);
     idle(scene, 3_600);
     scene.configure({ top: { LogLevel: "debug" } });
     const begun = scene.begin("sweep");
-    await begun.shows("looking again");
+    await begun.shows("judging again");
     ended(await scene.run("true"), 0);
     const finished = await begun.finished;
     ended(finished, 0);
@@ -1281,7 +1264,7 @@ describe.concurrent("sweep", () => {
     return { stage: "sweep", finished: report(finished) };
   });
 
-  faultTest("records older than an hour whose tasks are gone, and what killed writers left; sweep", async (scene) => {
+  faultTest("sweep removes old records without a task and files of killed writers", async (scene) => {
     const arn = await prepared(scene);
     await scene.world.aws.stopTask(arn, { stopCode: "UserInitiated", stoppedReason: "Task stopped by user" });
     const cutOff = `${scene.record}.0123456789ab.tmp`;
@@ -1302,7 +1285,7 @@ describe.concurrent("sweep", () => {
     };
   });
 
-  faultTest("a record older than an hour whose task runs; sweep leaves both", async (scene) => {
+  faultTest("sweep leaves an old record whose task runs", async (scene) => {
     await prepared(scene);
     ageRecord(scene.record, 7_200);
     age(scene, 7_200);
@@ -1313,7 +1296,7 @@ describe.concurrent("sweep", () => {
   });
 
   faultTest(
-    "the task of a record is in another cluster than the file names by now; sweep, past the deadline",
+    "sweep stops a task past its deadline in the cluster that its record names",
     async (scene) => {
       const arn = await prepared(scene);
       expect(arn).toContain("/bare-cluster/");
@@ -1333,7 +1316,7 @@ describe.concurrent("sweep", () => {
   );
 
   faultTest(
-    "more tasks than a page of ListTasks has; sweep",
+    "sweep reads every page of ListTasks",
     async (scene) => {
       const first = await prepared(scene);
       const input = scene.world.aws.callsTo("RunTask")[0]?.input as RunTaskCommandInput;
@@ -1356,7 +1339,7 @@ describe.concurrent("sweep", () => {
     { pageSize: 2 },
   );
 
-  faultTest("StopTask is not permitted to a sweep; a later one may", async (scene) => {
+  faultTest("sweep fails when StopTask is not permitted", async (scene) => {
     const { aws } = scene.world;
     const arn = await prepared(scene);
     fs.rmSync(scene.record);
@@ -1368,14 +1351,14 @@ describe.concurrent("sweep", () => {
     });
     const finished = await sweeping(scene);
     ended(finished, 2);
-    expect(finished.stderr).toContain(`${arn} may still run`);
+    expect(finished.stderr).toContain(`${arn} may still be running`);
     denied.remove();
     expect((await sweeping(scene)).code).toBe(0);
     expect(aws.running()).toEqual([]);
     return { stage: "sweep", finished };
   });
 
-  faultTest("ListTasks is not permitted; sweep", async (scene) => {
+  faultTest("sweep fails when ListTasks is not permitted", async (scene) => {
     scene.world.aws.permissions = new Set(["ecs:RunTask"]);
     const finished = await sweeping(scene);
     expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("") });
@@ -1384,7 +1367,7 @@ describe.concurrent("sweep", () => {
   });
 
   faultTest(
-    "nobody cleans up at all: the worker image ends its container at the deadline",
+    "the worker image ends its container at the deadline when nobody cleans up",
     async (scene) => {
       const { aws } = scene.world;
       const finished = await scene.stage("prepare");
@@ -1398,12 +1381,12 @@ describe.concurrent("sweep", () => {
   );
 });
 
-describe.concurrent("RunTask is refused", () => {
+describe.concurrent("RunTask refusals", () => {
   const capacity = "Capacity is unavailable at this time. Please try again later or in a different availability zone";
-  /** AWS's answer, and what the log advises. */
+  /** AWS's answer, and the advice in the log. */
   const refusals: [what: string, fault: FaultAction, advice: RegExp][] = [
     [
-      "AccessDeniedException for ecs:RunTask",
+      "IAM refuses ecs:RunTask",
       {
         error: "AccessDeniedException",
         message:
@@ -1413,31 +1396,31 @@ describe.concurrent("RunTask is refused", () => {
       /allow ecs:RunTask in the IAM policy of the runner's host/,
     ],
     [
-      "AccessDeniedException for iam:PassRole",
+      "IAM refuses iam:PassRole",
       {
         error: "AccessDeniedException",
         message: "User: x is not authorized to perform: iam:PassRole on resource: arn:aws:iam::123456789012:role/r",
       },
       /allow iam:PassRole in the IAM policy/,
     ],
-    ["ClusterNotFoundException", { error: "ClusterNotFoundException", message: "Cluster not found." }, /check Cluster/],
+    ["the cluster is not found", { error: "ClusterNotFoundException", message: "Cluster not found." }, /check Cluster/],
     [
-      "no default strategy",
+      "the cluster has no default strategy",
       { error: "InvalidParameterException", message: "No Container Instances were found in your cluster." },
       /LaunchType = "FARGATE"/,
     ],
     [
-      "the task definition of the file is not found",
+      "the file's task definition is not found",
       { error: "ClientException", message: "TaskDefinition not found." },
       /name a task definition that is active/,
     ],
     [
-      "the task definition of the file is inactive",
+      "the file's task definition is inactive",
       { error: "InvalidParameterException", message: "TaskDefinition is inactive" },
       /name a task definition that is active/,
     ],
     [
-      "Spot without its provider on the cluster",
+      "the cluster has no provider for Spot",
       {
         error: "InvalidParameterException",
         message:
@@ -1488,7 +1471,7 @@ describe.concurrent("RunTask is refused", () => {
       /set networkMode to awsvpc/,
     ],
     [
-      "ECS Exec without a task role",
+      "ECS Exec has no task role",
       {
         error: "InvalidParameterException",
         message:
@@ -1498,7 +1481,7 @@ describe.concurrent("RunTask is refused", () => {
       /give the task definition a taskRoleArn, or set EnableExecuteCommand = false/,
     ],
     [
-      "a platform version with EC2",
+      "a platform version is set for EC2",
       {
         error: "InvalidParameterException",
         message: "The platform version must be null when specifying an EC2 launch type.",
@@ -1512,38 +1495,38 @@ describe.concurrent("RunTask is refused", () => {
     ],
   ];
   for (const [what, fault, advice] of refusals)
-    faultTest(`RunTask is refused: ${what}`, async (scene) => {
+    faultTest(`prepare fails at once when ${what}`, async (scene) => {
       scene.world.aws.inject({ operation: "RunTask", times: Number.POSITIVE_INFINITY, do: fault });
       const finished = await scene.stage("prepare");
       ended(finished, 2);
       expect(finished.stderr).toMatch(advice);
       expect(finished.stderr.trimEnd().split("\n").at(-1)).toMatch(adviceLine);
       expect(finished.stderr).not.toMatch(/\n\s+at |Error: /); // no stack
-      // It fails at once: nothing of this passes by itself.
+      // No second attempt: none of these problems is transient.
       expect(scene.world.aws.callsTo("RunTask")).toHaveLength(1);
       return { stage: "prepare", finished };
     });
 
   const passing: [what: string, fault: FaultAction, advice: RegExp][] = [
-    ["no capacity", { failures: [{ arn: "x", reason: capacity }] }, /Subnets in several zones/],
+    ["a lack of capacity", { failures: [{ arn: "x", reason: capacity }] }, /Subnets in several zones/],
     [
-      "no capacity, as an exception",
+      "an exception for a lack of capacity",
       { error: "ClientException", message: capacity },
       /FallbackCapacityProviderStrategy/,
     ],
     [
-      "the vCPU limit",
+      "hitting the vCPU limit",
       { failures: [{ reason: "You’ve reached the limit on the number of vCPUs you can run concurrently" }] },
       /higher Fargate quota/,
     ],
-    ["no network interface", { failures: [{ reason: "RESOURCE:ENI" }] }, /more free addresses/],
+    ["a lack of network interfaces", { failures: [{ reason: "RESOURCE:ENI" }] }, /more free addresses/],
     [
-      "an instance is in another zone, and one has no room",
+      "instances without room or in another zone",
       { failures: [{ reason: "LOCATION" }, { reason: "RESOURCE:CPU" }] },
-      /give the cluster's instances more room/,
+      /add instances to the cluster/,
     ],
     [
-      "the provisioning limit",
+      "hitting the provisioning limit",
       { error: "LimitExceededException", message: "Tasks provisioning capacity limit exceeded." },
       /too many tasks wait for capacity/,
     ],
@@ -1557,20 +1540,20 @@ describe.concurrent("RunTask is refused", () => {
     ],
   ];
   for (const [what, fault, advice] of passing) {
-    faultTest(`RunTask is refused for a moment: ${what}`, async (scene) => {
+    faultTest(`prepare tries again after ${what}`, async (scene) => {
       const { aws } = scene.world;
       aws.inject({ operation: "RunTask", times: 2, do: fault });
       const finished = await scene.stage("prepare");
       ended(finished, 0);
       expect(aws.tasks()).toHaveLength(1);
-      // Each was answered: another token each time, all of them in the record.
+      // Each call was answered, so each has a new token. The record has all of them.
       const tokens = aws.callsTo("RunTask").map(({ input }) => input.clientToken);
       expect(new Set(tokens).size).toBe(3);
       expect(readRecord(scene.record)?.ClientTokens).toEqual(tokens);
       return { stage: "prepare", finished, says: /trying again in/ };
     });
     faultTest(
-      `RunTask is refused until StartTimeout: ${what}`,
+      `prepare fails at StartTimeout after ${what}`,
       async (scene) => {
         const { aws } = scene.world;
         aws.inject({ operation: "RunTask", times: Number.POSITIVE_INFINITY, do: fault });
@@ -1586,7 +1569,7 @@ describe.concurrent("RunTask is refused", () => {
   }
 
   faultTest(
-    "one subnet has no capacity: the next is tried first",
+    "prepare tries the next subnet first when one has no capacity",
     async (scene) => {
       const { aws } = scene.world;
       const first = (input: { networkConfiguration?: { awsvpcConfiguration?: { subnets?: string[] | undefined } } }) =>
@@ -1610,7 +1593,7 @@ describe.concurrent("RunTask is refused", () => {
 
   const spot = [{ CapacityProvider: "FARGATE_SPOT", Weight: 1 }];
   faultTest(
-    "Spot has no capacity in any subnet: the fallback strategy is tried",
+    "prepare uses the fallback strategy when no subnet has capacity for Spot",
     async (scene) => {
       const { aws } = scene.world;
       const onSpot = (input: { capacityProviderStrategy?: { capacityProvider?: string | undefined }[] | undefined }) =>
@@ -1639,7 +1622,7 @@ describe.concurrent("RunTask is refused", () => {
     },
   );
 
-  faultTest("the job's own variable names a platform version that does not exist", async (scene) => {
+  faultTest("prepare fails the build when the job's platform version does not exist", async (scene) => {
     scene.world.aws.inject({
       operation: "RunTask",
       do: { error: "PlatformUnknownException", message: "The specified platform does not exist." },
@@ -1649,7 +1632,7 @@ describe.concurrent("RunTask is refused", () => {
     ended(finished, 11);
     return { stage: "prepare (a build failure)", finished };
   });
-  faultTest("the runner's host has no credentials", async (scene) => {
+  faultTest("prepare fails when the runner's host has no credentials", async (scene) => {
     const env = { AWS_ACCESS_KEY_ID: undefined, AWS_SECRET_ACCESS_KEY: undefined };
     const finished = await scene.stage("prepare", { env });
     ended(finished, 2);
@@ -1660,25 +1643,25 @@ describe.concurrent("RunTask is refused", () => {
 
   for (const [what, changes, says, advice] of [
     [
-      "no credentials, and a profile that only has a region",
+      "only a profile with a region",
       { AWS_CONFIG_FILE: "config", AWS_EC2_METADATA_DISABLED: "true" },
       "Could not load credentials from any providers",
-      "what to do: give the runner's host a role (a container on EC2: hop limit 2)",
+      "what to do: give the runner's host a role (in a container on EC2, with hop limit 2)",
     ],
     [
-      "no credentials, and the answers of IMDS do not reach its container (hop limit 1)",
+      "no answer from IMDS (hop limit 1)",
       { AWS_EC2_METADATA_SERVICE_ENDPOINT: "silent" },
       "Could not load credentials from any providers",
-      "what to do: give the runner's host a role (a container on EC2: hop limit 2)",
+      "what to do: give the runner's host a role (in a container on EC2, with hop limit 2)",
     ],
     [
-      "a web identity token that is not there",
+      "no file for its web identity token",
       { AWS_WEB_IDENTITY_TOKEN_FILE: "token", AWS_ROLE_ARN: "arn:aws:iam::123456789012:role/r" },
       "ENOENT",
       "",
     ],
   ] as const)
-    faultTest(`the runner's host has ${what}`, async (scene) => {
+    faultTest(`prepare fails when the runner's host has ${what}`, async (scene) => {
       const where = directory();
       fs.writeFileSync(join(where, "config"), "[default]\nregion = us-east-2\n");
       const silent = await silentServer();
@@ -1705,7 +1688,7 @@ describe.concurrent("RunTask is refused", () => {
       "the credential_process of profile broken gave no credentials",
     ],
   ] as const)
-    faultTest(`AWS_PROFILE names ${what}`, async (scene) => {
+    faultTest(`prepare fails when AWS_PROFILE names ${what}`, async (scene) => {
       const file = join(directory(), "aws-config");
       fs.writeFileSync(file, sharedConfig);
       const none = { AWS_ACCESS_KEY_ID: undefined, AWS_SECRET_ACCESS_KEY: undefined };
@@ -1719,7 +1702,7 @@ describe.concurrent("RunTask is refused", () => {
       return { stage: "prepare", finished };
     });
 
-  faultTest("IAM refuses a job's task definition whose name is one of AWS's errors", async (scene) => {
+  faultTest("prepare blames IAM when a refused task definition is named like an error", async (scene) => {
     const name = "InterfaceLimitExceeded:1";
     const message =
       "User: arn:aws:sts::123456789012:assumed-role/x/i-0 is not authorized to perform: ecs:RunTask on resource: " +
@@ -1733,19 +1716,20 @@ describe.concurrent("RunTask is refused", () => {
     return { stage: "prepare", finished };
   });
 
-  faultTest("no instance is in the zones of Subnets, for a task definition that the job has chosen", async (scene) => {
+  // Also if the job chose the task definition.
+  faultTest("prepare blames the operator when no instance is in the zones of Subnets", async (scene) => {
     const { aws } = scene.world;
     aws.inject({ operation: "RunTask", times: Infinity, do: { failures: [{ reason: "LOCATION" }] } });
     const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "test-task", BUILD_FAILURE_EXIT_CODE: "11" };
     const finished = await scene.stage("prepare", { env });
-    ended(finished, 2); // the operator's trouble, not the job's
+    ended(finished, 2); // a system failure: the operator must act
     expect(finished.stderr).toContain("what to do: add instances in the zones of Subnets");
     expect(aws.callsTo("RunTask")).toHaveLength(1);
     return { stage: "prepare", finished };
   });
 
   const notFound: FaultAction = { error: "ClientException", message: "TaskDefinition not found." };
-  faultTest("the job's own variable names a task definition that does not exist", async (scene) => {
+  faultTest("prepare fails the build when the job's task definition does not exist", async (scene) => {
     scene.world.aws.inject({ operation: "RunTask", do: notFound });
     const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "no-such:3", BUILD_FAILURE_EXIT_CODE: "11" };
     const finished = await scene.stage("prepare", { env });
@@ -1753,7 +1737,8 @@ describe.concurrent("RunTask is refused", () => {
     expect(scene.world.aws.callsTo("RunTask")).toHaveLength(1);
     return { stage: "prepare (a build failure)", finished };
   });
-  faultTest("an option names the task definition, the job another, and the option's does not exist", async (scene) => {
+  // The option overrides the job's variable.
+  faultTest("prepare blames the operator when the option's task definition does not exist", async (scene) => {
     scene.world.aws.inject({ operation: "RunTask", do: notFound });
     const finished = await scene.begin("prepare", {
       env: { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "no-such:3", BUILD_FAILURE_EXIT_CODE: "11" },
@@ -1764,7 +1749,7 @@ describe.concurrent("RunTask is refused", () => {
   });
 });
 
-describe.concurrent("the task stops", () => {
+describe.concurrent("stopped tasks", () => {
   const causes: [what: string, cause: StopCause, advice: RegExp][] = [
     [
       "its image cannot be pulled",
@@ -1795,12 +1780,20 @@ describe.concurrent("the task stops", () => {
     ],
     ...(
       [
-        ['stderr: Failed to resolve "fs-1.efs.us-east-2.amazonaws.com"', /a mount target in each zone/],
-        ["stderr: b'mount.nfs4: Connection timed out'", /allow port 2049/],
-        ["stderr: b'mount.nfs4: access denied by server while mounting fs-1'", /elasticfilesystem:ClientMount/],
+        [
+          "cannot be resolved",
+          'stderr: Failed to resolve "fs-1.efs.us-east-2.amazonaws.com"',
+          /a mount target in each zone/,
+        ],
+        ["times out", "stderr: b'mount.nfs4: Connection timed out'", /allow port 2049/],
+        [
+          "denies access",
+          "stderr: b'mount.nfs4: access denied by server while mounting fs-1'",
+          /elasticfilesystem:ClientMount/,
+        ],
       ] as const
-    ).map(([cause, advice]): [string, StopCause, RegExp] => [
-      `EFS cannot be mounted, ${cause}`,
+    ).map(([what, cause, advice]): [string, StopCause, RegExp] => [
+      `EFS ${what}`,
       {
         stopCode: "TaskFailedToStart",
         stoppedReason: `ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: ${cause}`,
@@ -1833,7 +1826,7 @@ describe.concurrent("the task stops", () => {
     ],
   ];
   for (const [what, cause, advice] of causes)
-    faultTest(`the task stops before it is ready: ${what}`, async (scene) => {
+    faultTest(`prepare fails when the task stops because ${what}`, async (scene) => {
       scene.world.aws.inject({ operation: "RunTask", do: { ends: cause } });
       const finished = await scene.stage("prepare");
       ended(finished, 2);
@@ -1843,9 +1836,9 @@ describe.concurrent("the task stops", () => {
     });
 
   for (const [what, cause] of [
-    ["no capacity", { stopCode: "TaskFailedToStart", stoppedReason: "Capacity is unavailable at this time." }],
+    ["a lack of capacity", { stopCode: "TaskFailedToStart", stoppedReason: "Capacity is unavailable at this time." }],
     [
-      "no free address in the subnet",
+      "a lack of free addresses",
       {
         stopCode: "TaskFailedToStart",
         stoppedReason:
@@ -1854,14 +1847,14 @@ describe.concurrent("the task stops", () => {
       },
     ],
     [
-      "its network interface is late",
+      "a late network interface",
       {
         stopCode: "TaskFailedToStart",
         stoppedReason: "Timeout waiting for network interface provisioning to complete.",
       },
     ],
     [
-      "its network interface cannot be configured",
+      "a broken network interface",
       {
         stopCode: "TaskFailedToStart",
         stoppedReason:
@@ -1869,9 +1862,9 @@ describe.concurrent("the task stops", () => {
           "error message",
       },
     ],
-    ["Spot takes it back", { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." }],
+    ["a Spot interruption", { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." }],
   ] as const)
-    faultTest(`the task stops before it is ready, for a cause that passes: ${what}`, async (scene) => {
+    faultTest(`prepare starts another task after one stops for ${what}`, async (scene) => {
       scene.world.aws.inject({ operation: "RunTask", do: { ends: cause } });
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -1882,7 +1875,7 @@ describe.concurrent("the task stops", () => {
     });
 
   const wait = { changes: { Fargate: { WaitForHealthy: true } } };
-  testProgram.concurrent("with WaitForHealthy prepare logs in once ECS reports the container healthy", async () => {
+  testProgram.concurrent("prepare logs in once the container is healthy with WaitForHealthy", async () => {
     const own = embeddedHosts();
     const world = await makeWorld({ hosts: own });
     try {
@@ -1905,7 +1898,7 @@ describe.concurrent("the task stops", () => {
     }
   });
   faultTest(
-    "the container becomes unhealthy, and prepare waits for its health",
+    "prepare fails when the container becomes unhealthy with WaitForHealthy",
     async (scene) => {
       const prepare = scene.begin("prepare");
       await prepare.shows("is RUNNING");
@@ -1918,7 +1911,7 @@ describe.concurrent("the task stops", () => {
     wait,
   );
   faultTest(
-    "the container has no health check, and prepare waits for its health",
+    "prepare fails when the container has no health check with WaitForHealthy",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 2);
@@ -1930,7 +1923,7 @@ describe.concurrent("the task stops", () => {
 
   const under: [what: string, cause: StopCause, advice: RegExp][] = [
     [
-      "out of memory",
+      "its container is out of memory",
       {
         stopCode: "EssentialContainerExited",
         stoppedReason: "Essential container in task exited",
@@ -1950,7 +1943,7 @@ describe.concurrent("the task stops", () => {
     [
       "Spot takes it back",
       { stopCode: "SpotInterruption", stoppedReason: "Your Spot Task was interrupted." },
-      /run it again, with on-demand capacity/,
+      /run the job again; on-demand capacity/,
     ],
     [
       "somebody stops it",
@@ -1960,7 +1953,7 @@ describe.concurrent("the task stops", () => {
   ];
   for (const [what, cause, advice] of under)
     faultTest(
-      `the task stops under a script: ${what}`,
+      `run fails when the task stops because ${what}`,
       async (scene) => {
         ended(await scene.stage("prepare"), 0);
         const run = scene.begin("run", { script: "echo running; sleep 600" });
@@ -1976,17 +1969,17 @@ describe.concurrent("the task stops", () => {
         expect(finished.stderr.trimEnd().split("\n").at(-1)).toMatch(advice);
         return { stage: "run", finished };
       },
-      // AWS needs a while from the end of the containers to STOPPED.
+      // As in AWS, some seconds pass from the end of the containers to STOPPED.
       { container: true, timing: { deprovisioning: 4_000 } },
     );
 
-  for (const [what, times, code] of [
-    ["once", 1, 0],
-    ["any more", Number.POSITIVE_INFINITY, 2],
+  for (const [name, times, code] of [
+    ["run sends its script when ECS fails to find the task once", 1, 0],
+    ["run sends no script when ECS no longer knows the task", Number.POSITIVE_INFINITY, 2],
   ] as const)
-    faultTest(`ECS does not know the task ${what}, before a script is sent to it`, async (scene) => {
+    faultTest(name, async (scene) => {
       ended(await scene.stage("prepare"), 0);
-      const before = new Date(Date.now() - 20_000); // the driver asks ECS only after some silence
+      const before = new Date(Date.now() - 20_000); // after 10 s without news of the task, the driver asks ECS
       fs.utimesSync(scene.record, before, before);
       const arn = scene.world.aws.running()[0]?.taskArn as string;
       const missing = scene.world.aws.inject({
@@ -2002,7 +1995,8 @@ describe.concurrent("the task stops", () => {
     });
 
   faultTest(
-    "a script is killed for want of memory, and the container lives on",
+    // The kernel kills only the script, not the container.
+    "run stores 137 when a script is killed for lack of memory",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const finished = await scene.run("echo running; tail /dev/zero");
@@ -2014,7 +2008,7 @@ describe.concurrent("the task stops", () => {
     { container: true, enforceMemory: true },
   );
 
-  faultTest("a script ends with 137, and ECS says that its container ran out of memory", async (scene) => {
+  faultTest("run stores 137 when a script ends because its container ran out of memory", async (scene) => {
     ended(await scene.stage("prepare"), 0);
     const { aws } = scene.world;
     const [container] = aws.running()[0]?.containers ?? [];
@@ -2032,7 +2026,7 @@ describe.concurrent("the task stops", () => {
     return { stage: "run (a build failure, 137)", finished, says: /error: .*137/ };
   });
 
-  faultTest("a script ends with 137 of its own", async (scene) => {
+  faultTest("run stores 137 when a script exits with 137", async (scene) => {
     ended(await scene.stage("prepare"), 0);
     const finished = await scene.run("exit 137");
     expect(finished).toMatchObject({ code: 1, stderr: "" });
@@ -2040,8 +2034,8 @@ describe.concurrent("the task stops", () => {
   });
 });
 
-describe.concurrent("SSH fails", () => {
-  const prepareFails = async (scene: Scene, last: RegExp, advice: RegExp): Promise<Met> => {
+describe.concurrent("SSH failures", () => {
+  const prepareFails = async (scene: Scene, last: RegExp, advice: RegExp): Promise<FaultEffect> => {
     const finished = await scene.stage("prepare");
     ended(finished, 2);
     const lines = finished.stderr.trimEnd().split("\n");
@@ -2058,13 +2052,17 @@ describe.concurrent("SSH fails", () => {
   for (const [address, last, advice] of [
     [
       "silent",
-      /no login worked within ConnectTimeout \(5 s\); .*nothing answered for \d+ s/,
-      /allow Port in the task's security group/,
+      /no login succeeded within ConnectTimeout \(5 s\); .*nothing answered for \d+ s/,
+      /let the task's security group accept Port/,
     ],
-    ["refusing", /no login worked within ConnectTimeout \(5 s\); .*ECONNREFUSED/, /the image must start an SSH server/],
+    [
+      "refusing",
+      /no login succeeded within ConnectTimeout \(5 s\); .*ECONNREFUSED/,
+      /the image must start an SSH server/,
+    ],
   ] as const)
     faultTest(
-      `the task's address is ${address}`,
+      `prepare fails at ConnectTimeout when the task's address is ${address}`,
       async (scene) => {
         scene.world.aws.inject({ operation: "RunTask", do: { address } });
         return prepareFails(scene, last, advice);
@@ -2075,7 +2073,7 @@ describe.concurrent("SSH fails", () => {
     ["silent", 8_000],
     ["refusing", 4_000],
   ] as const)
-    faultTest(`the task's address is ${address} for ${ms / 1000} s`, async (scene) => {
+    faultTest(`prepare waits for a task's address that is ${address} for ${ms / 1000} s`, async (scene) => {
       scene.world.aws.inject({ operation: "RunTask", do: { address, ms } });
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -2083,24 +2081,32 @@ describe.concurrent("SSH fails", () => {
     });
 
   faultTest(
-    "Username is not the container's",
+    "prepare fails when Username is not the container's",
     (scene) =>
-      prepareFails(scene, /refuses to let daemon in; .*the server refused the key/, /let Username in with the key/),
+      prepareFails(
+        scene,
+        /refuses the key of daemon; .*the server refused the key/,
+        /the image must install SSH_PUBLIC_KEY/,
+      ),
     { container: true, changes: { SSH: { Username: "daemon" } } },
   );
   faultTest(
-    "the container refuses the key",
+    "prepare fails when the container refuses the key",
     (scene) =>
-      prepareFails(scene, /refuses to let root in; .*the server refused the key/, /let Username in with the key/),
+      prepareFails(
+        scene,
+        /refuses the key of root; .*the server refused the key/,
+        /the image must install SSH_PUBLIC_KEY/,
+      ),
     { misbehaviour: { refuseKey: Number.POSITIVE_INFINITY } },
   );
   faultTest(
-    "the container's sshd accepts no RSA key (KeyType = rsa)",
-    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /KeyType = "ed25519"/),
+    "prepare fails with KeyType = rsa when sshd accepts no RSA key",
+    (scene) => prepareFails(scene, /refuses the key of root; .*the server refused the key/, /KeyType = "ed25519"/),
     { container: ONLY_ED25519, changes: { SSH: { KeyType: "rsa" } } },
   );
   taskTest(
-    "that sshd accepts an Ed25519 key",
+    "connect logs in with an Ed25519 key when sshd accepts no RSA key",
     async () => {
       const own = await containerHosts({ packages: PACKAGES, ...ONLY_ED25519 });
       try {
@@ -2114,7 +2120,7 @@ describe.concurrent("SSH fails", () => {
     { containerOnly: true },
   );
   faultTest(
-    "the container refuses the key at first",
+    "prepare succeeds when the container refuses the key at first",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -2123,7 +2129,7 @@ describe.concurrent("SSH fails", () => {
     { misbehaviour: { refuseKey: 2 } },
   );
   faultTest(
-    "logins take 6 s",
+    "prepare succeeds when logins take 6 s",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -2133,7 +2139,7 @@ describe.concurrent("SSH fails", () => {
   );
 
   faultTest(
-    "the server needs 3.5 s for its first bytes",
+    "prepare succeeds when the server needs 3.5 s for its first bytes",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -2157,7 +2163,7 @@ describe.concurrent("SSH fails", () => {
       "RUN echo 'echo some words; exit 3' >/root/.bashrc",
       3,
       ["some words"],
-      /let the start-up files of Username, such as ~\/.bashrc, return instead of exit/,
+      /make the start-up files of Username, such as ~\/.bashrc, return instead of exit/,
     ],
     [
       "bash in an image without sh",
@@ -2169,12 +2175,13 @@ describe.concurrent("SSH fails", () => {
   ];
   for (const [fault, line, code, said, advice] of shellFaults)
     faultTest(
-      `the login shell is ${fault}`,
+      `prepare fails when the login shell is ${fault}`,
       async (scene) => {
         const finished = await scene.stage("prepare");
         ended(finished, 2);
-        const how = said.length > 0 ? ":" : " and said nothing";
-        const text = `error: the container's login shell runs no commands: it ended with ${code}${how}`;
+        const exit = typeof code === "number" ? `exit code ${code}` : code;
+        const output = said.length > 0 ? "this output:" : "no output";
+        const text = `error: the container's login shell runs no commands: ${exit} and ${output}`;
         const lines = finished.stderr.split("\n").map((line) => line.replace(/^\S+Z /, ""));
         const at = lines.indexOf(text);
         expect(at).toBeGreaterThan(0);
@@ -2199,31 +2206,56 @@ describe.concurrent("SSH fails", () => {
       },
     ],
   });
-  for (const [fault, image, Username, says, seen, patterns] of [
-    ["sshd is its first process", { lines: plainSshd() }, "root", /PassEnvironment.*overwritten/, ""],
-    ["another user owns it", { lines: plainSshd(TINI) }, "worker", /PassEnvironment.*may not read/, ""],
-    ["the image lacks tr", { lines: [...plainSshd(TINI), "RUN rm /usr/bin/tr"] }, "root", /PassEnvironment.*no tr/, ""],
+  for (const [name, image, Username, says, seen, patterns] of [
     [
-      "initProcessEnabled makes another process than sshd the first",
+      "prepare warns of a lost environment when sshd is process 1",
+      { lines: plainSshd() },
+      "root",
+      /PassEnvironment.*overwritten/,
+      "",
+    ],
+    [
+      "prepare warns of a lost environment when another user owns it",
+      { lines: plainSshd(TINI) },
+      "worker",
+      /PassEnvironment.*may not read/,
+      "",
+    ],
+    [
+      "prepare warns of a lost environment when the image lacks tr",
+      { lines: [...plainSshd(TINI), "RUN rm /usr/bin/tr"] },
+      "root",
+      /PassEnvironment.*no tr/,
+      "",
+    ],
+    [
+      "run passes the environment when initProcessEnabled adds process 1",
       { lines: plainSshd(), init: true },
       "root",
       undefined,
       "eu-west-1",
     ],
-    ["tini is its first process", { lines: plainSshd(TINI) }, "root", undefined, "eu-west-1"],
+    ["run passes the environment when tini is process 1", { lines: plainSshd(TINI) }, "root", undefined, "eu-west-1"],
     [
-      "sshd is its first process and has SetEnv",
+      "run passes what SetEnv gives when sshd is process 1",
       { lines: plainSshd([], "-o SetEnv=AWS_REGION=us") },
       "root",
       undefined,
       "us",
     ],
-    ["sshd is its first process, and PassEnvironment is []", { lines: plainSshd() }, "root", undefined, "", []],
-    ["the worker image passes it", {}, "root", undefined, "eu-west-1", ["OTHER"]],
-    ["the worker image passes it, under tini", { init: true }, "root", undefined, "eu-west-1"],
+    [
+      "prepare accepts a lost environment when PassEnvironment is []",
+      { lines: plainSshd() },
+      "root",
+      undefined,
+      "",
+      [],
+    ],
+    ["run passes the environment of the worker image", {}, "root", undefined, "eu-west-1", ["OTHER"]],
+    ["run passes the environment of the worker image under tini", { init: true }, "root", undefined, "eu-west-1"],
   ] as const)
     faultTest(
-      `the container's environment: ${fault}`,
+      name,
       async (scene) => {
         const finished = await scene.stage("prepare");
         ended(finished, 0);
@@ -2241,16 +2273,21 @@ describe.concurrent("SSH fails", () => {
     );
 
   faultTest(
-    "the login shell does not exist",
-    (scene) => prepareFails(scene, /refuses to let root in; .*the server refused the key/, /let Username in/),
+    "prepare fails when the login shell does not exist",
+    (scene) =>
+      prepareFails(
+        scene,
+        /refuses the key of root; .*the server refused the key/,
+        /the image must install SSH_PUBLIC_KEY/,
+      ),
     { container: { lines: ["RUN usermod --shell /bin/missing root"] } },
   );
 
   faultTest(
-    "a start-up file sets -a and replaces cat by a function",
+    "run works when a start-up file sets -a and replaces cat",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
-      // Exported, the script would leave no room for the arguments of any program.
+      // With set -a, the script could be exported, and no program could start: "Argument list too long".
       const finished = await scene.run(`: '${"x".repeat(200_000)}'\n/bin/echo runs\ncat`);
       ended(finished, 0);
       expect(finished.stdout.toString()).toBe("runs\nfunction\n");
@@ -2260,7 +2297,7 @@ describe.concurrent("SSH fails", () => {
   );
 
   faultTest(
-    "a start-up file breaks PATH and replaces exec",
+    "prepare works when a start-up file breaks PATH and replaces exec",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -2277,7 +2314,8 @@ describe.concurrent("SSH fails", () => {
   );
 
   faultTest(
-    "the network falls silent under a script (KeepAliveInterval 15, the default)",
+    // KeepAliveInterval is 15, the default.
+    "run fails when the network falls silent under a script",
     async (scene) => {
       await ready(scene);
       const [task] = scene.world.aws.running();
@@ -2293,7 +2331,7 @@ describe.concurrent("SSH fails", () => {
   );
 
   faultTest(
-    "the server closes a script's channel without an exit status",
+    "run fails when the server closes the channel without an exit status",
     async (scene) => {
       await ready(scene);
       const finished = await scene.run("echo done");
@@ -2304,7 +2342,7 @@ describe.concurrent("SSH fails", () => {
     { misbehaviour: { withoutExitStatus: (command) => command.includes("FARGATE_SCRIPT") } },
   );
   faultTest(
-    "the server's process for the connection is killed under a script",
+    "run fails when the server's process for the connection is killed",
     async (scene) => {
       await ready(scene);
       const [task] = scene.world.aws.running();
@@ -2321,10 +2359,10 @@ describe.concurrent("SSH fails", () => {
   );
 
   faultTest(
-    "sshd has as many logins under way as it takes (MaxStartups)",
+    "run tries again while sshd has as many logins as MaxStartups",
     async (scene) => {
       const { ContainerIP: host } = await ready(scene);
-      // sshd turns away a growing share of those that come while 10 have not logged in, and everybody from 100 on.
+      // From 10 connections without a login, sshd refuses a growing share of new ones; from 100, all.
       const waiting = new Set<Socket>();
       const knock = async () => {
         const socket = connectTcp(scene.world.sshPort, host).on("error", () => {});
@@ -2348,7 +2386,7 @@ describe.concurrent("SSH fails", () => {
     { container: true, changes: { top: { LogLevel: "debug" } } },
   );
   faultTest(
-    "sshd punishes the address for a login that it refused (OpenSSH 9.8)",
+    "prepare succeeds when sshd penalizes refused logins (OpenSSH 9.8)",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -2359,49 +2397,49 @@ describe.concurrent("SSH fails", () => {
   );
 });
 
-describe.concurrent("what the official driver's guides list as troubles", () => {
+describe.concurrent("troubles of the official driver", () => {
   faultTest(
-    "ECS cannot be reached",
+    "prepare fails when ECS cannot be reached",
     async (scene) => {
       const closed = await startProxy({ host: "127.0.0.1", port: 1 });
       await closed.close();
       const finished = await scene.stage("prepare", { env: { AWS_ENDPOINT_URL: `http://127.0.0.1:${closed.port}` } });
       ended(finished, 2);
-      expect(finished.stderr).toContain("what to do: the runner's host must be able to reach AWS");
+      expect(finished.stderr).toContain("what to do: the runner's host must reach AWS");
       return { stage: "prepare", finished };
     },
     { changes: { Fargate: { StartTimeout: 2 } } },
   );
   const authority = makeAuthority();
   for (const [what, trusted, certificate] of [
-    ["that is not trusted", false, {}],
-    ["that has expired", true, { notAfter: new Date(Date.now() - 1_000) }],
-    ["of another host", true, { host: "other.example" }],
+    ["is not trusted", false, {}],
+    ["has expired", true, { notAfter: new Date(Date.now() - 1_000) }],
+    ["names another host", true, { host: "other.example" }],
   ] as const)
     faultTest(
-      `the AWS endpoint shows a certificate ${what}`,
+      `prepare fails when the AWS endpoint's certificate ${what}`,
       async (scene) => {
         const ca = join(directory(), "ca.pem");
         fs.writeFileSync(ca, authority.pem);
         const finished = await scene.stage("prepare", { env: trusted ? { AWS_CA_BUNDLE: ca } : {} });
         ended(finished, 2);
-        // Final, and nothing was sent: there is nothing to repeat, to look for or to leave behind.
+        // Nothing was sent, and another attempt cannot help: no retry, no search for a task, no record.
         expect(finished.stderr.match(/was not sent|got no answer|tried again/g)).toEqual(["was not sent"]);
         expect(finished.stderr).toContain("what to do: set AWS_CA_BUNDLE");
         expect(filesLeft(scene.world)).toEqual([]);
         expect(scene.world.aws.calls).toEqual([]);
-        return { stage: "prepare", finished, keepsRecord: true }; // there is none, but cleanup cannot call AWS either
+        return { stage: "prepare", finished, keepsRecord: true }; // there is no record, but cleanup fails as well: it cannot call AWS
       },
       { tls: authority.issue(certificate) },
     );
   for (const status of [403, 407])
-    faultTest(`the proxy refuses a tunnel to AWS, with ${status}`, async (scene) => {
+    faultTest(`prepare fails when the proxy refuses a tunnel with ${status}`, async (scene) => {
       const proxy = await startConnectProxy(Array(100).fill(status));
       try {
         const env = { HTTPS_PROXY: proxy.url, AWS_ENDPOINT_URL: undefined };
         const finished = await scene.stage("prepare", { env });
         ended(finished, 2);
-        expect(proxy.asked).toEqual(["ecs.us-east-2.amazonaws.com:443"]);
+        expect(proxy.targets).toEqual(["ecs.us-east-2.amazonaws.com:443"]);
         expect(finished.stderr).toContain("what to do: check HTTPS_PROXY");
         expect(filesLeft(scene.world)).toEqual([]);
         return { stage: "prepare", finished };
@@ -2410,7 +2448,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       }
     });
   faultTest(
-    "the proxy refuses a tunnel to AWS for a moment, with 502",
+    "prepare succeeds when the proxy refuses a tunnel with 502 for a moment",
     async (scene) => {
       const proxy = await startConnectProxy([502, 502]);
       try {
@@ -2419,7 +2457,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
         scene.env.AWS_CA_BUNDLE = ca;
         const finished = await scene.stage("prepare", { env: { HTTPS_PROXY: proxy.url } });
         ended(finished, 0);
-        expect(proxy.asked.length).toBeGreaterThan(2);
+        expect(proxy.targets.length).toBeGreaterThan(2);
         expect(scene.world.aws.callsTo("RunTask")).toHaveLength(1);
         return { stage: "prepare", finished };
       } finally {
@@ -2429,15 +2467,15 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
     { tls: authority.issue() },
   );
   faultTest(
-    "the proxy refuses a tunnel to AWS until StartTimeout, with 502",
+    "prepare fails when the proxy refuses a tunnel with 502 until StartTimeout",
     async (scene) => {
       const proxy = await startConnectProxy(Array(1_000).fill(502));
       try {
         const env = { HTTPS_PROXY: proxy.url, AWS_ENDPOINT_URL: undefined };
         const finished = await scene.stage("prepare", { env });
         ended(finished, 2);
-        expect(proxy.asked.length).toBeGreaterThan(2);
-        expect(filesLeft(scene.world)).toEqual([]); // never sent: no task is looked for
+        expect(proxy.targets.length).toBeGreaterThan(2);
+        expect(filesLeft(scene.world)).toEqual([]); // never sent, so there is no task to look for
         return { stage: "prepare", finished };
       } finally {
         await proxy.close();
@@ -2446,7 +2484,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
     { changes: { Fargate: { StartTimeout: 2 } } },
   );
   faultTest(
-    "the job's own variable names a task definition that it may not",
+    "prepare fails the build when the job's task definition is not allowed",
     async (scene) => {
       const finished = await scene.stage("prepare", { env: { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "secret-task:1" } });
       ended(finished, 1);
@@ -2456,7 +2494,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
     { changes: { Fargate: { AllowedTaskDefinitions: ["test-*"] } } },
   );
   faultTest(
-    "the job's own variable names a platform version that it may not",
+    "prepare fails the build when the job's platform version is not allowed",
     async (scene) => {
       const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.3.0", BUILD_FAILURE_EXIT_CODE: "11" };
       const finished = await scene.stage("prepare", { env });
@@ -2467,7 +2505,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
     },
     { changes: { Fargate: { AllowedPlatformVersions: ["1.4.0"] } } },
   );
-  faultTest("there is no record when a script is to run", async (scene) => {
+  faultTest("run fails when there is no record", async (scene) => {
     const finished = await scene.run("echo never");
     ended(finished, 2);
     return { stage: "run", finished };
@@ -2476,7 +2514,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
     ["is refused", "closed"],
     ["times out", "stalled"],
   ] as const)
-    faultTest(`the connection of a run ${what}`, async (scene) => {
+    faultTest(`run fails when its connection ${what}`, async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const { ContainerIP: host } = readRecord(scene.record) as TaskRecord;
       const proxy = await startProxy({ host, port: scene.world.sshPort }, { host });
@@ -2490,7 +2528,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
       return { stage: "run", finished };
     });
   faultTest(
-    "the key is RSA, and the container's sshd refuses SHA-1 signatures",
+    "prepare logs in with an RSA key when sshd refuses SHA-1 signatures",
     async (scene) => {
       const finished = await scene.stage("prepare");
       ended(finished, 0);
@@ -2500,7 +2538,7 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
     { container: true, changes: { SSH: { KeyType: "rsa" } } },
   );
   faultTest(
-    "a script needs the task role's credentials",
+    "run gives a script the task role's credentials",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const finished = await scene.run("echo $AWS_CONTAINER_CREDENTIALS_RELATIVE_URI");
@@ -2526,16 +2564,16 @@ describe.concurrent("what the official driver's guides list as troubles", () => 
   );
 });
 
-describe.concurrent("the record cannot be kept", () => {
-  /** A directory that nobody can write to, root included. */
+describe.concurrent("unwritable records", () => {
+  /** Directories that nobody can write to, not even root. */
   const places: [what: string, path: string][] = [
-    ["cannot be made", "/proc/fargate"],
+    ["cannot be created", "/proc/fargate"],
     ["is a file", "/dev/null"],
-    ["can be looked at only", "/proc/self"],
+    ["is read-only", "/proc/self"],
   ];
   for (const [what, path] of places)
     faultTest(
-      `the directory for records ${what}`,
+      `prepare fails when the directory for records ${what}`,
       async (scene) => {
         const finished = await scene.stage("prepare");
         ended(finished, 2);
@@ -2546,14 +2584,14 @@ describe.concurrent("the record cannot be kept", () => {
       { changes: { TaskMetadata: { Directory: path } } },
     );
 
-  // A file system of its own needs root.
+  // Mounting a file system needs root.
   const mount = (options: string, path: string) =>
     spawnSync("mount", ["-t", "tmpfs", "-o", options, "tmpfs", path], { stdio: "ignore" }).status === 0;
   for (const [what, options, fill] of [
     ["is full", "size=64k", true],
     ["is read-only", "ro", false],
   ] as const)
-    faultTest(`the disk of the directory for records ${what}`, async (scene) => {
+    faultTest(`prepare fails when the disk of the directory for records ${what}`, async (scene) => {
       const path = directory();
       if (!mount(options, path)) throw new SkipFault("mount(8) is not permitted");
       try {
@@ -2570,8 +2608,9 @@ describe.concurrent("the record cannot be kept", () => {
       }
     });
 
-  faultTest("a network file system gives all files in the directory for records to another user", async (scene) => {
-    // The same from the driver's point of view: it runs as one user, and its new files belong to another.
+  // As on a network file system that maps all users to one.
+  faultTest("prepare fails when all files in the directory for records get another owner", async (scene) => {
+    // strace simulates it: the driver gets another user's id, so its new files seem to belong to somebody else.
     const strace = [
       "strace",
       "-f",
@@ -2590,8 +2629,8 @@ describe.concurrent("the record cannot be kept", () => {
     const finished = await start([...command, "prepare"], { env: scene.env }).finished;
     ended(finished, 2);
     expect(scene.world.aws.calls).toEqual([]);
-    expect(finished.stderr).toContain("run GitLab Runner as it");
-    // No exception for it: whoever reaches such a directory writes as that user. A good record is not used, either.
+    expect(finished.stderr).toContain("run GitLab Runner as that user");
+    // Even a valid record is refused there: anybody who can reach the directory writes as that user.
     ended(await scene.stage("prepare"), 0);
     const script = join(directory(), "script");
     fs.writeFileSync(script, "echo never");
@@ -2601,7 +2640,7 @@ describe.concurrent("the record cannot be kept", () => {
     return { stage: "prepare", finished };
   });
 
-  /** A script fails and its exit code cannot be stored: still a build failure, and no file says otherwise. */
+  /** A script fails and its exit code cannot be stored. It is still a build failure, and no file is left. */
   const failsWithoutExitCode = async (scene: Scene, file: string) => {
     ended(await scene.stage("prepare"), 0);
     const env = { BUILD_EXIT_CODE_FILE: file, BUILD_FAILURE_EXIT_CODE: "11" };
@@ -2610,7 +2649,7 @@ describe.concurrent("the record cannot be kept", () => {
     expect(fs.existsSync(file)).toBe(false);
     return { stage: "run (a build failure)", finished, says: /warning: BUILD_EXIT_CODE_FILE / };
   };
-  faultTest("a script fails, and the disk of BUILD_EXIT_CODE_FILE is full", async (scene) => {
+  faultTest("run fails the build when the disk of BUILD_EXIT_CODE_FILE is full", async (scene) => {
     const path = directory();
     if (!mount("size=64k", path)) throw new SkipFault("mount(8) is not permitted");
     try {
@@ -2620,10 +2659,10 @@ describe.concurrent("the record cannot be kept", () => {
       spawnSync("umount", [path]);
     }
   });
-  faultTest("a script fails, and the directory of BUILD_EXIT_CODE_FILE is gone", (scene) =>
+  faultTest("run fails the build when the directory of BUILD_EXIT_CODE_FILE is gone", (scene) =>
     failsWithoutExitCode(scene, join(directory(), "gone", "exit-code")),
   );
-  faultTest("BUILD_EXIT_CODE_FILE of an earlier stage cannot be removed", async (scene) => {
+  faultTest("run fails when an earlier stage's BUILD_EXIT_CODE_FILE cannot be removed", async (scene) => {
     ended(await scene.stage("prepare"), 0);
     const env = { BUILD_EXIT_CODE_FILE: join(directory(), "exit-code") };
     fs.mkdirSync(env.BUILD_EXIT_CODE_FILE);
@@ -2633,7 +2672,7 @@ describe.concurrent("the record cannot be kept", () => {
     return { stage: "run", finished };
   });
 
-  faultTest("the disk is full when RunTask has answered", async (scene) => {
+  faultTest("prepare stops its task when the disk is full once RunTask has answered", async (scene) => {
     const path = directory();
     if (!mount("size=64k", path)) throw new SkipFault("mount(8) is not permitted");
     try {

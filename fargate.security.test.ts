@@ -23,12 +23,13 @@ import { type AwsStub, mockClient } from "aws-sdk-client-mock";
 import fc from "fast-check";
 import { Server as SshServerOfAPacket, utils } from "ssh2";
 import * as v from "valibot";
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "vitest";
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
 import {
   type Config,
   ConfigSchema,
   type Connection,
   type Context,
+  createDirectory,
   exitCode,
   Failure,
   formatRecord,
@@ -37,7 +38,6 @@ import {
   type Job,
   makeKeyPair,
   managerId,
-  openDirectory,
   parseCommandLine,
   readConfig,
   readJob,
@@ -79,10 +79,10 @@ import {
   faultTest,
   filesLeft,
   forever,
-  jobsOf,
   makeScene,
   newJobId,
   type Scene,
+  setUpJobs,
   testTable,
 } from "./fixtures/scene.ts";
 import { wholeRun } from "./fixtures/secrets.ts";
@@ -115,21 +115,13 @@ setUp({ hosts: true });
 // Identity: jobs that claim to be other jobs
 // ---------------------------------------------------------------------------------------------------------
 
-describeProgram("a job that claims to be another", () => {
+describeProgram("job identity", () => {
   let world: World;
-  beforeAll(async () => {
-    world = await makeWorld({ hosts, secrets: { SSH_PUBLIC_KEY: "set below" }, timing: { hideDescribe: 300 } });
+  const { makeRunner, callsSince, nothingLeft, byHand, scriptFile } = setUpJobs((made) => {
+    world = made;
   });
-  // What a failed test left must not fail the next.
-  afterEach(async () => {
-    for (const { taskArn } of world.aws.running())
-      await world.aws.stopTask(taskArn, { stopCode: "UserInitiated", stoppedReason: "test over", graceSeconds: 0 });
-    fs.rmSync(world.records, { recursive: true, force: true });
-  });
-  afterAll(() => world?.close());
-  const { makeRunner, callsSince, nothingLeft, byHand, scriptFile } = jobsOf(() => world);
 
-  /** Every path below a directory, with what its file holds. */
+  /** All files below a directory: path and content. */
   const filesBelow = (root: string): Record<string, string> =>
     Object.fromEntries(
       fs
@@ -138,7 +130,7 @@ describeProgram("a job that claims to be another", () => {
         .map((entry) => join(entry.parentPath, entry.name))
         .map((path) => [path, fs.readFileSync(path, "latin1")]),
     );
-  /** Leaves a mark in the task, and shows those that are there. */
+  /** Script lines that leave a mark in the task and print all marks. */
   const markTask = (who: string) => [`echo ${who} >> ~/visitors`, 'echo "visitors: $(echo $(cat ~/visitors))"'];
 
   const victim = { id: 901_000, projectId: 77, projectPath: "bank/vault", runnerToken: "glrt-victims_Runner" };
@@ -157,14 +149,14 @@ describeProgram("a job that claims to be another", () => {
     CI_CONCURRENT_ID: value,
   });
   for (const [what, variables] of [
-    ["the values of another job that runs", stolen],
+    ["those of another running job", stolen],
     ["../../x", everywhere("../../x")],
-    ["a path from the root", everywhere("/etc/x")],
+    ["an absolute path", everywhere("/etc/x")],
     ["control characters", everywhere("\u0001\u001b[0K\r\n\u007f\u2028section_start:1:x\r\u001b[0K")],
-    ["5 KB", everywhere("x".repeat(5_000))],
-    ["nothing", everywhere("")],
+    ["5 KB of text", everywhere("x".repeat(5_000))],
+    ["empty text", everywhere("")],
   ] as const)
-    taskTest(`two jobs at once, of which one sets its ids to ${what}: each stays in its own task`, async () => {
+    taskTest(`a job that sets its ids to ${what} stays in its own task`, async () => {
       const root = directory();
       const metadata = join(root, "a", "b", "c", "metadata");
       const config = world.configure({ TaskMetadata: { Directory: metadata }, top: { LogLevel: "debug" } });
@@ -181,7 +173,7 @@ describeProgram("a job that claims to be another", () => {
       ]);
       expect(attack).toMatchObject({ status: "success" });
       expect(attack.trace.toString()).toMatch(/^visitors: attacker$/m);
-      // The victim's task runs on, and nobody else has been there; nothing of the attacker's is left anywhere.
+      // The victim's task still runs and has no other visitor. The attacker has left no file.
       expect(world.aws.running()).toEqual([expect.objectContaining({ taskArn: task?.taskArn })]);
       expect(filesBelow(root)).toEqual(before);
       const again = await honest.run("build_script", script);
@@ -198,17 +190,19 @@ describeProgram("a job that claims to be another", () => {
       expect(Object.keys(filesBelow(root))).toEqual([join(metadata, ".manager-id")]);
     });
 
-  test("a variable that holds NUL cannot reach the driver, and one of 128 KiB neither: no task is started", async () => {
+  test("a job with a NUL character or 128 KiB in a variable starts no task", async () => {
     const since = world.aws.calls.length;
     for (const value of ["a\u0000b", "x".repeat(140_000)]) {
-      const result = await makeRunner({ job: { variables: { CI_JOB_ID: value } } }).runJob();
+      const job = { variables: { CI_JOB_ID: value } };
+      const result = await makeRunner({ job, prepareRetryInterval: 0 }).runJob();
       expect(result).toMatchObject({ status: "system-failure" });
     }
     expect(world.aws.calls.length).toBe(since);
     nothingLeft();
   });
 
-  taskTest("the same ids from two GitLab instances, also of one host name, do not meet", async () => {
+  // Two of the instances share a host name and differ in their paths.
+  taskTest("a job shares no task with a job of the same ids on another GitLab instance", async () => {
     const ids = { id: 902_000, projectId: 78, projectPath: "acme/rocket" };
     const instances = [
       { ...ids, host: "gitlab.example.com" },
@@ -224,11 +218,11 @@ describeProgram("a job that claims to be another", () => {
     nothingLeft();
   });
 
-  taskTest("a record under the name that variables make is not looked at where there is a job response", async () => {
+  taskTest("a job with a response ignores a record that is named after its variables", async () => {
     const env = byHand();
     const config = world.configure();
     const custom = (...args: string[]) => fargate(["--config", config, "custom", ...args], { env });
-    // A task of somebody else's, and a record of it where the official driver would look.
+    // Another job's task, and a record of it under the name that the official driver would use.
     expect(await custom("prepare")).toMatchObject({ code: 0 });
     const [other] = world.aws.running();
     const own = join(world.records, `${readJob(env)?.stem}.json`);
@@ -241,7 +235,7 @@ describeProgram("a job that claims to be another", () => {
     expect(await custom("run", scriptFile("echo never"), "x")).toMatchObject({
       code: 2,
       stdout: Buffer.from(""),
-      stderr: expect.stringContaining("there is no task for this job"),
+      stderr: expect.stringContaining("this job has no task"),
     });
     const since = world.aws.calls.length;
     const prepared = await custom("prepare");
@@ -250,22 +244,22 @@ describeProgram("a job that claims to be another", () => {
     expect(world.aws.running().map(({ taskArn }) => taskArn)).toContain(other?.taskArn);
     expect(await custom("cleanup")).toMatchObject({ code: 0 });
     expect(world.aws.running().map(({ taskArn }) => taskArn)).toEqual([other?.taskArn]);
-    // Without a response it is what there is to go by.
+    // Without a response, the record named after the variables is used.
     const byVariables = await fargate(["--config", config, "custom", "cleanup"], { env: variables });
     expect(byVariables.code, byVariables.stderr).toBe(0);
     nothingLeft();
   });
 
-  taskTest("a task definition that a job may not name: a build failure, and no call to AWS", async () => {
+  taskTest("prepare makes no call to AWS for a task definition that is not allowed", async () => {
     const since = world.aws.calls.length;
     const variables = { FARGATE_TASK_DEFINITION: "secret-task:1" };
     const config = world.configure({ Fargate: { AllowedTaskDefinitions: ["test-*"] } });
     const refused = await makeRunner({ config, job: { variables } }).runJob();
     expect(refused).toMatchObject({ status: "build-failure", exitCode: 1 });
-    // Not tried again.
+    // prepare is not repeated.
     expect(refused.stages.map(({ stage }) => stage)).toEqual(["config", "prepare", "cleanup"]);
     expect(refused.trace.toString()).toMatch(
-      /Z error: FARGATE_TASK_DEFINITION of this job, secret-task:1, is not allowed: AllowedTaskDefinitions has test-\*\n/,
+      /Z error: FARGATE_TASK_DEFINITION of this job, secret-task:1, is not allowed: AllowedTaskDefinitions is test-\*\n/,
     );
     expect(world.aws.calls.length).toBe(since);
     const allowed = makeRunner({
@@ -274,7 +268,7 @@ describeProgram("a job that claims to be another", () => {
     });
     expect(await allowed.runJob()).toMatchObject({ status: "success" });
     nothingLeft();
-    // A job that runs is not left alone with its task when the operator forbids what it has named.
+    // If the operator forbids a task definition while a job runs in it, cleanup still stops the task.
     const open = makeRunner({ job: { variables: { FARGATE_TASK_DEFINITION: "test-task" } } });
     await open.prepare();
     const env = {
@@ -290,21 +284,21 @@ describeProgram("a job that claims to be another", () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// A hostile server: what a job can make of its container's sshd
+// Hostile servers: a job can replace its container's sshd by anything
 // ---------------------------------------------------------------------------------------------------------
 
-describe.concurrent("another server at the task's address", () => {
+describe.concurrent("server identity", () => {
   const ready = async (scene: Scene) => {
     ended(await scene.stage("prepare"), 0);
     return readRecord(scene.record) as TaskRecord;
   };
 
   faultTest(
-    "the SSH server's key is another one than prepare saw",
+    "run sends no script when the SSH server's key is not the one prepare saw",
     async (scene) => {
       await ready(scene);
       const [task] = scene.world.aws.running();
-      // sshd reads its keys again at HUP.
+      // On HUP, sshd reads its host keys again.
       const made = await task?.host?.exec(
         "cd /run/sshd && rm -f host_ed25519* && ssh-keygen -q -t ed25519 -N '' -f host_ed25519 && kill -HUP 1",
       );
@@ -328,18 +322,18 @@ describe.concurrent("another server at the task's address", () => {
       const finished = await scene.run("echo never");
       ended(finished, 2);
       expect(finished.stdout.toString()).toBe("");
-      expect(finished.stderr).toContain("the server's key is not the one seen when the task was prepared");
+      expect(finished.stderr).toContain("the server's host key is not the one that prepare saw");
       expect(finished.stderr).toContain("what to do: nothing was sent");
       return { stage: "run", finished };
     },
     { container: true },
   );
 
-  for (const [whose, operators] of [
-    ["with the same keys (PrivateKeyPath, host keys of the image)", true],
-    ["with the same host key, and lets any key in", false],
+  for (const [shared, operators] of [
+    ["keys", true], // PrivateKeyPath, and host keys of the image
+    ["host key", false], // the other server accepts any key
   ] as const)
-    faultTest(`the task has ended, and its address is another's ${whose}`, async (scene) => {
+    faultTest(`run sends no script after another task with the same ${shared} got its address`, async (scene) => {
       const own = await makeKeyPair("ed25519");
       const path = join(directory(), "id_ed25519");
       fs.writeFileSync(path, own.privateKey, { mode: 0o600 });
@@ -358,7 +352,7 @@ describe.concurrent("another server at the task's address", () => {
       const other = await startSshServer({ address, port: scene.world.sshPort, authorizedKey, home });
       try {
         writeRecord(scene.record, { ...record, HostKey: other.hostKey.split(" ")[1] as string });
-        // No address is given to another task at once; this one has had time to start.
+        // 20 s is long enough for another task to have got the address.
         const before = new Date(Date.now() - 20_000);
         if (!operators) fs.utimesSync(scene.record, before, before);
         const finished = await scene.run("touch ~/ran");
@@ -371,13 +365,13 @@ describe.concurrent("another server at the task's address", () => {
       }
     });
   faultTest(
-    "ECS does not say whether a task runs that has given no sign of life",
+    "run sends no script when ECS does not confirm that a silent task runs",
     async (scene) => {
       ended(await scene.stage("prepare"), 0);
       const before = new Date(Date.now() - 20_000);
       fs.utimesSync(scene.record, before, before);
       ended(await scene.run("true"), 0);
-      // Its end was a sign of life.
+      // The end of the stage touched the record.
       expect(fs.statSync(scene.record).mtimeMs).toBeGreaterThan(before.getTime());
       fs.utimesSync(scene.record, before, before);
       const refused: FaultAction = { error: "AccessDeniedException", message: "no" };
@@ -389,7 +383,8 @@ describe.concurrent("another server at the task's address", () => {
     },
     { changes: { SSH: { ConnectTimeout: 1 } } },
   );
-  faultTest("the job's container leads to another job's, whose host key is of the same image", async (scene) => {
+  // Both containers have the host key of their image.
+  faultTest("run sends no script when the job's container redirects to another job's", async (scene) => {
     ended(await scene.stage("prepare"), 0);
     const response = join(directory(), "response.json");
     const { id, ...rest } = JSON.parse(fs.readFileSync(scene.env.JOB_RESPONSE_FILE as string, "utf8"));
@@ -398,7 +393,7 @@ describe.concurrent("another server at the task's address", () => {
     ended(await scene.stage("prepare", { env }), 0);
     const other = join(scene.world.records, `${readJob({ ...scene.env, ...env })?.stem}.json`);
     const { ContainerIP, HostKey } = readRecord(other) as TaskRecord;
-    // As if its own address passed everything on to there.
+    // As if the job's container forwarded all connections to the other task.
     writeRecord(scene.record, { ...(readRecord(scene.record) as TaskRecord), ContainerIP, HostKey });
     const finished = await scene.run("echo never");
     ended(finished, 2);
@@ -408,14 +403,14 @@ describe.concurrent("another server at the task's address", () => {
   });
 });
 
-describeProgram.concurrent("a hostile SSH server", () => {
+describeProgram.concurrent("hostile SSH server", () => {
   let world: World;
   beforeAll(async () => {
     world = await makeWorld({ embedded: true });
   });
   afterAll(() => world?.close());
 
-  /** Three at a time: the driver, and the server that floods it, share this machine's processors with the others. */
+  /** At most three attacks at a time: a flooded driver and its server keep the processors busy. */
   let busy = 0;
   const waiting: (() => void)[] = [];
   const turn = async () => {
@@ -427,7 +422,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
       else busy--;
     };
   };
-  /** These wait for what does not come, which costs nobody anything. */
+  /** Attacks that only wait. They need no processor, so any number may run at once. */
   const idle: readonly AttackName[] = [
     "silence",
     "version-only",
@@ -448,13 +443,13 @@ describeProgram.concurrent("a hostile SSH server", () => {
     "silent",
   ];
 
-  /** The exit code, what the log says, and the exit code that the runner is told. */
+  /** The driver's exit code, a pattern for its log, and the content of BUILD_EXIT_CODE_FILE. */
   type Verdict = readonly [code: number, says?: RegExp, exitCode?: string];
   const noKex: Verdict = [2, /Handshake failed: no matching key exchange algorithm/];
-  const otherKey: Verdict = [2, /did not begin: .*the server's key is not the one seen when the task was prepared/];
+  const otherKey: Verdict = [2, /did not begin: .*the server's host key is not the one that prepare saw/];
   const noLogin: Verdict = [2, /did not begin: .*the server refused the key/];
-  const room: Verdict = [2, /the server sends more than there is room for|stopped by SIGTERM/];
-  const notEnded: Verdict = [2, /warning: the script may still run in the container: no answer/];
+  const room: Verdict = [2, /the server sends more output than its window allows|stopped by SIGTERM/];
+  const notEnded: Verdict = [2, /warning: the script may still be running in the container: no answer/];
   const says: Verdict = [
     2,
     /the server says "\\u001b\[2J\\u001b\]0;owned\\u0007\\u000d \| 2026-01-01T00:00:00Z all is well/,
@@ -486,7 +481,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
     "kill-endless": notEnded,
     silent: notEnded,
     "kill-lie": notEnded,
-    "kill-nothing": [2, /warning: the script may still run in the container: not found/],
+    "kill-nothing": [2, /warning: the script may still be running in the container: not found/],
     "zlib-bomb": [2, /Handshake failed: no matching .*compression/],
     "zlib-openssh-bomb": [2, /Handshake failed: no matching .*compression/],
     "requests-global-deaf": deaf,
@@ -494,7 +489,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
     "channels-deaf": deaf,
     "packet-size-0": [2, /error: the server accepts only packets of 0 bytes/],
     "packet-size-1": [2, /error: the server accepts only packets of 1 bytes/],
-    // The job's own server says how the job's own script ended; what SSH has room for and the runner has not is 255.
+    // A job's server decides how the job's script ended. Exit codes above 255 count as 255.
     "success-unasked": [0],
     "open-twice": [0],
     "packet-size-4g": [0],
@@ -513,12 +508,12 @@ describeProgram.concurrent("a hostile SSH server", () => {
     "killed-and-silent": [1, undefined, "137"],
   };
 
-  /** These end when the driver is told to, and not before. */
+  /** Attacks that end only when the driver gets SIGTERM. */
   const goesOn = (attack: AttackName) =>
     [room, notEnded].includes(special[attack] as Verdict) || attack === "kill-nothing";
 
   for (const attack of Object.keys(attacks) as AttackName[])
-    test(`a hostile server: ${attack}`, async () => {
+    test(`run withstands the attack ${attack}`, async () => {
       const done = idle.includes(attack) ? () => {} : await turn();
       const where = directory();
       const address = `127.78.0.${1 + Object.keys(attacks).indexOf(attack)}`;
@@ -532,10 +527,10 @@ describeProgram.concurrent("a hostile SSH server", () => {
           BUILD_EXIT_CODE_FILE: join(where, "exit-code"),
         };
         fs.writeFileSync(env.JOB_RESPONSE_FILE, JSON.stringify(response));
-        // As prepare has left it, before the job's first command changed the server. ECS knows the task no more.
+        // The record as prepare left it, before the job replaced its server. ECS no longer knows the task.
         const job = readJob(env) as Job;
         const records = join(where, "records");
-        openDirectory(records);
+        createDirectory(records);
         const key = await makeKeyPair("ed25519");
         writeRecord(join(records, `${job.stem}.json`), {
           ...someRecord,
@@ -560,7 +555,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
         child.stdout.resume();
         child.stderr.on("data", (chunk: Buffer) => {
           if (chunks.length < 100) chunks.push(chunk);
-          else chunks[99] = chunk; // of a flood, its beginning and what the driver says at last
+          else chunks[99] = chunk; // of a flood, keeps the beginning and the driver's last message
         });
         let peak = 0;
         const look = setInterval(() => {
@@ -572,7 +567,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
         const over = new Promise<number | string | null>((resolve) =>
           child.on("close", (code, signal) => resolve(signal ?? code)),
         );
-        // Most end by themselves. What goes on must end when it is told to; then nothing but SIGKILL would help.
+        // Most runs end by themselves. The others must end on SIGTERM; SIGKILL is the last resort, and fails the test.
         const patience = (ms: number, signal: NodeJS.Signals) => setTimeout(() => child.kill(signal), ms);
         const timers = [
           patience(attack in special && !goesOn(attack) ? 60_000 : 2_000, "SIGTERM"),
@@ -586,20 +581,20 @@ describeProgram.concurrent("a hostile SSH server", () => {
         const [expected, says, exitCode] = special[attack] ?? [2];
         expect(code, stderr.slice(-2_000)).toBe(expected);
         if (says) expect(stderr).toMatch(says);
-        const { BUILD_EXIT_CODE_FILE: told } = env;
-        expect(fs.existsSync(told) ? fs.readFileSync(told, "latin1") : undefined).toBe(exitCode);
-        // It has 60 MB before the attack; where nothing is bounded, each second brings hundreds more.
+        const { BUILD_EXIT_CODE_FILE: exitCodeFile } = env;
+        expect(fs.existsSync(exitCodeFile) ? fs.readFileSync(exitCodeFile, "latin1") : undefined).toBe(exitCode);
+        // In MB. About 60 before the attack; without limits, hundreds more per second.
         expect(peak).toBeLessThan(500);
         expect(stderr).not.toMatch(/bug in the driver|undefined is not|is not a function/);
-        // What the server says is in the log, if at all, on one line and without effect.
+        // The server's text can neither begin a log line nor control a terminal.
         expect(stderr).not.toMatch(/^2026-01-01/m);
-        // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
+        // biome-ignore lint/suspicious/noControlCharactersInRegex: it searches for control characters
         expect(stderr).not.toMatch(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f]/);
         expect(stderr).not.toMatch(/what to do: .*(iam:|execution role)/);
         const { answers, accepted, commands, scripts } = server.seen;
         expect({ answers, accepted }).toEqual({ answers: 0, accepted: 0 });
         expect(scripts.length).toBeLessThan(2);
-        // The server does notice answers.
+        // Proves that the server counts the client's replies.
         if (attack === "channels") expect(server.seen.refused).toBeGreaterThan(0);
         if (attack === "requests-global") expect(server.seen.replies).toBeGreaterThan(0);
         if ([otherKey, noLogin, noKex].includes(special[attack] as Verdict))
@@ -611,7 +606,7 @@ describeProgram.concurrent("a hostile SSH server", () => {
     }, 120_000);
 });
 
-describeProgram.concurrent("a hostile server at the address of a new task", () => {
+describeProgram.concurrent("hostile server of a new task", () => {
   const short = { Fargate: { StartTimeout: 3 }, SSH: { ConnectTimeout: 2 } };
   const prepareIn = async (attack?: AttackName) => {
     const hosts = hostileHosts(attack);
@@ -632,7 +627,8 @@ describeProgram.concurrent("a hostile server at the address of a new task", () =
     }
   };
 
-  test("whoever answers first at a task's address is taken for it, and prepare gives no secret away", async () => {
+  // prepare trusts the first server that answers at the task's address.
+  test("prepare gives no secret away to the first server at a task's address", async () => {
     const { finished, seen } = await prepareIn();
     ended(finished, 0);
     const [{ commands = [], scripts = [], authMethods = [] } = {}] = seen;
@@ -656,7 +652,7 @@ describeProgram.concurrent("a hostile server at the address of a new task", () =
     "kill-endless",
     "kill-lie",
   ] as const)
-    test(`a hostile server at the address of a new task: ${attack}`, async () => {
+    test(`prepare withstands the attack ${attack}`, async () => {
       const { finished, left } = await prepareIn(attack);
       ended(finished, 2);
       expect(left).toEqual([]);
@@ -664,9 +660,9 @@ describeProgram.concurrent("a hostile server at the address of a new task", () =
     });
 });
 
-describe("the security model", () => {
-  test("each row of SECURITY.md names tests, and each of them exists", async () => {
-    // The names of all tests of all files, as vitest finds them.
+describe("security model", () => {
+  test("SECURITY.md names existing tests in every row", async () => {
+    // All test names, as vitest lists them.
     const vitest = join(projectRoot, "node_modules", "vitest", "vitest.mjs");
     const command = [process.execPath, "--bun", vitest, "list", "--json"];
     const listed = await start(command, { cwd: projectRoot, env: { ...process.env, QUICK: undefined } }).finished;
@@ -689,16 +685,16 @@ describe("the security model", () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// Any input: what comes from outside may be anything, and each property says what holds all the same
+// Arbitrary input: properties that hold whatever comes from outside
 // ---------------------------------------------------------------------------------------------------------
 
-describe("any input", () => {
-  /** What an engine says when a program has made a mistake: no operator can do anything with it. */
+describe("arbitrary input", () => {
+  /** Messages of the JavaScript engine about a bug. They would not help an operator. */
   const ENGINE =
     /is not a(n object| function)|(undefined|null) is not|[Cc]annot read prop|not iterable|\[object |call stack|[Ii]nvalid (Date|time)|must be of type|bug in the driver/;
-  /** Characters; enough for every setting to be wrong at once, and no flood. */
+  /** Max length of a message, in characters: room for an error about every setting. */
   const LONGEST = 20_000;
-  /** Controls, line ends, marks of the direction of writing. */
+  /** Control characters, line ends and direction marks. */
   const UNSAFE = /[\p{Cc}\p{Zl}\p{Zp}\p{Bidi_Control}]/u;
   const FORMATS = ["text", "text-simple", "json"] as const;
   const timeout = 60_000 * fuzzRuns;
@@ -711,7 +707,7 @@ describe("any input", () => {
     properties,
     timestamp: 0,
   });
-  /** What a failure says is for an operator's eyes, and short. */
+  /** Expects a Failure whose message is short and fit for an operator. */
   function expectClear(failure: unknown, kind: Failure["kind"] = "system"): string {
     if (!(failure instanceof Failure)) throw new Error(`no Failure: ${failure}`, { cause: failure });
     expect(failure.kind).toBe(kind);
@@ -731,10 +727,10 @@ describe("any input", () => {
   };
   const discard = () => new Writable({ write: (_chunk, _encoding, done) => done() });
 
-  /** Log lines, by what they were logged for. */
+  /** Log lines, by the name of the case. */
   const logs = new Map<string, string[]>();
   let cases = 0;
-  /** A stage of a job of its own, whose clock runs as `now` says. */
+  /** A stage of a new job, with the clock `now`. */
   function stageOf(records: string, now: () => number, change: (config: Config) => void = () => {}) {
     const { config } = readConfig(configFile("guide"), "guide", {}, {});
     config.TaskMetadata.Directory = records;
@@ -747,7 +743,7 @@ describe("any input", () => {
     const hash = "0123456789abcdef".repeat(4);
     const job: Job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
     const log = getLogger(["fargate", name]);
-    const context: Context = { config, job, jobOverrides: [], log, env: {}, stop: never, now, wallTime: Date.now };
+    const context: Context = { config, job, jobOverrides: [], log, env: {}, signal: never, now, wallTime: Date.now };
     return { context, lines, record: join(records, `${job.stem}.json`) };
   }
   const ownStartedBy = /^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/;
@@ -772,16 +768,16 @@ describe("any input", () => {
   const configFiles = ["guide", "guide-2020", "guide-private", "manual", "loose", "full"].map(configFile);
   const KEY = /^ {2}(LogLevel|LogFormat|LogFile|Fargate|TaskMetadata|SSH)(\.[^\n]*)?(: | is |$)/;
 
-  /** What reading any text as a configuration comes to. */
+  /** Expects that any text is either a configuration or a clear failure. */
   function expectConfigOrFailure(text: string): void {
     let read: ReturnType<typeof readConfig>;
     try {
       read = readConfig(text, "/etc/any.toml", {}, {});
     } catch (failure) {
       const [head, ...problems] = expectClear(failure).split("\n");
-      expect(head).toMatch(/^\/etc\/any\.toml( cannot be used:$|, line \d+, column \d+: not TOML: \S)/);
+      expect(head).toMatch(/^\/etc\/any\.toml( cannot be used:$|, line \d+, column \d+: invalid TOML: \S)/);
       for (const problem of problems) if (!/^ {2}.*\b\d+ more/.test(problem)) expect(problem).toMatch(KEY);
-      // What stands in the file is told as it stands there.
+      // Messages quote values as in the file: nan and inf, not null.
       if (/=\s*[-+]?(nan|inf)\s*$/m.test(text) && !/null/.test(text))
         expect(problems.join("\n")).not.toMatch(/is null;/);
       return;
@@ -796,16 +792,16 @@ describe("any input", () => {
   }
 
   test(
-    "as a configuration is one, or a failure that names the file and the keys",
+    "readConfig names the file and its bad keys when it refuses a text",
     () => forAny(fc.property(configText(configFiles), expectConfigOrFailure), { runs: 1_500 }),
     timeout,
   );
 
-  test.each(hugeConfigs(configFile("guide")))("as a configuration, even with %s", (_, text) => {
+  test.each(hugeConfigs(configFile("guide")))("readConfig survives %s", (_, text) => {
     expectConfigOrFailure(text);
   });
 
-  test("tags are what the file says, whatever their names, or a failure", () =>
+  test("readConfig keeps tags of any name as they are or refuses them", () =>
     forAny(
       fc.property(
         fc.dictionary(fc.oneof(fc.constantFrom("constructor", "prototype", "team"), fc.string()), fc.string(), {
@@ -822,13 +818,13 @@ describe("any input", () => {
       { runs: 200 },
     ));
 
-  test.each(['["a", "b"]', "1979-05-27", "[]", "[{a = 'b'}]"])("as tags, %s is no table, and refused", (value) => {
+  test.each(['["a", "b"]', "1979-05-27", "[]", "[{a = 'b'}]"])("readConfig refuses Tags = %s", (value) => {
     const text = configFile("guide").replace("[Fargate]", `[Fargate]\nTags = ${value}`);
     expect(expectClear(thrown(() => readConfig(text, "f", {}, {})))).toContain("Fargate.Tags");
   });
 
   testProgram(
-    "as a configuration that is none, given to prepare: no call to AWS, no record, exit code 2",
+    "prepare neither calls AWS nor writes a record with a bad configuration",
     async () => {
       let asked = 0;
       const endpoint = await startEndpoint(() => {
@@ -840,7 +836,7 @@ describe("any input", () => {
       const response = join(where, "response.json");
       fs.writeFileSync(response, JSON.stringify(gitlabJob().response));
       const file = configFile("guide").replace("/opt/gitlab-runner/metadata", records);
-      // The search for secrets may add --log-level, which overrides a level that is none.
+      // The search for secrets may add --log-level, which would hide an invalid LogLevel.
       const options = { LogLevel: "debug" };
       const bad = configText([file]).filter((text) => "failure" in attempt(() => readConfig(text, "f", options, {})));
       const env = { ...awsEnvironment(endpoint.url), JOB_RESPONSE_FILE: response };
@@ -889,7 +885,7 @@ describe("any input", () => {
 
   // --- Jobs ---
 
-  describe("as a job response", () => {
+  describe("job response", () => {
     let path: string;
     beforeAll(() => {
       path = join(directory(), "response.json");
@@ -902,13 +898,13 @@ describe("any input", () => {
     const expectJob = (job: Job | undefined) => {
       expect(job?.stem).toMatch(/^[\w-]{1,32}-[0-9a-f]{64}$/);
       expect(job?.title).toMatch(/^job -?\d{1,16} of project -?\d{1,16}$/);
-      // Of it the deadline is made, which the record and the container must be able to bear.
+      // The deadline depends on the timeout, and must be a plain number for the record and the container.
       const deadline = Math.ceil(Date.now() / 1000 + (job?.timeout ?? 0));
       expect(job?.timeout).toBeGreaterThan(0);
       expect(`${deadline}`).toMatch(/^\d+$/);
     };
 
-    test("is a job, or a failure without a word of the file", () =>
+    test("readJob quotes nothing of a job response that it refuses", () =>
       forAny(
         fc.property(mutatedJson(response), (content) => {
           try {
@@ -929,7 +925,7 @@ describe("any input", () => {
         },
       ));
 
-    test("with any address: a job, or a failure without a word of it", () =>
+    test("readJob quotes nothing of an address that it refuses", () =>
       forAny(
         fc.property(oddUrl, fc.maxSafeInteger(), fc.maxSafeInteger(), (repo_url, id, project_id) => {
           try {
@@ -943,7 +939,7 @@ describe("any input", () => {
         { runs: 200 },
       ));
 
-    test("another scheme, host, path, project or id is another job; other credentials are not", () => {
+    test("readJob identifies a job by its address without credentials and its ids", () => {
       const identity = fc.record({ at: repositoryAddress, id: fc.nat(2), project: fc.nat(2) });
       const stemOf = ({ at, id, project }: typeof identity extends fc.Arbitrary<infer I> ? I : never) => {
         const repo_url = `${at.scheme}${at.userinfo}${at.host}${at.port}${at.path}`;
@@ -978,7 +974,7 @@ describe("any input", () => {
 
   // --- Records, with ECS mocked ---
 
-  describe("as a record", () => {
+  describe("record", () => {
     let ecs: AwsStub<EcsInput, EcsOutput, ECSClientResolvedConfig>;
     const arnOf = (digit: string) => `arn:aws:ecs:us-east-2:123456789012:task/test-cluster/${digit.repeat(32)}`;
     const [recorded, ownTask, foreign] = ["1", "2", "3"].map(arnOf) as [string, string, string];
@@ -986,7 +982,7 @@ describe("any input", () => {
       ...someRecord,
       TaskARN: recorded,
       ContainerIP: "127.0.0.1",
-      // A real key, so that a record without damage leads as far as to an address where nothing listens.
+      // A valid key, so that with an undamaged record, run tries to connect (nothing listens there).
       PrivateKey: Buffer.from(utils.generateKeyPairSync("ed25519").private).toString("base64"),
       HostKey: "AAAA",
       Deadline: 2_000_000_000,
@@ -1004,21 +1000,21 @@ describe("any input", () => {
       ecs.on(RunTaskCommand).rejects(refusal);
       ecs.on(StopTaskCommand).resolves({});
       ecs.on(DescribeTasksCommand).resolves({ tasks: [] });
-      // As ECS: without a name, whatever runs in the cluster.
+      // Like ECS: without startedBy, all tasks of the cluster.
       ecs.on(ListTasksCommand).callsFake(({ startedBy }) => ({
         taskArns: !startedBy ? [ownTask, foreign] : ownStartedBy.test(startedBy) ? [ownTask] : [foreign],
       }));
     });
     afterAll(() => ecs.restore());
-    /** A clock by which all patience is soon at its end. */
+    /** A clock that advances 20 s per reading, so that all waits end soon. */
     const hasty = () => {
       let time = 1_950_000_000_000;
       return () => (time += 20_000);
     };
-    // Of a record that can be read, the address is where a run connects to: it stays on loopback.
+    // Keeps the address on loopback, because run connects to it.
     const content = mutatedJson(record).map((text) => text.replace(/("ContainerIP":)"[^"]*"/, '$1"127.0.0.1"'));
 
-    // Each is one change away from a record.
+    // Each has one or a few wrong fields.
     const damagedRecords = [
       { StartedBy: "", TaskARN: "", Unanswered: true },
       { StartedBy: "someone else", TaskARN: "", Unanswered: true },
@@ -1030,12 +1026,17 @@ describe("any input", () => {
     const ownName = `label-${"0123456789abcdef".repeat(4)}.json`;
     const keyless = mutatedJson({ ...record, PrivateKey: "AAAA" });
 
+    /** Like `forAny`, for several inputs at the same time. */
+    const forSeveral = <T>(property: fc.IAsyncProperty<T>, options: { runs: number; examples: T[] }) =>
+      forAnyAtOnce(property, { ...options, lanes: 12 });
+
     test.each(["cleanup", "prepare", "run"] as const)(
-      "%s stops nothing that is not the job's, and fails clearly if at all",
+      "%s stops no other job's task whatever its record holds",
       (stage) =>
-        forAny(
+        // Inputs for run may share the mock's history, because run never calls StopTask.
+        (stage === "run" ? forSeveral : forAny)(
           fc.asyncProperty(content, async (text) => {
-            ecs.resetHistory();
+            if (stage !== "run") ecs.resetHistory();
             const records = join(directory(), "records");
             fs.mkdirSync(records);
             const {
@@ -1069,10 +1070,11 @@ describe("any input", () => {
                 );
               }
             if ("failure" in named) expectClear(named.failure);
-            // Either the record is gone, or it is said why not.
+            // Either the record is gone, or the log has the reason.
             if (stage === "cleanup") {
-              const told = "failure" in outcome || lines.some((line) => line.includes("could not be looked up"));
-              expect(told || !fs.existsSync(path)).toBe(true);
+              const isReported =
+                "failure" in outcome || lines.some((line) => line.includes("cannot check whether a task"));
+              expect(isReported || !fs.existsSync(path)).toBe(true);
             }
             if (stage === "run") expect(stopped).toEqual([]);
           }),
@@ -1081,57 +1083,54 @@ describe("any input", () => {
       timeout,
     );
 
+    const damaged = (text: string): Junk[] => [
+      { name: ownName, kind: "file", content: text.replace(record.PrivateKey, "AAAA") },
+    ];
+    const swept: Junk[] = [{ name: `${ownName}.0123456789ab.tmp`, kind: "link to itself", content: "" }];
     test(
-      "sweep bears a directory of anything, and removes only what is the driver's",
-      () =>
-        forAny(
-          fc.asyncProperty(fc.array(junk(keyless), { maxLength: 8 }), fc.boolean(), async (files, gone) => {
-            ecs.resetHistory();
-            ecs.on(DescribeTasksCommand).callsFake(({ tasks = [] }) => ({
-              tasks: gone ? [] : (tasks as string[]).map((taskArn) => ({ taskArn, lastStatus: "RUNNING" })),
-            }));
-            const records = join(directory(), "records");
-            fs.mkdirSync(records);
-            const outside = join(directory(), "outside");
-            fs.writeFileSync(outside, "not the driver's");
-            const made = makeJunk(records, outside, files); // and no keys: it lies about anywhere
-            const { context, lines } = stageOf(records, () => Date.now());
-            const outcome = await outcomeOf(() => sweep(context, { dryRun: false, json: false }));
-            if ("failure" in outcome) return void expectClear(outcome.failure);
-            for (const json of [false, true]) {
-              const text = formatSweep(outcome.value, json);
-              expect(text.trimEnd().split("\n").join("")).not.toMatch(json ? /[\p{Cc}]/u : UNSAFE);
-              expect(text).not.toMatch(ENGINE);
-            }
-            for (const line of [...lines, ...outcome.value.problems]) expect(line).not.toMatch(ENGINE);
-            for (const call of ecs.commandCalls(StopTaskCommand)) expect(call.args[0].input.task).not.toBe(foreign);
-            expect(fs.readFileSync(outside, "utf8")).toBe("not the driver's");
-            const left = fs.readdirSync(records, { encoding: "buffer" }).map((name) => name.toString("latin1"));
-            for (const name of made) if (!left.includes(name)) expect(name).toMatch(DRIVER_FILE);
-          }),
-          {
-            runs: 120,
-            examples: [
-              ...damagedRecords.map((text): [Junk[], boolean] => [
-                [{ name: ownName, kind: "file", content: text.replace(record.PrivateKey, "AAAA") }],
-                false,
-              ]),
-              [[{ name: `${ownName}.0123456789ab.tmp`, kind: "link to itself", content: "" }], true],
-            ],
-          },
-        ),
+      "sweep removes only the driver's files from a directory of any content",
+      async () => {
+        for (const gone of [false, true]) {
+          ecs.on(DescribeTasksCommand).callsFake(({ tasks = [] }) => ({
+            tasks: gone ? [] : (tasks as string[]).map((taskArn) => ({ taskArn, lastStatus: "RUNNING" })),
+          }));
+          await forSeveral(
+            fc.asyncProperty(fc.array(junk(keyless), { maxLength: 8 }), async (files) => {
+              const records = join(directory(), "records");
+              fs.mkdirSync(records);
+              const outside = join(directory(), "outside");
+              fs.writeFileSync(outside, "not the driver's");
+              const made = makeJunk(records, outside, files); // without keys, because the search for secrets would find them
+              const { context, lines } = stageOf(records, () => Date.now());
+              const outcome = await outcomeOf(() => sweep(context, { dryRun: false, json: false }));
+              if ("failure" in outcome) return void expectClear(outcome.failure);
+              for (const json of [false, true]) {
+                const text = formatSweep(outcome.value, json);
+                expect(text.trimEnd().split("\n").join("")).not.toMatch(json ? /[\p{Cc}]/u : UNSAFE);
+                expect(text).not.toMatch(ENGINE);
+              }
+              for (const line of [...lines, ...outcome.value.problems]) expect(line).not.toMatch(ENGINE);
+              for (const call of ecs.commandCalls(StopTaskCommand)) expect(call.args[0].input.task).not.toBe(foreign);
+              expect(fs.readFileSync(outside, "utf8")).toBe("not the driver's");
+              const left = fs.readdirSync(records, { encoding: "buffer" }).map((name) => name.toString("latin1"));
+              for (const name of made) if (!left.includes(name)) expect(name).toMatch(DRIVER_FILE);
+            }),
+            { runs: 120, examples: gone ? [[swept]] : damagedRecords.map((text) => [damaged(text)]) },
+          );
+        }
+      },
       timeout,
     );
   });
 
   testProgram.each([
-    ["the record", "cleanup"],
-    ["the record", "prepare"],
-    ["the record", "run"],
-    [".manager-id", "cleanup"],
-    [".manager-id", "prepare"],
-    [".manager-id", "sweep"],
-  ])("%s is a FIFO to which nobody writes: %s ends, and says so", async (what, stage) => {
+    ["cleanup", "the record"],
+    ["prepare", "the record"],
+    ["run", "the record"],
+    ["cleanup", ".manager-id"],
+    ["prepare", ".manager-id"],
+    ["sweep", ".manager-id"],
+  ])("%s names the path when %s is a FIFO without a writer", async (stage, what) => {
     const endpoint = await startEndpoint(({ operation }) => ({
       status: operation === "RunTask" ? 400 : 200,
       headers: [],
@@ -1158,7 +1157,7 @@ describe("any input", () => {
 
   // --- Answers of AWS ---
 
-  describe("as an answer of AWS", () => {
+  describe("answer of AWS", () => {
     const arnOf = (n: number) =>
       `arn:aws:ecs:us-east-2:123456789012:task/test-cluster/${n.toString(16).padStart(32, "0")}`;
     const [own, other] = [arnOf(1), arnOf(2)];
@@ -1233,7 +1232,7 @@ describe("any input", () => {
       }
     });
 
-    /** A cluster of its own, in which each operation is answered by these in turn, the last one for ever. */
+    /** A new cluster. Each operation gets these answers in turn, and then the last one again and again. */
     function clusterOf(lists: Partial<Record<Operation, readonly Answer[]>>) {
       const cluster = `cluster-${cases}`;
       const at: Partial<Record<Operation, number>> = {};
@@ -1249,19 +1248,19 @@ describe("any input", () => {
       scenarios.set(cluster, scenario);
       return { cluster, scenario };
     }
-    /** Every wait of the driver passes sixty times as fast, as far as it looks at its clock. */
+    /** A clock that runs sixty times as fast. */
     const fast = () => {
       const begun = Date.now();
       return () => begun + (Date.now() - begun) * 60;
     };
-    /** What the endpoint has said to calls of an operation, in whole answers with success. */
+    /** The complete, successful answers of the endpoint to an operation. */
     const saidTo = ({ asked }: Scenario, wanted: Operation): { tasks?: unknown; taskArns?: unknown }[] =>
       asked.flatMap(({ operation, answer: { status, body, claims }, answer }) => {
         if (operation !== wanted || status !== 200 || !isComplete(answer)) return [];
         const said = attempt(() => JSON.parse(Buffer.from(body.slice(0, claims), "latin1").toString()));
         return "value" in said && typeof said.value === "object" && said.value !== null ? [said.value] : [];
       });
-    /** The tasks that have been started, as the endpoint says. */
+    /** The tasks that the endpoint claims to have started. */
     const startedBy = (scenario: Scenario): string[] =>
       saidTo(scenario, "RunTask").flatMap(({ tasks }) => {
         const arns = Array.isArray(tasks) ? (tasks as (Task | null)[]).map((task) => task?.taskArn) : [];
@@ -1277,7 +1276,7 @@ describe("any input", () => {
     };
 
     test(
-      "prepare and cleanup end in time, say why, and lose no task that was started",
+      "prepare and cleanup lose no started task whatever AWS answers",
       () =>
         forAnyAtOnce(
           fc.asyncProperty(answers, async (lists) => {
@@ -1301,12 +1300,11 @@ describe("any input", () => {
             const stopped = scenario.asked.flatMap(({ operation, input }) =>
               operation === "StopTask" ? [input.task] : [],
             );
-            const told = [...lines, ...said].join("\n");
-            // One whose name was lost with the rest of its answer is looked for: until it is known that there is none, the
-            // record stays, for the next cleanup or a sweep.
+            const output = [...lines, ...said].join("\n");
+            // A task whose ARN was lost with its answer: the record stays for the next cleanup or sweep, until a list lacks the task.
             const kept = fs.existsSync(record);
             for (const arn of startedBy(scenario)) {
-              const named = told.includes(formatRecord(logRecord(arn), "text-simple").slice("error: ".length, -1));
+              const named = output.includes(formatRecord(logRecord(arn), "text-simple").slice("error: ".length, -1));
               expect(stopped.includes(arn) || named || kept || isDenied(scenario, arn)).toBe(true);
             }
           }),
@@ -1316,7 +1314,7 @@ describe("any input", () => {
     );
 
     test(
-      "sweep and the end of a run that has lost its task do as well",
+      "sweep and run end in time whatever AWS answers",
       () =>
         forAnyAtOnce(
           fc.asyncProperty(answers, fc.boolean(), async (lists, sweeping) => {
@@ -1368,9 +1366,9 @@ describe("any input", () => {
 
     test.each([
       ["always the same", () => "again"],
-      ["always another", (page: number) => `page ${page}`],
+      ["always new", (page: number) => `page ${page}`],
     ])(
-      "a list of tasks that never ends, the token of the next page being %s, is a failure",
+      "sweep fails on an endless list of tasks whose page token is %s",
       async (_, token) => {
         const { cluster, scenario } = clusterOf({});
         let pages = 0;
@@ -1392,7 +1390,7 @@ describe("any input", () => {
     );
 
     test.each([301, 302, 303, 307, 308])(
-      "a redirection (%i) is no answer, and nothing is sent to where it leads",
+      "prepare sends nothing to the target of a redirection (%i)",
       async (status) => {
         const elsewhere: string[] = [];
         const stranger = await startEndpoint(({ operation }) => {
@@ -1413,7 +1411,7 @@ describe("any input", () => {
       },
     );
 
-    test("an answer of 10 MB that is a single text is told in short", async () => {
+    test("prepare shortens a text of 10 MB in an answer", async () => {
       const long = "x".repeat(10_000_000);
       const { cluster } = clusterOf({
         RunTask: [json({ tasks: [], failures: [{ reason: long, detail: long }] })],
@@ -1428,13 +1426,13 @@ describe("any input", () => {
 
   // --- Scripts ---
 
-  describe("as a script", () => {
+  describe("script", () => {
     let task: Awaited<ReturnType<typeof startTask>>;
     beforeAll(async () => {
       task = await startTask();
     });
     afterAll(() => task?.host.stop(0));
-    /** The same bytes by bash itself, where the driver runs them, without the driver. */
+    /** Runs the same script in the same container by bash itself, without the driver. */
     async function byBash({ client }: Connection, path: string): Promise<{ code: number; stdout: Buffer }> {
       const program = 'S=$(cat "$0"; echo x); exec </dev/null; eval "unset S; ${S%x}"';
       const ended = Promise.withResolvers<{ code: number; stdout: Buffer }>();
@@ -1453,7 +1451,7 @@ describe("any input", () => {
     }
 
     taskTest(
-      "any bytes come to what bash makes of them, or to a failure, and the connection stays usable",
+      "runScript runs any bytes as bash does or refuses them",
       async () => {
         const connection = await task.logIn();
         const path = join(directory(), "script");
@@ -1468,11 +1466,11 @@ describe("any input", () => {
                   connection,
                   bytes,
                   { interpreter: "bash", loginShell: "bash" },
-                  { stop: never, log: getLogger("fargate"), stdout: out.sink, stderr: discard() },
+                  { signal: never, log: getLogger("fargate"), stdout: out.sink, stderr: discard() },
                 ),
               );
               if ("failure" in outcome) {
-                expect(expectClear(outcome.failure)).toContain("the script has NUL characters");
+                expect(expectClear(outcome.failure)).toContain("the script contains NUL characters");
                 expect(bytes.includes(0)).toBe(true);
                 expect(out.bytes().toString("latin1")).toBe("");
                 return;
@@ -1493,7 +1491,7 @@ describe("any input", () => {
       { timeout },
     );
 
-    test("any first line names bash or sh, or is refused", () =>
+    test("interpreterOf maps any first line to bash or sh or refuses it", () =>
       forAny(
         fc.property(
           fc.oneof(
@@ -1512,7 +1510,7 @@ describe("any input", () => {
 
   // --- Exit codes ---
 
-  test("as the runner's exit codes, any text gives one from 1 to 255", () =>
+  test("exitCode returns 1 to 255 for any text in the runner's variables", () =>
     forAny(
       fc.property(exitCodeText, (text) => {
         for (const kind of ["build", "system"] as const) {
@@ -1524,7 +1522,7 @@ describe("any input", () => {
     ));
 
   test(
-    "as a script's end, every exit code and signal reaches the runner's file",
+    "run stores every exit code and signal of a script in the runner's file",
     async () => {
       const { privateKey } = await makeKeyPair("ed25519");
       let ends: { code: number } | { signal: string } = { code: 0 };
@@ -1548,7 +1546,7 @@ describe("any input", () => {
                   channel.end();
                 });
                 if (mark) return;
-                channel.exit(0); // a question of the driver's own
+                channel.exit(0); // one of the driver's own commands
                 channel.end();
               }),
             ),
@@ -1586,7 +1584,7 @@ describe("any input", () => {
         );
         await forAny(
           fc.asyncProperty(code, async (code) => {
-            // 137 would ask ECS for the reason.
+            // After 137, the driver would ask ECS for the reason.
             fc.pre(code !== 137);
             expect(await endsWith({ code })).toEqual([71, `${Math.min(code, 255)}`]);
           }),
@@ -1608,11 +1606,14 @@ describe("any input", () => {
 
   // --- The command line and the log ---
 
-  test("as a command line is a request, or a failure that says what is known", () =>
+  test("parseCommandLine lists the valid choices when it refuses arbitrary words", () =>
     forAny(
       fc.property(commandLine, (words) => {
         const parsed = attempt(() => parseCommandLine(words));
-        if ("failure" in parsed) return void expect(expectClear(parsed.failure)).toMatch(/^fargate.*; known: /s);
+        if ("failure" in parsed)
+          return void expect(expectClear(parsed.failure)).toMatch(
+            /^fargate.*; (valid options|valid commands|expected|usage): /s,
+          );
         const request = parsed.value as ReturnType<typeof parseCommandLine>;
         expect(["config", "prepare", "run", "cleanup", "sweep"]).toContain(request?.command);
         expect(request?.operands.length).toBe(request?.command === "run" ? 2 : 0);
@@ -1621,7 +1622,7 @@ describe("any input", () => {
       { runs: 600 },
     ));
 
-  test("in the log is one line without anything that a terminal or a reader would fall for", () =>
+  test("formatRecord turns any text into one harmless line", () =>
     forAny(
       fc.property(
         fc.string({

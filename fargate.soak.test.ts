@@ -26,21 +26,21 @@ const SOAK = process.env.SOAK === "true";
 
 setUp({ hosts: SOAK });
 
-/** A test that takes minutes. Without SOAK=true only its name is known. */
+/** Adds a test that takes minutes. Without SOAK=true, only its name is registered. */
 function soakTest(
   name: string,
   body: (task: TaskMeta, skip: (why: string) => never) => Promise<Omit<FaultRow, "fault">>,
 ): void {
   soaks.push(name);
   if (!SOAK) return;
-  test(`soak: ${name}`, { timeout: 900_000 }, async ({ task, skip }) => {
+  test(name, { timeout: 900_000 }, async ({ task, skip }) => {
     const row = await body(task.meta, (why) => skip(why));
     addRow({ fault: name, ...row });
     expect(row.left).toBe(0);
   });
 }
 
-soakTest("200 jobs at once, with AWS's request rates enforced", async (meta) => {
+soakTest("a job keeps its exit code beside 199 others under AWS's request rates", async (meta) => {
   meta.hosts = hosts.kind;
   const count = 200;
   const exitCodeOf = (id: number) => (id % 3 === 0 ? 1 + (id % 200) : 0);
@@ -64,17 +64,17 @@ soakTest("200 jobs at once, with AWS's request rates enforced", async (meta) => 
     };
   });
   expect(seen).toEqual(wished);
-  // Each in a task of its own, and at the same time: else this was no load.
+  // Each job had its own task, and many ran at the same time. Otherwise there was no load.
   expect(new Set(jobs.map(({ task }) => task)).size).toBe(count);
   expect(maxTasks).toBeGreaterThan(count / 2);
   expect(tasks.started).toBe(count);
   expect(recordsLeft).toEqual([]);
-  // Most calls for each job, throttled ones among them; a job on its own makes 1, 6 or 7, and 1.
-  const most: Record<string, number> = { RunTask: 4, DescribeTasks: 8, StopTask: 2 };
-  expect(Object.keys(calls).toSorted()).toEqual(Object.keys(most).toSorted());
+  // Max calls per job, including throttled ones. A job alone makes 1 RunTask, 6 or 7 DescribeTasks, 1 StopTask.
+  const maxCalls: Record<string, number> = { RunTask: 4, DescribeTasks: 8, StopTask: 2 };
+  expect(Object.keys(calls).toSorted()).toEqual(Object.keys(maxCalls).toSorted());
   for (const [operation, { all, throttled, failed }] of Object.entries(calls)) {
     expect(failed, operation).toBe(0);
-    expect(all, operation).toBeLessThanOrEqual((most[operation] ?? 0) * count);
+    expect(all, operation).toBeLessThanOrEqual((maxCalls[operation] ?? 0) * count);
     if (operation !== "DescribeTasks") expect(all - throttled, operation).toBe(count);
   }
   return { ended: "each job: its own exit code", says: "", left: tasksLeft.length };
@@ -82,7 +82,7 @@ soakTest("200 jobs at once, with AWS's request rates enforced", async (meta) => 
 
 for (const cpus of [undefined, 0.25])
   soakTest(
-    `320 scripts that fail end with their last output behind a filter${cpus ? `, on ${cpus} of a processor` : ""}`,
+    `runScript keeps the last output of 320 scripts behind a filter${cpus ? ` on ${cpus} CPU` : ""}`,
     async (meta, skip) => {
       if (hosts.kind !== "container") return skip("it needs a container");
       const own = await containerHosts(cpus ? { cpus } : {});
@@ -98,7 +98,7 @@ for (const cpus of [undefined, 0.25])
     },
   );
 
-soakTest("sshd bars the address for connections that left without a login (OpenSSH 10)", async (meta) => {
+soakTest("run tries again while sshd bars the address (OpenSSH 10)", async (meta) => {
   const newer = await containerHosts({ baseImage: NEWER_BASE_IMAGE });
   const world = await makeWorld({ hosts: newer });
   meta.hosts = "container";
@@ -115,7 +115,7 @@ soakTest("sshd bars the address for connections that left without a login (OpenS
         });
         socket.once("close", () => said(""));
       });
-    // One second for each that leaves after the server's first line; from 15 on nobody is let in.
+    // Each connection that closes after the server's first line adds 1 s of penalty. Above 15 s, sshd refuses the address.
     for (let knocks = 0; !(await knock()).startsWith("Not allowed"); knocks++) expect(knocks).toBeLessThan(100);
     scene.configure({ top: { LogLevel: "debug" } });
     const finished = await scene.run("echo at last");
@@ -130,7 +130,7 @@ soakTest("sshd bars the address for connections that left without a login (OpenS
   }
 });
 
-/** Interrupts a stage after each of its system calls that changes or waits for something outside of it. */
+/** Interrupts stages after each system call that changes or observes the outside world. @returns the tasks left */
 async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<number> {
   const world = await makeWorld({ embedded: true, timing: stepTiming });
   try {
@@ -149,7 +149,7 @@ async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<n
       table(({ tasksLeft }) => tasksLeft > 0),
       "tasks left",
     ).toBe("");
-    // What was to become the manager's identity holds no secret; sweep removes it.
+    // A temporary file of the manager's id may be left: it has no secret, and sweep removes it.
     const litter = (name: string) => !/^\.manager-id\.[0-9a-f]{12}\.tmp$/.test(name);
     expect(
       table(({ filesLeft }) => filesLeft.some(litter)),
@@ -166,20 +166,20 @@ async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<n
     ).toBe("");
     const killed = results.filter(({ reached, signal }) => reached && signal === "SIGKILL");
     expect(stepTable(killed.filter(({ exitSignal }) => exitSignal !== "SIGKILL")), "not killed").toBe("");
-    const told = results.filter(({ reached, signal }) => reached && signal !== "SIGKILL");
-    // A stage that has done its work may end as if nothing had been; cleanup does its work whatever comes.
+    const signalled = results.filter(({ reached, signal }) => reached && signal !== "SIGKILL");
+    // A stage that had finished may exit with 0. cleanup ignores signals and always finishes.
     const whole = { prepare: /Ready/, run: /\bdone\b/, cleanup: /^/ };
     const right = ({ stage, exitCode, output }: StepResult) =>
       exitCode === 2 || (exitCode === 0 && whole[stage].test(output));
-    expect(stepTable(told.filter((result) => !right(result))), "exit code").toBe("");
-    expect(stepTable(told.filter(({ scriptProcesses }) => scriptProcesses > 0)), "the script goes on").toBe("");
+    expect(stepTable(signalled.filter((result) => !right(result))), "exit code").toBe("");
+    expect(stepTable(signalled.filter(({ scriptProcesses }) => scriptProcesses > 0)), "the script goes on").toBe("");
     return results.reduce((left, { tasksLeft }) => left + tasksLeft, 0);
   } finally {
     await world.close();
   }
 }
 
-/** Without strace there is no stopping after each system call: where CI=true that is a failure, elsewhere a skip. */
+/** Needs strace to stop after each system call. Without strace the test is skipped, or fails if CI=true. */
 function stepTest(name: string, ended: string, ...enumerations: Omit<StepOptions, "world">[]): void {
   soakTest(name, async (_, skip) => {
     if (!(await straceWorks())) {
@@ -192,7 +192,7 @@ function stepTest(name: string, ended: string, ...enumerations: Omit<StepOptions
 
 const atRunTask = { only: (step: string) => /RunTask/.test(step), runTask: { delay: 3_000 } };
 stepTest(
-  "prepare is killed after each of its system calls; cleanup, or the next try, follows",
+  "prepare leaves no task after SIGKILL at any of its system calls",
   "prepare: SIGKILL",
   { stage: "prepare", signal: "SIGKILL" },
   { stage: "prepare", signal: "SIGKILL", followedBy: "next try" },
@@ -201,7 +201,7 @@ stepTest(
 );
 const whenSent = (step: string) => step === "send RunTask";
 stepTest(
-  "prepare gets SIGTERM or SIGINT after each of its system calls",
+  "prepare leaves no task after SIGTERM or SIGINT at any of its system calls",
   "prepare: 2, or 0 once it is ready",
   { stage: "prepare", signal: "SIGTERM" },
   { stage: "prepare", signal: "SIGINT" },
@@ -211,14 +211,14 @@ stepTest(
   { stage: "prepare", signal: "SIGINT", only: whenSent, runTask: "hang-after" },
 );
 stepTest(
-  "run gets SIGTERM or SIGINT, or is killed, after each of its system calls",
+  "run ends after a signal at any of its system calls",
   "run: 2, or 0 once its script has ended",
   { stage: "run", signal: "SIGTERM" },
   { stage: "run", signal: "SIGINT" },
   { stage: "run", signal: "SIGKILL" },
 );
 stepTest(
-  "cleanup gets SIGTERM or SIGINT, or is killed, after each of its system calls; cleanup follows",
+  "cleanup leaves no task after a signal at any of its system calls",
   "cleanup: 0",
   ...(["ready", "unanswered", "unsent", "unrecorded"] as const).flatMap((from) =>
     (["SIGTERM", "SIGINT", "SIGKILL"] as const).map((signal) => ({

@@ -1,6 +1,6 @@
 /**
- * The driver as its user sees it, in the order of its sections: pure functions by value, stages with ECS mocked, real
- * scripts over SSH in a container, the worker image, and whole jobs by the compiled program.
+ * Tests of the driver as its users see it, in the order of its sections: pure functions, stages with ECS mocked,
+ * scripts over SSH in a container, the worker image, and whole jobs run by the compiled program.
  *
  * Not here: faults (`fargate.faults.test.ts`), attacks and arbitrary input (`fargate.security.test.ts`), and tests that
  * take minutes (`fargate.soak.test.ts`).
@@ -10,7 +10,7 @@ import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
 import { hostname, networkInterfaces } from "node:os";
-import { basename, join, relative as relativePath } from "node:path";
+import { basename, dirname, join, relative as relativePath } from "node:path";
 import { PassThrough, Writable } from "node:stream";
 import {
   DescribeNetworkInterfacesCommand,
@@ -45,7 +45,9 @@ import {
   type Connection,
   type Context,
   configAnswer,
+  createDirectory,
   createLock,
+  encodeEd25519,
   exitCode,
   explainStop,
   Failure,
@@ -59,7 +61,6 @@ import {
   makeKeyPair,
   managerId,
   type Outcome,
-  openDirectory,
   Preamble,
   type Problem,
   parseCommandLine,
@@ -81,12 +82,12 @@ import {
   writeRecord,
 } from "./fargate.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
-import { atDebug, DriverOutput } from "./fixtures/debug.ts";
+import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
 import { driver, fargate, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
-import { ended, forever, jobsOf, makeScene } from "./fixtures/scene.ts";
+import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
 import { tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import { type ContainerHostsOptions, containerHosts, type TaskHosts } from "./fixtures/tasks.ts";
@@ -99,7 +100,7 @@ import {
   directory,
   hosts,
   never,
-  nextNumber,
+  nextAddress,
   PACKAGES,
   plainSshd,
   prepare,
@@ -124,35 +125,69 @@ setUp({ hosts: true });
 // ---------------------------------------------------------------------------------------------------------
 
 describe("failures", () => {
-  /** What AWS answers to RunTask: an exception of that name with that message. */
+  /** The cause of a RunTask that AWS refuses with this exception and message. */
   const refusal = (name: string, message: string) =>
     awsFailure("ecs:RunTask", Object.assign(new Error(message), { name, $metadata: { httpStatusCode: 400 } })).cause;
   const stopped = (stoppedReason: string, stopCode: Task["stopCode"] = "TaskFailedToStart") =>
     stopCause({ stopCode, stoppedReason });
   const user = "User: arn:aws:sts::123456789012:assumed-role/x/i-0";
 
-  // Texts are AWS's own, as its documentation and public reports quote them.
-  test.each<[problem: Problem, cause: Cause]>([
-    // An error's name decides.
-    ["throttled", refusal("ThrottlingException", "Rate exceeded")],
-    ["provisioning", refusal("LimitExceededException", "Tasks provisioning capacity limit exceeded.")],
+  // The texts are AWS's, as quoted in its documentation and in public reports.
+  test.each<[answer: string, problem: Problem, cause: Cause]>([
+    // Recognized by the error's name.
+    ["ThrottlingException", "throttled", refusal("ThrottlingException", "Rate exceeded")],
     [
+      "LimitExceededException",
+      "provisioning",
+      refusal("LimitExceededException", "Tasks provisioning capacity limit exceeded."),
+    ],
+    [
+      "AccessDeniedException",
       "accessDenied",
       refusal("AccessDeniedException", `${user} is not authorized to perform: ecs:RunTask on resource: y`),
     ],
-    ["credentials", refusal("ExpiredTokenException", "The security token included in the request is expired")],
-    ["credentials", refusal("InvalidSignatureException", "The request signature we calculated does not match")],
-    ["clock", refusal("InvalidSignatureException", "Signature expired: 20191209T104625Z is now earlier than x")],
-    ["account", refusal("BlockedException", "Your Amazon Web Services account was blocked.")],
-    ["cluster", refusal("ClusterNotFoundException", "Cluster not found.")],
-    ["platform", refusal("PlatformUnknownException", "The specified platform does not exist.")],
-    ["platform", refusal("PlatformTaskDefinitionIncompatibilityException", "x")],
-    ["unsupported", refusal("UnsupportedFeatureException", "The specified task isn't supported in this Region.")],
-    // ClientException and InvalidParameterException: how the message begins.
-    ["definition", refusal("ClientException", "TaskDefinition not found.")],
-    ["definition", refusal("InvalidParameterException", "TaskDefinition is inactive")],
-    ["incompatible", refusal("InvalidParameterException", "Task definition does not support launch_type FARGATE.")],
     [
+      "ExpiredTokenException",
+      "credentials",
+      refusal("ExpiredTokenException", "The security token included in the request is expired"),
+    ],
+    [
+      "InvalidSignatureException",
+      "credentials",
+      refusal("InvalidSignatureException", "The request signature we calculated does not match"),
+    ],
+    [
+      "an expired signature",
+      "clock",
+      refusal("InvalidSignatureException", "Signature expired: 20191209T104625Z is now earlier than x"),
+    ],
+    ["BlockedException", "account", refusal("BlockedException", "Your Amazon Web Services account was blocked.")],
+    ["ClusterNotFoundException", "cluster", refusal("ClusterNotFoundException", "Cluster not found.")],
+    [
+      "PlatformUnknownException",
+      "platform",
+      refusal("PlatformUnknownException", "The specified platform does not exist."),
+    ],
+    [
+      "PlatformTaskDefinitionIncompatibilityException",
+      "platform",
+      refusal("PlatformTaskDefinitionIncompatibilityException", "x"),
+    ],
+    [
+      "UnsupportedFeatureException",
+      "unsupported",
+      refusal("UnsupportedFeatureException", "The specified task isn't supported in this Region."),
+    ],
+    // ClientException and InvalidParameterException: recognized by the beginning of the message.
+    ["an unknown task definition", "definition", refusal("ClientException", "TaskDefinition not found.")],
+    ["an inactive task definition", "definition", refusal("InvalidParameterException", "TaskDefinition is inactive")],
+    [
+      "a task definition without support for Fargate",
+      "incompatible",
+      refusal("InvalidParameterException", "Task definition does not support launch_type FARGATE."),
+    ],
+    [
+      "a network mode that is not awsvpc",
       "networkMode",
       refusal(
         "InvalidParameterException",
@@ -160,16 +195,27 @@ describe("failures", () => {
       ),
     ],
     [
+      "an override for an unknown container",
       "container",
       refusal("InvalidParameterException", "Override for container named x is not a container in the TaskDefinition."),
     ],
-    ["secret", refusal("ClientException", "The secret name must be unique and not shared with any new or existing x")],
     [
+      "a secret of the same name",
+      "secret",
+      refusal("ClientException", "The secret name must be unique and not shared with any new or existing x"),
+    ],
+    [
+      "a platform version for EC2",
       "fargateOnly",
       refusal("InvalidParameterException", "The platform version must be null when specifying an EC2 launch type."),
     ],
-    ["publicIp", refusal("InvalidParameterException", "Assign public IP is not supported for this launch type.")],
     [
+      "a public IP for EC2",
+      "publicIp",
+      refusal("InvalidParameterException", "Assign public IP is not supported for this launch type."),
+    ],
+    [
+      "a missing task role",
       "taskRole",
       refusal(
         "InvalidParameterException",
@@ -177,21 +223,40 @@ describe("failures", () => {
       ),
     ],
     [
+      "an unassociated capacity provider",
       "capacityProvider",
       refusal(
         "InvalidParameterException",
         "The specified capacity provider strategy cannot contain a capacity provider that is not associated with x",
       ),
     ],
-    ["launchType", refusal("InvalidParameterException", "No Container Instances were found in your cluster.")],
     [
+      "a cluster without instances",
+      "launchType",
+      refusal("InvalidParameterException", "No Container Instances were found in your cluster."),
+    ],
+    [
+      "a role that ECS cannot assume",
       "assumeRole",
       refusal("ClientException", "ECS was unable to assume the role 'arn' that was provided for this task."),
     ],
-    ["linkedRole", refusal("InvalidParameterException", "Unable to assume the service linked role. Please verify x")],
-    ["provisioning", refusal("ClientException", "Tasks provisioning capacity limit exceeded.")],
-    ["capacity", refusal("ClientException", "Capacity is unavailable at this time. Please try again later")],
     [
+      "a service linked role that ECS cannot assume",
+      "linkedRole",
+      refusal("InvalidParameterException", "Unable to assume the service linked role. Please verify x"),
+    ],
+    [
+      "the limit of provisioning tasks",
+      "provisioning",
+      refusal("ClientException", "Tasks provisioning capacity limit exceeded."),
+    ],
+    [
+      "unavailable capacity",
+      "capacity",
+      refusal("ClientException", "Capacity is unavailable at this time. Please try again later"),
+    ],
+    [
+      "EC2's request limit",
       "throttled",
       refusal(
         "InvalidParameterException",
@@ -199,6 +264,7 @@ describe("failures", () => {
       ),
     ],
     [
+      "an unknown subnet in an answer",
       "network",
       refusal(
         "InvalidParameterException",
@@ -207,49 +273,89 @@ describe("failures", () => {
       ),
     ],
     // Reasons of failures.
-    ["quota", recognize("", "You\u2019ve reached the limit on the number of vCPUs you can run concurrently")],
-    ["quota", recognize("", "You've reached the limit on the number of tasks you can run concurrently")],
-    ["taskSize", recognize("", "The requested MEMORY configuration is above your limit.")],
-    ["instances", recognize("", "RESOURCE:MEMORY")],
-    ["instances", recognize("", "AGENT")],
-    ["addresses", recognize("", "RESOURCE:ENI")],
-    ["placement", recognize("", "ATTRIBUTE")],
-    ["location", recognize("", "LOCATION")],
-    // Tasks that do not start.
-    ["awsFault", stopped("Timeout waiting for network interface provisioning to complete.")],
     [
+      "the limit of vCPUs",
+      "quota",
+      recognize("", "You\u2019ve reached the limit on the number of vCPUs you can run concurrently"),
+    ],
+    [
+      "the limit of tasks",
+      "quota",
+      recognize("", "You've reached the limit on the number of tasks you can run concurrently"),
+    ],
+    [
+      "memory above the account's limit",
+      "taskSize",
+      recognize("", "The requested MEMORY configuration is above your limit."),
+    ],
+    ["RESOURCE:MEMORY", "instances", recognize("", "RESOURCE:MEMORY")],
+    ["AGENT", "instances", recognize("", "AGENT")],
+    ["RESOURCE:ENI", "addresses", recognize("", "RESOURCE:ENI")],
+    ["ATTRIBUTE", "placement", recognize("", "ATTRIBUTE")],
+    ["LOCATION", "location", recognize("", "LOCATION")],
+    // Tasks that do not start.
+    [
+      "a late network interface",
+      "awsFault",
+      stopped("Timeout waiting for network interface provisioning to complete."),
+    ],
+    [
+      "an AuthFailure for a network interface",
       "awsFault",
       stopped("Unexpected EC2 error while attempting to Create Network Interface in subnet 'x': AuthFailure"),
     ],
     [
+      "an unconfigured network interface",
       "awsFault",
       stopped("ResourceInitializationError: failed to configure ENI: failed to setup regular eni: netplugin"),
     ],
     [
+      "a subnet without free addresses",
       "addresses",
       stopped("Unexpected EC2 error while attempting to Create Network Interface: InsufficientFreeAddressesInSubnet"),
     ],
     [
+      "NetworkInterfaceLimitExceeded",
       "interfaces",
       stopped("Unexpected EC2 error while attempting to Create Network Interface: NetworkInterfaceLimitExceeded"),
     ],
-    ["network", stopped("Unexpected EC2 error while attempting to Create Network Interface: InvalidSubnetID.NotFound")],
     [
+      "InvalidSubnetID.NotFound of a task",
+      "network",
+      stopped("Unexpected EC2 error while attempting to Create Network Interface: InvalidSubnetID.NotFound"),
+    ],
+    [
+      "toomanyrequests of a registry",
       "pullRate",
       stopped("CannotPullContainerError: ref pull has been retried 1 time(s): toomanyrequests: You have reached"),
     ],
-    ["pullSpace", stopped("CannotPullContainerError: write /var/lib/containerd/x: no space left on device")],
-    ["architecture", stopped("CannotPullContainerError: does not contain descriptor matching platform 'linux/amd64'")],
-    ["architecture", stopped("CannotStartContainerError: OCI runtime create failed: exec /bin/x: exec format error")],
     [
+      "a disk that is full during a pull",
+      "pullSpace",
+      stopped("CannotPullContainerError: write /var/lib/containerd/x: no space left on device"),
+    ],
+    [
+      "an image without the platform",
+      "architecture",
+      stopped("CannotPullContainerError: does not contain descriptor matching platform 'linux/amd64'"),
+    ],
+    [
+      "an exec format error",
+      "architecture",
+      stopped("CannotStartContainerError: OCI runtime create failed: exec /bin/x: exec format error"),
+    ],
+    [
+      "an image that is not found",
       "pull",
       stopped("CannotPullContainerError: pull image manifest has been retried: failed to resolve ref x: not found"),
     ],
     [
+      "a denied pull from ECR",
       "executionRole",
       stopped("CannotPullECRContainerError: AccessDeniedException: x is not authorized to perform: ecr:Get"),
     ],
     [
+      "a denied secret",
       "executionRole",
       stopped(
         "ResourceInitializationError: unable to pull secrets or registry auth: AccessDeniedException: User: x is not " +
@@ -257,49 +363,76 @@ describe("failures", () => {
       ),
     ],
     [
+      "an unknown secret",
       "missing",
       stopped("ResourceInitializationError: unable to pull secrets or registry auth: ResourceNotFoundException"),
     ],
-    ["missing", stopped("ResourceInitializationError: failed to validate logger args: ResourceNotFoundException: x")],
-    ["route", stopped("ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout")],
     [
+      "an unknown log group",
+      "missing",
+      stopped("ResourceInitializationError: failed to validate logger args: ResourceNotFoundException: x"),
+    ],
+    [
+      "a timeout at a registry",
+      "route",
+      stopped("ResourceInitializationError: unable to pull secrets or registry auth: i/o timeout"),
+    ],
+    [
+      "an EFS name that is not resolved",
       "efsName",
       stopped(
         'ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: Failed to resolve "x"',
       ),
     ],
     [
+      "an EFS timeout",
       "efsPort",
       stopped(
         "ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: b'mount.nfs4: Connection timed out'",
       ),
     ],
     [
+      "a denied EFS access",
       "efsAccess",
       stopped(
         "ResourceInitializationError: failed to invoke EFS utils commands to set up EFS volumes: stderr: b'mount.nfs4: access denied by server",
       ),
     ],
     [
+      "a container that cannot be created",
       "command",
       stopped("CannotStartContainerError: ResourceInitializationError: failed to create new container runtime task"),
     ],
-    ["volume", stopped("CannotCreateVolumeError: unable to copy contents to volume on host")],
-    // Tasks that stop.
-    ["spot", stopped("Your Spot Task was interrupted.", "SpotInterruption")],
-    ["spot", stopped("Your Spot Task was interrupted.", "TerminationNotice")],
     [
+      "a volume that cannot be created",
+      "volume",
+      stopped("CannotCreateVolumeError: unable to copy contents to volume on host"),
+    ],
+    // Tasks that stop.
+    ["SpotInterruption", "spot", stopped("Your Spot Task was interrupted.", "SpotInterruption")],
+    ["TerminationNotice of a Spot task", "spot", stopped("Your Spot Task was interrupted.", "TerminationNotice")],
+    [
+      "maintenance of the host",
       "host",
       stopped("ECS is performing maintenance on the underlying infrastructure hosting the task.", "TerminationNotice"),
     ],
-    ["exited", stopped("Essential container in task exited", "EssentialContainerExited")],
-    ["unhealthy", stopped("Task failed container health checks", "ServiceSchedulerInitiated")],
-    ["awsFault", stopped("InternalError: Unable to create the container", "TaskFailedToStart")],
-    ["awsFault", stopped("DockerTimeoutError: Could not transition to started; timed out after waiting 3m0s")],
-    ["clock", refusal("RequestExpired", "Request has expired.")],
-    ["ownStop", stopped("fargate sweep: it is past its deadline", "UserInitiated")],
-    ["userStop", stopped("Task stopped by user", "UserInitiated")],
     [
+      "an essential container that exited",
+      "exited",
+      stopped("Essential container in task exited", "EssentialContainerExited"),
+    ],
+    ["failed health checks", "unhealthy", stopped("Task failed container health checks", "ServiceSchedulerInitiated")],
+    ["InternalError", "awsFault", stopped("InternalError: Unable to create the container", "TaskFailedToStart")],
+    [
+      "DockerTimeoutError",
+      "awsFault",
+      stopped("DockerTimeoutError: Could not transition to started; timed out after waiting 3m0s"),
+    ],
+    ["RequestExpired", "clock", refusal("RequestExpired", "Request has expired.")],
+    ["a stop by fargate sweep", "ownStop", stopped("fargate sweep: it is past its deadline", "UserInitiated")],
+    ["a stop by a user", "userStop", stopped("Task stopped by user", "UserInitiated")],
+    [
+      "OutOfMemoryError",
       "memory",
       stopCause({
         stopCode: "EssentialContainerExited",
@@ -307,18 +440,18 @@ describe("failures", () => {
         containers: [{ name: CONTAINER, reason: "OutOfMemoryError: Container killed due to memory usage" }],
       }),
     ],
-  ])("%s is recognized in AWS's answer, %j", (problem, cause) => {
+  ])("recognize maps %s to %s", (_, problem, cause) => {
     expect(cause.problem).toBe(problem);
     expect(adviceFor(cause)).toMatch(/^[a-z].{10,110}$/);
   });
 
-  test("words that somebody else has chosen are not recognized as AWS's", () => {
+  test("recognize ignores AWS's words in text that others chose", () => {
     const capacity = "Capacity is unavailable at this time";
     const denied = `${user} is not authorized to perform: ecs:RunTask on resource: arn:aws:ecs:r:1:task-definition/`;
     for (const planted of ["InterfaceLimitExceeded", "Capacity is unavailable at this time", "RESOURCE:ENI"])
       expect(refusal("AccessDeniedException", `${denied}${planted}:1`).problem).toBe("accessDenied");
     expect(stopped(capacity, "UserInitiated").problem).toBe("userStop");
-    // A path that a task definition may name.
+    // The path comes from the task definition, so it must not select the advice.
     const mount = "ResourceInitializationError: failed to invoke EFS utils commands: mount.nfs4: mounting fs-1:";
     expect(stopped(`${mount}/configure ENI failed, reason given by server: No such file`).problem).toBe("efsAccess");
     expect(refusal("ClientException", `Invalid value: ${capacity}`).problem).toBeUndefined();
@@ -326,13 +459,13 @@ describe("failures", () => {
     expect(adviceFor(unknown.cause)).toBeUndefined();
   });
 
-  test("the advice names the action that IAM refuses", () => {
+  test("adviceFor names the action that IAM refuses", () => {
     const cause = refusal("AccessDeniedException", `${user} is not authorized to perform: iam:PassRole on resource: x`);
     expect(adviceFor(cause)).toBe("allow iam:PassRole in the IAM policy of the runner's host");
     expect(adviceFor({ problem: "accessDenied" })).toBe("allow this action in the IAM policy of the runner's host");
   });
 
-  test("end with the exit codes that the runner gave, else with 1 and 2", () => {
+  test("exitCode returns the runner's codes or else 1 and 2", () => {
     const env = { BUILD_FAILURE_EXIT_CODE: "71", SYSTEM_FAILURE_EXIT_CODE: "72" };
     expect([exitCode("build", env), exitCode("system", env)]).toEqual([71, 72]);
     for (const bad of [undefined, "", "0", "256", "-1", "1.5", "x"])
@@ -350,7 +483,7 @@ describe("failures", () => {
 describe("configuration", () => {
   const read = (name: string, options = {}, env = {}) => readConfig(configFile(name), `${name}.toml`, options, env);
 
-  test.each(["manual", "guide-2020", "guide", "guide-private"])("the documented file %s is accepted", (name) => {
+  test.each(["manual", "guide-2020", "guide", "guide-private"])("readConfig accepts the documented file %s", (name) => {
     const { config, warnings } = read(name);
     expect(warnings).toEqual([]);
     expect(config.SSH.Username).toBe("root");
@@ -358,28 +491,28 @@ describe("configuration", () => {
     expect(config.Fargate.EnablePublicIP).toBe(name === "guide" || name === "guide-2020");
   });
 
-  test("the official driver's looser spellings mean the same", () => {
+  test("readConfig accepts the official driver's looser spellings", () => {
     const loose = read("loose");
     const exact = read("manual").config;
     expect(loose.config).toEqual({ ...exact, LogLevel: "warning", LogFormat: "text-simple" });
     expect(loose.warnings).toEqual([
-      expect.stringMatching(/^loose\.toml: unknown key SomethingOfOurs; the nearest known one is /),
-      "loose.toml: unknown key Fargate.Plattform; the nearest known one is Fargate.PlatformVersion",
-      expect.stringMatching(/^loose\.toml: unknown key Other; the nearest known one is /),
+      expect.stringMatching(/^loose\.toml: unknown key SomethingOfOurs; the most similar known key is /),
+      "loose.toml: unknown key Fargate.Plattform; the most similar known key is Fargate.PlatformVersion",
+      expect.stringMatching(/^loose\.toml: unknown key Other; the most similar known key is /),
     ]);
   });
 
-  test("a key that stands twice in different spellings counts as its exact spelling says", () => {
+  test("readConfig prefers the exact spelling of a key that is given twice", () => {
     const twice = configFile("guide").replace("Port = 22", "port = 1\nPort = 2\nPORT = 3");
     const { config, warnings } = readConfig(twice, "x", {}, {});
     expect(config.SSH.Port).toBe(2);
     expect(warnings).toEqual([
-      "x: SSH.port has no effect beside SSH.Port",
-      "x: SSH.PORT has no effect beside SSH.Port",
+      "x: SSH.port has no effect, since SSH.Port is set",
+      "x: SSH.PORT has no effect, since SSH.Port is set",
     ]);
   });
 
-  test("what is no table is named, and what is given as blanks is not given", () => {
+  test("readConfig reports values that must be tables and ignores blank ones", () => {
     const { message } = thrown(() =>
       readConfig('Fargate = "x"\nSSH = 3\n[TaskMetadata]\nDirectory = "/x"', "f", {}, {}),
     );
@@ -391,11 +524,11 @@ describe("configuration", () => {
     expect(read("manual", {}, env)).toEqual(read("manual"));
   });
 
-  test("port 0 is no port given", () => {
+  test("readConfig takes port 0 for a missing port", () => {
     expect(readConfig(configFile("guide").replace("Port = 22", "Port = 0"), "x", {}, {}).config.SSH.Port).toBe(22);
   });
 
-  test("every setting reaches the configuration", () => {
+  test("readConfig returns every setting", () => {
     const { config, warnings } = read("full");
     expect(warnings).toEqual([]);
     expect(config).toEqual({
@@ -440,7 +573,7 @@ describe("configuration", () => {
     });
   });
 
-  test("option beats variable beats file", () => {
+  test("readConfig lets options override variables and variables the file", () => {
     const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "from-variable", CUSTOM_ENV_FARGATE_PLATFORM_VERSION: "1.3.0" };
     const options = { TaskDefinition: "from-option", PlatformVersion: "LATEST", LogLevel: "ERROR", LogFormat: "JSON" };
     const chosen = ({ config: { Fargate, LogLevel, LogFormat } }: { config: Config }) => [
@@ -456,7 +589,8 @@ describe("configuration", () => {
     expect(chosen(read("manual", { TaskDefinition: "" }, empty))).toEqual(chosen(read("manual")));
   });
 
-  test("relative paths in the file start from its directory, --log-file from the working directory", () => {
+  // Except that of --log-file, which starts from the working directory.
+  test("readConfig resolves relative paths from the directory of the file", () => {
     const text = configFile("full")
       .replace("/var/log/fargate.log", "logs/fargate.log")
       .replace("/var/lib/fargate", "../records")
@@ -480,14 +614,14 @@ describe("configuration", () => {
     expect(pathsIn("/etc/fargate/x.toml", { LogFile: " " })[0]).toBe("/etc/fargate/logs/fargate.log");
   });
 
-  test("a variable may name the task definition that the file leaves out", () => {
+  test("readConfig accepts a task definition that only a variable names", () => {
     const file = configFile("manual").replace(/.*TaskDefinition.*\n/, "");
     const env = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "from-variable" };
     expect(readConfig(file, "x", {}, env).config.Fargate.TaskDefinition).toBe("from-variable");
     expect(thrown(() => readConfig(file, "x", {}, {})).message).toContain("Fargate.TaskDefinition is missing");
   });
 
-  test("all problems are reported at once: the key, what is wrong, what is expected", () => {
+  test("readConfig reports all problems at once", () => {
     const { message } = thrown(() => read("bad"));
     const [head, ...problems] = message.split("\n");
     expect(head).toBe("bad.toml cannot be used:");
@@ -514,17 +648,17 @@ describe("configuration", () => {
         "SSH.ConnectTimeout",
         "SSH.KeepAliveInterval",
         "SSH.CancelGracePeriod",
-        "SSH.PassEnvironment.1",
+        "SSH.PassEnvironment[1]",
       ].sort(),
     );
     expect(problems).toContain("  Fargate.Cluster is missing; expected: the name or ARN of the ECS cluster");
     expect(problems).toContain(
       "  SSH.Port is 70000; expected: the port of the task's SSH server, a whole number from 1 to 65535",
     );
-    for (const line of problems) expect(line).toMatch(/; expected: \S|: give either|: cannot be given/);
+    for (const line of problems) expect(line).toMatch(/; expected: \S|: set either|: cannot be set/);
   });
 
-  test("PassEnvironment takes names and patterns of variables", () => {
+  test("readConfig accepts only names and patterns of variables in PassEnvironment", () => {
     const withList = (list: string) => `${configFile("guide")}\n  PassEnvironment = ${list}\n`;
     for (const good of ['["*"]', "[]", '["_A1", "A*B*C*", " PATH "]'])
       expect(readConfig(withList(good), "x", {}, {}).config.SSH.PassEnvironment).toHaveLength(JSON.parse(good).length);
@@ -546,7 +680,7 @@ describe("configuration", () => {
     ]);
   });
 
-  test("CancelGracePeriod is a whole number from 0 to 240", () => {
+  test("readConfig accepts a CancelGracePeriod from 0 to 240", () => {
     const withPeriod = (value: string) => `${configFile("guide")}\n  CancelGracePeriod = ${value}\n`;
     for (const good of [0, 240])
       expect(readConfig(withPeriod(`${good}`), "x", {}, {}).config.SSH.CancelGracePeriod).toBe(good);
@@ -554,62 +688,113 @@ describe("configuration", () => {
       expect(thrown(() => readConfig(withPeriod(bad), "x", {}, {})).message).toContain("SSH.CancelGracePeriod");
   });
 
-  test("LaunchType and CapacityProviderStrategy exclude each other", () => {
+  test("readConfig refuses LaunchType beside CapacityProviderStrategy", () => {
     const file = `${configFile("full")}`.replace("[Fargate]", '[Fargate]\nLaunchType = "FARGATE"');
     expect(thrown(() => readConfig(file, "x", {}, {})).message).toContain(
-      "Fargate.LaunchType: cannot be given together with CapacityProviderStrategy",
+      "Fargate.LaunchType: cannot be set together with CapacityProviderStrategy",
     );
   });
 
   const ours = "arn:aws:ecs:us-east-2:123456789012";
-  test.each<[asked: string, allowed: boolean, file?: Record<string, string>]>([
-    ["family", true],
-    ["family:3", true],
-    ["famil", false],
-    ["family-2", false],
-    ["Family", false],
-    ["ci-", true],
-    ["ci-build", true],
-    ["ci-build:12", true],
-    ["ci-build:12:3", false],
-    ["ci-a/b", false],
-    ["x-ci-build", false],
-    ["build:7", true],
-    ["build:70", false],
-    ["build", false],
-    ["build:07", false],
-    ["tool-x:4", true],
-    ["tool-x", false],
-    ["family:", false],
-    ["family:latest", false],
-    ["family\nother", false],
-    ["family\u0000", false],
-    ["fämily", false],
-    [`${"ci-".repeat(2_000)}`, false],
-    // An ARN: with none configured there is no account to compare with.
-    [`${ours}:task-definition/family:1`, false],
-    [`${ours}:task-definition/family:1`, true, { Cluster: `${ours}:cluster/c` }],
-    [`${ours}:task-definition/family:1`, true, { TaskDefinition: `${ours}:task-definition/default:1` }],
-    [`${ours}:task-definition/other:1`, false, { Cluster: `${ours}:cluster/c` }],
-    [`${ours}:task-definition/build:7`, true, { Cluster: `${ours}:cluster/c` }],
-    [`${ours}:task-definition/build:8`, false, { Cluster: `${ours}:cluster/c` }],
-    [`${ours}:task-definition/ci-a/b:1`, false, { Cluster: `${ours}:cluster/c` }],
-    [`${ours}:cluster/family`, false, { Cluster: `${ours}:cluster/c` }],
-    ["arn:aws:ecs:us-east-1:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
-    ["arn:aws-cn:ecs:us-east-2:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
-    ["arn:aws:ecs:us-east-2:210987654321:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
-    ["arn:aws:ecs:us-east-2::task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
-    ["arn:aws:ec2:us-east-2:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
-    ["ARN:aws:ecs:us-east-2:123456789012:task-definition/family:1", false, { Cluster: `${ours}:cluster/c` }],
+  test.each<[verdict: string, asked: string, allowed: boolean, file?: Record<string, string>]>([
+    ["allows a listed family", "family", true],
+    ["allows a revision of a listed family", "family:3", true],
+    ["refuses the beginning of a listed family", "famil", false],
+    ["refuses a longer family", "family-2", false],
+    ["refuses a listed family in capitals", "Family", false],
+    ["allows a star that stands for nothing", "ci-", true],
+    ["allows a star that stands for a name", "ci-build", true],
+    ["allows a revision of a starred family", "ci-build:12", true],
+    ["refuses two revisions", "ci-build:12:3", false],
+    ["refuses a slash for a star", "ci-a/b", false],
+    ["refuses a starred family with a prefix", "x-ci-build", false],
+    ["allows a listed revision", "build:7", true],
+    ["refuses a longer revision", "build:70", false],
+    ["refuses a family without its revision", "build", false],
+    ["refuses a revision with a leading zero", "build:07", false],
+    ["allows a listed revision of two stars", "tool-x:4", true],
+    ["refuses two stars without the revision", "tool-x", false],
+    ["refuses an empty revision", "family:", false],
+    ["refuses a revision that is a word", "family:latest", false],
+    ["refuses a family before a line break", "family\nother", false],
+    ["refuses a family before a NUL character", "family\u0000", false],
+    ["refuses a listed family with an umlaut", "fämily", false],
+    ["refuses a family of 6 KB", `${"ci-".repeat(2_000)}`, false],
+    // The file has no ARN, so there is no account to compare with.
+    ["refuses an ARN of an unknown account", `${ours}:task-definition/family:1`, false],
     [
+      "allows an ARN in the cluster's account",
+      `${ours}:task-definition/family:1`,
+      true,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    [
+      "allows an ARN in the default's account",
+      `${ours}:task-definition/family:1`,
+      true,
+      { TaskDefinition: `${ours}:task-definition/default:1` },
+    ],
+    [
+      "refuses an ARN of an unlisted family",
+      `${ours}:task-definition/other:1`,
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    ["allows an ARN of a listed revision", `${ours}:task-definition/build:7`, true, { Cluster: `${ours}:cluster/c` }],
+    [
+      "refuses an ARN of an unlisted revision",
+      `${ours}:task-definition/build:8`,
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    ["refuses an ARN with a slash", `${ours}:task-definition/ci-a/b:1`, false, { Cluster: `${ours}:cluster/c` }],
+    ["refuses an ARN of a cluster", `${ours}:cluster/family`, false, { Cluster: `${ours}:cluster/c` }],
+    [
+      "refuses an ARN in another region",
+      "arn:aws:ecs:us-east-1:123456789012:task-definition/family:1",
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    [
+      "refuses an ARN in another partition",
+      "arn:aws-cn:ecs:us-east-2:123456789012:task-definition/family:1",
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    [
+      "refuses an ARN in another account",
+      "arn:aws:ecs:us-east-2:210987654321:task-definition/family:1",
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    [
+      "refuses an ARN without an account",
+      "arn:aws:ecs:us-east-2::task-definition/family:1",
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    [
+      "refuses an ARN of another service",
+      "arn:aws:ec2:us-east-2:123456789012:task-definition/family:1",
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    [
+      "refuses an ARN in capitals",
+      "ARN:aws:ecs:us-east-2:123456789012:task-definition/family:1",
+      false,
+      { Cluster: `${ours}:cluster/c` },
+    ],
+    [
+      "refuses an ARN in the wrong partition",
       "arn:aws:ecs:us-east-2:123456789012:task-definition/family:1",
-      false, // the partition is the cluster's
+      false, // the partition must be that of Cluster
       {
         Cluster: "arn:aws-us-gov:ecs:us-east-2:123456789012:cluster/c",
         TaskDefinition: `${ours}:task-definition/default:1`,
       },
     ],
-  ])("AllowedTaskDefinitions: a job that names %j may: %j %j", (asked, allowed, file = {}) => {
+  ])("readConfig %s under AllowedTaskDefinitions", (_, asked, allowed, file = {}) => {
     const values = { Cluster: "c", Region: "us-east-2", TaskDefinition: "default", ...file };
     const given = Object.entries(values).map(([key, value]) => `  ${key} = "${value}"\n`);
     const patterns = '  AllowedTaskDefinitions = ["family", "ci-*", "build:7", "*ol-*:4"]\n';
@@ -619,14 +804,15 @@ describe("configuration", () => {
     const { refusal } = readConfig(config, "x", {}, env);
     if (allowed) expect(refusal).toBeUndefined();
     else
-      expect(refusal).toMatch(/^FARGATE_TASK_DEFINITION of this job, [\s\S]*, is not allowed: (an ARN must|Allowed)/);
-    // An operator's choice is not asked about, and without the setting nobody's is.
+      expect(refusal).toMatch(/^FARGATE_TASK_DEFINITION of this job, [\s\S]*, is not allowed: (its ARN must|Allowed)/);
+    // Not applied to --task-def, to jobs that choose nothing, or without the setting.
     expect(readConfig(config, "x", { TaskDefinition: asked }, env).refusal).toBeUndefined();
     expect(readConfig(config, "x", {}, {}).refusal).toBeUndefined();
     expect(readConfig(config.replace(patterns, ""), "x", {}, env).refusal).toBeUndefined();
   });
 
-  test("AllowedTaskDefinitions may allow nothing; what is no list of patterns is refused, and never taken for no setting", () => {
+  // A wrong value must not count as "not set", which would allow everything. An empty list allows nothing.
+  test("readConfig accepts only a list of patterns as AllowedTaskDefinitions", () => {
     const read = (value: string) =>
       readConfig(
         configFile("guide").replace("[Fargate]\n", `[Fargate]\nAllowedTaskDefinitions = ${value}\n`),
@@ -637,33 +823,49 @@ describe("configuration", () => {
         },
       );
     expect(read("[]").refusal).toBe(
-      "FARGATE_TASK_DEFINITION of this job, family, is not allowed: AllowedTaskDefinitions has none",
+      "FARGATE_TASK_DEFINITION of this job, family, is not allowed: AllowedTaskDefinitions is empty",
     );
     for (const bad of ['""', '"family"', "true", '[""]', '["a/b"]', '["a:b"]', '["a*b*c*d*e"]', '["(a|b)"]', "[3]"])
       expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedTaskDefinitions\S* is .*; expected: .*family/);
   });
 
-  test.each<[list: string | undefined, asked: string, refusal?: string]>([
-    [undefined, "9.9.9"],
-    ['["1.4.0", "LATEST"]', "1.4.0"],
-    ['["1.4.0", "LATEST"]', " LATEST "],
-    ['["1.4.0", "LATEST"]', "latest", "latest, is not allowed: AllowedPlatformVersions has 1.4.0, LATEST"],
-    ['["1.4.0", "LATEST"]', "1.4.0\n", undefined],
-    ['["1.*"]', "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has 1.*"],
-    ["[]", "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions has none"],
-    ["[]", "x".repeat(5_000), `${"x".repeat(300)}, is not allowed: AllowedPlatformVersions has none`],
-  ])("AllowedPlatformVersions = %s, and a job asks for %j", (list, asked, refusal) => {
+  test.each<[verdict: string, list: string | undefined, asked: string, refusal?: string]>([
+    ["allows any version without a list", undefined, "9.9.9"],
+    ["allows a listed version", '["1.4.0", "LATEST"]', "1.4.0"],
+    ["allows a listed version between blanks", '["1.4.0", "LATEST"]', " LATEST "],
+    [
+      "refuses a listed version in lower case",
+      '["1.4.0", "LATEST"]',
+      "latest",
+      "latest, is not allowed: AllowedPlatformVersions is 1.4.0, LATEST",
+    ],
+    ["allows a version before a line break", '["1.4.0", "LATEST"]', "1.4.0\n", undefined],
+    [
+      "refuses a version that matches a star",
+      '["1.*"]',
+      "1.4.0",
+      "1.4.0, is not allowed: AllowedPlatformVersions is 1.*",
+    ],
+    ["refuses a version with an empty list", "[]", "1.4.0", "1.4.0, is not allowed: AllowedPlatformVersions is empty"],
+    [
+      "shortens a version that it refuses",
+      "[]",
+      "x".repeat(5_000),
+      `${"x".repeat(300)}, is not allowed: AllowedPlatformVersions is empty`,
+    ],
+  ])("readConfig %s under AllowedPlatformVersions", (_, list, asked, refusal) => {
     const text = configFile("guide").replace(/^ *PlatformVersion .*\n/m, "");
     const file = list ? text.replace("[Fargate]\n", `[Fargate]\n  AllowedPlatformVersions = ${list}\n`) : text;
     const env = { CUSTOM_ENV_FARGATE_PLATFORM_VERSION: asked };
     expect(readConfig(file, "x", {}, env).refusal).toBe(refusal && `FARGATE_PLATFORM_VERSION of this job, ${refusal}`);
-    // The operator's own choice, and a job that chooses none, are not asked about.
+    // Not applied to the operator's own choice, or to jobs that choose no version.
     const other = { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "any" };
     expect(readConfig(file, "x", { PlatformVersion: asked }, { ...env, ...other }).refusal).toBeUndefined();
     expect(readConfig(file, "x", {}, other).refusal).toBeUndefined();
   });
 
-  test("AllowedPlatformVersions that is no list of versions is refused, and never taken for no setting", () => {
+  // A wrong value must not count as "not set", which would allow every version.
+  test("readConfig accepts only a list of versions as AllowedPlatformVersions", () => {
     const read = (value: string) => {
       const file = configFile("guide").replace("[Fargate]\n", `[Fargate]\nAllowedPlatformVersions = ${value}\n`);
       return readConfig(file, "x", {}, {});
@@ -672,7 +874,7 @@ describe("configuration", () => {
       expect(thrown(() => read(bad)).message).toMatch(/Fargate\.AllowedPlatformVersions\S* is .*; expected: .*1\.4\.0/);
   });
 
-  test("a job's variable that nothing reads is reported, with the name that it may misspell", () => {
+  test("unusedVariables names the variable that an unread one may misspell", () => {
     const reportOn = (...names: string[]) =>
       unusedVariables(Object.fromEntries(names.map((name) => [`CUSTOM_ENV_${name}`, "x"])));
     const meant = (name: string, known: string) => [{ name, meant: known }];
@@ -684,7 +886,7 @@ describe("configuration", () => {
     ])
       expect(reportOn(name)).toEqual(meant(name, "FARGATE_TASK_DEFINITION"));
     expect(reportOn("FARGATE_PLATFORM_VERSON")).toEqual(meant("FARGATE_PLATFORM_VERSON", "FARGATE_PLATFORM_VERSION"));
-    // As the driver sees it, but set by the job's author.
+    // The author wrote the name with the prefix that the runner adds.
     for (const name of ["FARGATE_TASK_DEFINITION", "FARGATE_TASK_DEFINITON"])
       expect(reportOn(`CUSTOM_ENV_${name}`)).toEqual(meant(`CUSTOM_ENV_${name}`, "FARGATE_TASK_DEFINITION"));
     for (const name of [
@@ -695,11 +897,11 @@ describe("configuration", () => {
     ])
       expect(reportOn(name)).toEqual([{ name }]);
     expect(reportOn("FARGATE_TASK_DEFINITION", "FARGATE_PLATFORM_VERSION", "CI_JOB_ID", "PATH", "")).toEqual([]);
-    // Of the manager's own environment, no variable is the job's.
+    // Variables without CUSTOM_ENV_ belong to the manager host, not to the job.
     expect(unusedVariables({ FARGATE_TASK_DEFINITON: "x", FARGATE_X: "x" })).toEqual([]);
   });
 
-  test("a pattern full of stars does not hold up prepare", () => {
+  test("readConfig matches a pattern full of stars without delay", () => {
     const evil = configFile("guide").replace("[Fargate]\n", '[Fargate]\nAllowedTaskDefinitions = ["*a*a*b"]\n');
     expect(
       readConfig(evil, "x", {}, { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "a".repeat(120_000) }).refusal,
@@ -707,13 +909,13 @@ describe("configuration", () => {
     expect(readConfig(evil, "x", {}, { CUSTOM_ENV_FARGATE_TASK_DEFINITION: "a".repeat(255) }).refusal).toBeDefined();
   });
 
-  test("a syntax error is given with line and column", () => {
+  test("readConfig gives the line and column of a syntax error", () => {
     const { message } = thrown(() => readConfig('[Fargate]\n  Cluster = "x"\n  Region = \n', "f.toml", {}, {}));
-    expect(message).toMatch(/^f\.toml, line 3, column \d+: not TOML: /);
+    expect(message).toMatch(/^f\.toml, line 3, column \d+: invalid TOML: /);
     expect(message).not.toContain("\n");
   });
 
-  test("a byte order mark and Windows line ends do no harm", () => {
+  test("readConfig accepts a byte order mark and Windows line ends", () => {
     const file = `\uFEFF${configFile("manual").replaceAll("\n", "\r\n")}`;
     expect(readConfig(file, "x", {}, {})).toEqual(read("manual"));
   });
@@ -733,7 +935,7 @@ describe("logging", () => {
     timestamp: Date.UTC(2026, 0, 2, 3, 4, 5, 678),
   });
 
-  test("text carries the time, text-simple does not, json is one object a line", () => {
+  test("formatRecord writes the formats text, text-simple and json", () => {
     const info = record("info", ["the task is ", "RUNNING", ""], { status: "RUNNING" });
     expect(formatRecord(info, "text")).toBe("2026-01-02T03:04:05Z the task is RUNNING\n");
     expect(formatRecord(info, "text-simple")).toBe("the task is RUNNING\n");
@@ -747,17 +949,17 @@ describe("logging", () => {
     expect(formatRecord(record("fatal", ["x"]), "text-simple")).toBe("error: x\n");
   });
 
-  // What ends lines, moves the cursor, turns the direction of writing, hides, or is half a character.
+  // Line ends, cursor movements, direction marks, invisible characters, and a lone surrogate.
   const hostile =
     'a\nb\r\u001b[0Ksection_start:1:x\u0085\u2028\u202e\u200b\u{e0041}\ud800"}\n{"level":"fatal","msg":"forged"}';
 
-  test("text from outside cannot end a line, forge another or a section, nor control a terminal", () => {
+  test("formatRecord keeps text from outside on one harmless line", () => {
     for (const format of ["text", "text-simple", "json"] as const) {
       const line = formatRecord(record("info", ["", hostile, ""], { hostile }), format);
       expect(line.endsWith("\n")).toBe(true);
       expect(line.slice(0, -1)).not.toMatch(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/u);
       if (format === "json") {
-        // The message is as in a text; the property holds what was there, escaped.
+        // The message is as in the text formats. Parsing the JSON restores the property's original value.
         const { level, msg, hostile: property } = JSON.parse(line);
         expect({ level, property }).toEqual({ level: "info", property: hostile });
         expect(msg).toMatch(/^a \| b\\u000d\\u001b\[0Ksection_start/);
@@ -765,7 +967,7 @@ describe("logging", () => {
     }
   });
 
-  test("a failure is printable, and only what the driver lists has lines of its own", () => {
+  test("Failure breaks lines only between the driver's own parts", () => {
     const failure = new Failure("system", `AWS said ${hostile}`, {}, [`one ${hostile}`, "two"]);
     expect(failure.message.split("\n")).toEqual([
       expect.stringMatching(/^AWS said a \| b/),
@@ -783,7 +985,7 @@ describe("logging", () => {
 // 5. The job
 // ---------------------------------------------------------------------------------------------------------
 
-describe("the job's identity", () => {
+describe("job identity", () => {
   const variables = {
     CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: "abc12345",
     CUSTOM_ENV_CI_PROJECT_URL: "https://gitlab.example.com/group/project",
@@ -798,29 +1000,30 @@ describe("the job's identity", () => {
   };
   const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
 
-  test("without a response it is the official driver's", () => {
+  test("readJob identifies a job as the official driver does without a response", () => {
     const hash = sha256("https://gitlab.example.com/group/project-20-300");
     expect(readJob(variables)?.stem).toBe(`abc12345-${hash}`);
   });
 
-  test("a response outweighs every variable, whatever is in it", () => {
+  test("readJob ignores every variable when there is a response", () => {
     const JOB_RESPONSE_FILE = response();
     const hash = sha256(
       JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711, gitlabJob().response.token]),
     );
-    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, unused: [] };
+    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, ignoredImages: [] };
     expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
     for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
       for (const value of ["", "other", "../../x", "a\u0000b", "\u001b[0K\n", "x".repeat(5_000)])
         expect(readJob({ ...variables, JOB_RESPONSE_FILE, [name]: value })).toEqual(job);
   });
 
-  test.each(["", "../../etc/x", "a/b", "a".repeat(33), "a\u0000b", "é"])("the label %j is not used", (token) => {
+  test.each(["", "../../etc/x", "a/b", "a".repeat(33), "a\u0000b", "é"])("readJob ignores the label %j", (token) => {
     const env = { ...variables, CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN: token };
     expect(readJob(env)?.stem).toMatch(/^job-[0-9a-f]{64}$/);
   });
 
-  test("host, project and id each make another job, the token in the address does not", () => {
+  // The token in the repository's URL is ignored.
+  test("readJob identifies a job by host, project and id", () => {
     const stemOf = (changes: object) => readJob({ JOB_RESPONSE_FILE: response(changes) })?.stem;
     const address = (url: string) => ({ git_info: { ...gitlabJob().response.git_info, repo_url: url } });
     const own = stemOf(address("https://gitlab-ci-token:one@gitlab.example.com/a/b.git"));
@@ -829,9 +1032,9 @@ describe("the job's identity", () => {
       stemOf(address("https://gitlab-ci-token:one@gitlab.example.org/a/b.git")),
       stemOf(address("http://gitlab-ci-token:one@gitlab.example.com/a/b.git")),
       stemOf(address("https://gitlab-ci-token:one@gitlab.example.com:8443/a/b.git")),
-      // Two instances below one host name.
+      // Another instance under the same host name.
       stemOf(address("https://gitlab-ci-token:one@gitlab.example.com/other/a/b.git")),
-      // One of them that lies about its address.
+      // An instance that claims the address of the first.
       stemOf({ ...address("https://gitlab-ci-token:one@gitlab.example.com/a/b.git"), token: "another" }),
       stemOf({ id: 1 }),
       stemOf({ job_info: { ...gitlabJob().response.job_info, project_id: 1 } }),
@@ -840,27 +1043,27 @@ describe("the job's identity", () => {
     expect(new Set(others).size).toBe(others.length);
   });
 
-  test("of image and services only the names are read, and nothing depends on them", () => {
+  test("readJob reads only the names of image and services", () => {
     const jobOf = (changes: object) => readJob({ JOB_RESPONSE_FILE: response(changes) });
     const none = jobOf({ image: { name: "" }, services: [] });
     const services = [{ name: "postgres:16", alias: "db" }, { name: "redis" }];
     expect(jobOf({ image: { name: "ruby:3.2" }, services })).toEqual({
       ...none,
-      unused: ["ruby:3.2", "postgres:16", "redis"],
+      ignoredImages: ["ruby:3.2", "postgres:16", "redis"],
     });
     for (const odd of [null, 3, "ruby", [], {}, { name: 3 }, undefined])
       expect(jobOf({ image: odd, services: odd })).toEqual(none);
-    expect(jobOf({ services: [null, { name: null }, "x", { name: "y" }] })?.unused).toEqual(["y"]);
+    expect(jobOf({ services: [null, { name: null }, "x", { name: "y" }] })?.ignoredImages).toEqual(["y"]);
   });
 
-  test("a response that cannot be read is a failure, and no token of it is shown", () => {
+  test("readJob shows no token of a response that it refuses", () => {
     const broken = join(directory(), "response.json");
     fs.writeFileSync(broken, '{"token": "secret-token-1"');
     for (const [path, why] of [
       [broken, "it is not JSON"],
       [join(broken, "..", "none.json"), "ENOENT"],
       [response({ git_info: { repo_url: "secret-token-2" } }), "git_info.repo_url"],
-      [response({ id: "4711" }), "id is missing or not as expected"],
+      [response({ id: "4711" }), "id is missing or invalid"],
     ]) {
       const { message } = thrown(() => readJob({ ...variables, JOB_RESPONSE_FILE: path }));
       expect(message).toContain(why);
@@ -868,7 +1071,7 @@ describe("the job's identity", () => {
     }
   });
 
-  test("config's answer has the documented shape", () => {
+  test("configAnswer has the documented shape", () => {
     expect(configAnswer(undefined)).toBe('{"driver":{"name":"fargate","version":"dev (HEAD)"},"hostname":""}');
     expect(JSON.parse(configAnswer(readJob(variables), "ci-manager-1.example"))).toMatchObject({
       hostname: "ci-manager-1.example",
@@ -876,7 +1079,7 @@ describe("the job's identity", () => {
     expect(readJob({})).toBeUndefined();
   });
 
-  test("the host name in config's answer has no character that is special in a shell", () => {
+  test("configAnswer removes characters that are special in a shell from the host name", () => {
     const nameFor = (host: string) => JSON.parse(configAnswer(readJob(variables), host)).hostname;
     expect(nameFor('$(id)`id`"\\!$HOME;a\nb_c é')).toBe("ididHOMEabc");
     expect(nameFor('$(`"')).toBe("");
@@ -888,15 +1091,15 @@ describe("the job's identity", () => {
 // 6. Task record
 // ---------------------------------------------------------------------------------------------------------
 
-describe("the task record", () => {
-  /** Advice that is harmless wherever `Directory` is, also /tmp, whose mode other programs need. */
+describe("task record", () => {
+  /** The advice. It must also be harmless if `Directory` is /tmp, whose mode other programs need. */
   const ownDirectory = "use a directory of the driver's own with mode 0700, such as /opt/gitlab-runner/metadata";
-  /** A path whose name says the job, as that in `someRecord`. */
+  /** The path of the record of the job in `someRecord`. */
   const recordIn = (where: string) => join(where, `job-1-${"0123456789abcdef".repeat(4)}.json`);
 
-  test("comes back as written, for its owner alone, and leaves nothing beside it", () => {
+  test("writeRecord writes one file for its owner alone", () => {
     const path = recordIn(join(directory(), "records"));
-    openDirectory(join(path, ".."));
+    createDirectory(join(path, ".."));
     expect(readRecord(path)).toBeUndefined();
     writeRecord(path, { ...someRecord, TaskARN: "" });
     writeRecord(path, someRecord);
@@ -912,7 +1115,7 @@ describe("the task record", () => {
     });
   });
 
-  test("one that another could have written, read or put in its place is not used, nor what it says", () => {
+  test("readRecord refuses a record that others could read, write or replace", () => {
     const path = recordIn(directory());
     const elsewhere = join(directory(), "x.json");
     const change = (make: () => void, why: RegExp, remains: boolean) => {
@@ -944,45 +1147,47 @@ describe("the task record", () => {
       false,
     );
     for (const mode of [0o604, 0o640, 0o644])
-      change(() => fs.chmodSync(path, mode), /its mode is 6.., and should/, true);
+      change(() => fs.chmodSync(path, mode), /its mode is 6..; it must be 600/, true);
     for (const mode of [0o602, 0o620, 0o666])
-      change(() => fs.chmodSync(path, mode), /its mode is 6.., and should/, false);
+      change(() => fs.chmodSync(path, mode), /its mode is 6..; it must be 600/, false);
     change(
       () => writeRecord(path, { ...someRecord, StartedBy: `fargate-0123456789ab-${"f".repeat(32)}` }),
-      /it is of another job$/,
+      /it belongs to another job$/,
       false,
     );
   });
 
-  test("one that belongs to another user is not used, nor what it says", ({ skip }) => {
+  test("readRecord refuses a record that belongs to another user", ({ skip }) => {
     if (process.geteuid?.() !== 0) return skip("only root can give files away");
     const path = recordIn(directory());
     writeRecord(path, someRecord);
     fs.chownSync(path, 12_345, 0);
-    expect(thrown(() => readRecord(path)).message).toMatch(/it belongs to another user, of id 12345$/);
+    expect(thrown(() => readRecord(path)).message).toMatch(/it belongs to another user \(id 12345\)$/);
     expect(salvageRecord(path).TaskARN).toBeUndefined();
     fs.chownSync(path, 0, 0);
     expect(readRecord(path)).toEqual(someRecord);
   });
 
-  test("a directory that belongs to another user is a warning, a lock of another's counts for nothing", ({ skip }) => {
+  // Locks of another user are ignored as well.
+  test("createDirectory warns of a directory that belongs to another user", ({ skip }) => {
     if (process.geteuid?.() !== 0) return skip("only root can give files away");
     const where = directory();
     fs.chmodSync(where, 0o755);
     fs.chownSync(where, 12_345, 0);
-    expect(openDirectory(where)).toBe(
-      `TaskMetadata.Directory ${where} belongs to another user, of id 12345; ${ownDirectory}`,
+    expect(createDirectory(where)).toBe(
+      `TaskMetadata.Directory ${where} belongs to another user (id 12345); ${ownDirectory}`,
     );
     const stem = `job-1-${"0123456789abcdef".repeat(4)}`;
     createLock({ Directory: where }, stem, "run");
-    expect(readLocks({ Directory: where }, Date.now())).toMatchObject([{ stem, stage: "run", lives: true }]);
+    expect(readLocks({ Directory: where }, Date.now())).toMatchObject([{ stem, stage: "run", isAlive: true }]);
     fs.chownSync(join(where, fs.readdirSync(where)[0] as string), 12_345, 0);
     expect(readLocks({ Directory: where }, Date.now())).toEqual([]);
   });
 
-  test("a directory that anybody may write to is refused, one that its group may write to is a warning", () => {
+  // If only the group may write to it, the driver warns.
+  test("createDirectory refuses a directory that anybody may write to", () => {
     const where = join(directory(), "records");
-    expect(openDirectory(where)).toBeUndefined();
+    expect(createDirectory(where)).toBeUndefined();
     for (const [mode, verdict] of [
       [0o700, "good"],
       [0o755, "good"],
@@ -994,18 +1199,18 @@ describe("the task record", () => {
     ] as const) {
       fs.chmodSync(where, mode);
       if (verdict === "refused") {
-        const { message } = thrown(() => openDirectory(where));
+        const { message } = thrown(() => createDirectory(where));
         expect(message).toBe(
           `TaskMetadata.Directory ${where} cannot be used: anybody may write to it; ${ownDirectory}`,
         );
       } else {
-        const warning = `TaskMetadata.Directory ${where} can be written to by others; ${ownDirectory}`;
-        expect(openDirectory(where)).toBe(verdict === "warning" ? warning : undefined);
+        const warning = `TaskMetadata.Directory ${where} is writable by others; ${ownDirectory}`;
+        expect(createDirectory(where)).toBe(verdict === "warning" ? warning : undefined);
       }
     }
   });
 
-  test("one that is damaged, of another version or cannot be written is a failure that shows no key", () => {
+  test("readRecord shows no key of a record that it refuses", () => {
     const path = join(directory(), "x.json");
     for (const content of ["", '{"PrivateKey": "c2VjcmV0"', '{"PrivateKey": "c2VjcmV0", "Version": 2}', "[]"]) {
       fs.writeFileSync(path, content, { mode: 0o600 });
@@ -1014,10 +1219,10 @@ describe("the task record", () => {
       expect(message).not.toContain("c2VjcmV0");
     }
     expect(thrown(() => writeRecord(join(path, "y.json"), someRecord)).message).toContain("cannot be written");
-    expect(thrown(() => openDirectory(join(path, "y"))).message).toContain("cannot be made");
+    expect(thrown(() => createDirectory(join(path, "y"))).message).toContain("cannot be created");
   });
 
-  test("one manager has one identity, however many ask for it first", async () => {
+  test("managerId gives concurrent callers one identity", async () => {
     const where = directory();
     const script = `import {managerId} from ${JSON.stringify(join(projectRoot, "fargate.ts"))}; console.log(managerId(process.argv[1]))`;
     const asked = Array.from({ length: 8 }, () => start([process.execPath, "-e", script, where]).finished);
@@ -1040,27 +1245,67 @@ describe("keys", () => {
   test.each([
     ["ed25519", "ssh-ed25519"],
     ["rsa", "ssh-rsa"],
-  ] as const)("%s: the public half belongs to the private one, and no two are alike", async (type, name) => {
+  ] as const)("makeKeyPair makes matching halves of an %s key", async (type, name) => {
     const [one, other] = await Promise.all([makeKeyPair(type), makeKeyPair(type)]);
     expect(one.publicKey).toMatch(new RegExp(`^${name} [A-Za-z0-9+/=]+$`));
     expect(one.publicKey).not.toBe(other.publicKey);
     expect((await keyPairOf(one.privateKey)).publicKey).toBe(one.publicKey);
-    // As OpenSSH sees it.
+    // OpenSSH derives the same public key.
     const path = join(directory(), "key");
     fs.writeFileSync(path, one.privateKey, { mode: 0o600 });
     const { status, stdout } = spawnSync("ssh-keygen", ["-y", "-f", path], { encoding: "utf8" });
     if (status !== null) expect(stdout.trim()).toBe(one.publicKey);
   });
 
-  test("a thousand ed25519 keys are whole, also those that begin with a zero byte", async () => {
+  // RFC 8032, section 7.1, tests 1 to 3: the secret key, public key, message and signature.
+  test.each([
+    [
+      "test 1",
+      "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60",
+      "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+      "",
+      "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b",
+    ],
+    [
+      "test 2",
+      "4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb",
+      "3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",
+      "72",
+      "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302aeeb00d291612bb0c00",
+    ],
+    [
+      "test 3",
+      "c5aa8df43f9f837bedb7442f31dcb7b166d38535076f094b85ce3a2e0b4458f7",
+      "fc51cd8e6218a1a38da47ed00230f0580816ed13ba3303ac5deb911548908025",
+      "af82",
+      "6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac18ff9b538d16f290ae67f760984dc6594a7c15e9716ed28dc027beceea1ec40a",
+    ],
+  ])("encodeEd25519 encodes the key pair of RFC 8032, %s", async (_, seed, publicKey, message, signature) => {
+    const privateKey = encodeEd25519(Buffer.from(seed, "hex"), Buffer.from(publicKey, "hex"));
+    const [key] = [utils.parseKey(privateKey)].flat();
+    if (key instanceof Error || !key) throw new Error(`${key}`);
+    expect(key.sign(Buffer.from(message, "hex")).toString("hex")).toBe(signature);
+    const pair = await keyPairOf(privateKey);
+    expect(
+      Buffer.from(pair.publicKey.split(" ")[1] as string, "base64")
+        .subarray(-32)
+        .toString("hex"),
+    ).toBe(publicKey);
+    const path = join(directory(), "key");
+    fs.writeFileSync(path, privateKey, { mode: 0o600 });
+    const { status, stdout } = spawnSync("ssh-keygen", ["-y", "-f", path], { encoding: "utf8" });
+    if (status !== null) expect(stdout.trim()).toBe(pair.publicKey);
+  });
+
+  test("makeKeyPair makes ed25519 keys of full length", async () => {
     for (let n = 0; n < 1_000; n++) {
       const { publicKey } = await makeKeyPair("ed25519");
-      // 4 + 11 bytes of the name, 4 of the length, 32 of the key.
+      // 4 bytes of length and 11 of name, then 4 of length and 32 of key.
       expect(Buffer.from(publicKey.split(" ")[1] as string, "base64").length).toBe(51);
     }
   });
 
-  test("what is no private key is refused", async () => {
+  test("keyPairOf refuses text that is not a private key", async () => {
     const { public: publicKey } = utils.generateKeyPairSync("ed25519");
     for (const text of ["", "nonsense", publicKey]) await expect(keyPairOf(text)).rejects.toThrow(Failure);
   });
@@ -1095,7 +1340,7 @@ describe("RunTask's input", () => {
     },
   };
 
-  test("is the official driver's for its file, plus startedBy and clientToken", () => {
+  test("runTaskInput adds only startedBy and clientToken to the official driver's input", () => {
     expect(input("guide")).toEqual({ ...official, ...identity });
   });
 
@@ -1103,7 +1348,7 @@ describe("RunTask's input", () => {
     ["PlatformVersion", (c) => (c.Fargate.PlatformVersion = "1.4.0"), { platformVersion: "1.4.0" }],
     ["LaunchType", (c) => (c.Fargate.LaunchType = "FARGATE"), { launchType: "FARGATE" }],
     [
-      "CapacityProviderStrategy, always with a weight",
+      "CapacityProviderStrategy with a weight",
       (c) => (c.Fargate.CapacityProviderStrategy = [{ CapacityProvider: "FARGATE_SPOT", Weight: 1 }]),
       { capacityProviderStrategy: [{ capacityProvider: "FARGATE_SPOT", weight: 1 }] },
     ],
@@ -1115,11 +1360,11 @@ describe("RunTask's input", () => {
     ["EnableExecuteCommand", (c) => (c.Fargate.EnableExecuteCommand = true), { enableExecuteCommand: true }],
     ["Tags", (c) => (c.Fargate.Tags = { a: "b" }), { tags: [{ key: "a", value: "b" }] }],
     ["PropagateTags", (c) => (c.Fargate.PropagateTags = "TASK_DEFINITION"), { propagateTags: "TASK_DEFINITION" }],
-  ])("%s adds itself and nothing else", (_, change, added) => {
+  ])("runTaskInput adds %s and nothing else", (_, change, added) => {
     expect(input("guide", change)).toEqual({ ...official, ...identity, ...added });
   });
 
-  test("lists of subnets and security groups, private addresses, no override", () => {
+  test("runTaskInput passes lists of subnets and security groups", () => {
     const { networkConfiguration } = input("full", (c) => (c.Fargate.EnablePublicIP = false));
     expect(networkConfiguration?.awsvpcConfiguration).toEqual({
       subnets: ["subnet-1", "subnet-2"],
@@ -1132,17 +1377,17 @@ describe("RunTask's input", () => {
 });
 
 describe("calls to AWS", () => {
-  test("only what may pass is tried again, until the time is up", async () => {
+  test("retry repeats only transient errors until the time is up", async () => {
     let time = 0;
     let calls = 0;
-    const attempt = (again: boolean, succeedAt = Number.POSITIVE_INFINITY) =>
+    const attempt = (shouldRetry: boolean, succeedAt = Number.POSITIVE_INFINITY) =>
       retry(
         async () => {
           time += 1_000;
           if (++calls >= succeedAt) return calls;
           throw new Error(`call ${calls}`);
         },
-        { until: 5_000, again: () => again, now: () => time },
+        { until: 5_000, shouldRetry: () => shouldRetry, now: () => time },
       );
     await expect(attempt(true, 3)).resolves.toBe(3);
     [time, calls] = [0, 0];
@@ -1151,11 +1396,11 @@ describe("calls to AWS", () => {
     await expect(attempt(true)).rejects.toThrow(/call [45]/);
   });
 
-  test("a signal ends the repetitions with its reason", async () => {
+  test("retry ends with a signal's reason", async () => {
     const stop = new AbortController();
     const endless = retry(() => Promise.reject(new Error("again")), {
       until: Number.POSITIVE_INFINITY,
-      again: () => true,
+      shouldRetry: () => true,
       now: Date.now,
       signal: stop.signal,
     });
@@ -1174,35 +1419,36 @@ describe("calls to AWS", () => {
     ["an answer that broke off", { name: "TypeError", $metadata: { httpStatusCode: 200 } }, true, true],
     ["a refusal", { name: "AccessDeniedException", $metadata: { httpStatusCode: 400 } }, false, false],
     ["a conflict", { name: "ConflictException", $metadata: { httpStatusCode: 400 } }, false, true],
-    ["no credentials", { name: "CredentialsProviderError" }, false, false],
-    ["no credentials, with metadata", { name: "CredentialsProviderError", $metadata: {} }, false, false],
+    ["missing credentials", { name: "CredentialsProviderError" }, false, false],
+    ["missing credentials with metadata", { name: "CredentialsProviderError", $metadata: {} }, false, false],
     ["an untrusted certificate", { code: "SELF_SIGNED_CERT_IN_CHAIN", $metadata: {} }, false, false],
     ["a proxy's refusal", { code: "ERR_PROXY_TUNNEL", status: 403, $metadata: {} }, false, false],
     ["a proxy's failure", { code: "ERR_PROXY_TUNNEL", status: 502, $metadata: {} }, true, false],
     ["an answer that names a certificate", { code: "CERT_X", $metadata: { httpStatusCode: 500 } }, true, true],
-    ["a name that is no text", { name: 7, message: {}, $metadata: { httpStatusCode: 400 } }, false, false],
-  ])("%s: whether it is retried, and whether a task may have been started", (_, error, isRetryable, mayHaveStarted) => {
+    ["a name that is not text", { name: 7, message: {}, $metadata: { httpStatusCode: 400 } }, false, false],
+    // The last two columns: whether the call is retried, and whether a task may have been started.
+  ])("awsFailure classifies %s", (_, error, isRetryable, mayHaveStarted) => {
     const { cause } = awsFailure("ecs:RunTask", Object.assign(new Error("x"), error));
     expect(cause).toMatchObject({ operation: "ecs:RunTask", isRetryable, mayHaveStarted });
   });
 
-  test("the pauses between starts begin at 2 s and grow when every placement has been tried", () => {
+  test("startRetryPause grows from 2 s once every placement has been tried", () => {
     expect([1, 2, 3, 4, 5, 50].map((attempts) => startRetryPause(attempts, 1) / 1000)).toEqual([2, 4, 8, 16, 20, 20]);
     expect([1, 3, 4, 6, 7].map((attempts) => startRetryPause(attempts, 3) / 1000)).toEqual([2, 2, 4, 4, 8]);
   });
 
-  test("polling is quick at first, slower later, and slow once the address is known", () => {
+  test("pollPause grows with time and once the address is known", () => {
     expect(pollPause(0, false, 0.5)).toBe(500);
     expect(pollPause(20, false, 0.5)).toBe(2_000);
     expect(pollPause(60, false, 0.5)).toBe(5_000);
     expect(pollPause(0, true, 0.5)).toBe(5_000);
     expect([pollPause(60, true, 0), pollPause(60, true, 1)]).toEqual([3_750, 6_250]);
-    // Each throttled call makes it slower, to a limit.
+    // Each throttled call lengthens the pause, up to a limit.
     expect([pollPause(0, false, 0.5, 1), pollPause(0, false, 0.5, 100)]).toEqual([1_000, 10_000]);
     expect([pollPause(0, true, 0.5, 1), pollPause(0, true, 0.5, 100)]).toEqual([10_000, 30_000]);
   });
 
-  test("a task's address is its IPv4 address, else its IPv6 address", () => {
+  test("interfaceOf prefers a task's IPv4 address to its IPv6 address", () => {
     const addressOf = (task: Task) => interfaceOf(task).address;
     const attached = (...details: { name: string; value: string }[]) => [{ type: "ElasticNetworkInterface", details }];
     const eni = { name: "networkInterfaceId", value: "eni-1" };
@@ -1219,7 +1465,7 @@ describe("calls to AWS", () => {
     expect(addressOf({ attachments: attached(eni), containers: both })).toBe("192.0.2.1");
   });
 
-  test("the reason why a task stopped is in AWS's words, with each container's exit", () => {
+  test("explainStop gives AWS's reason with each container's exit", () => {
     expect(
       explainStop({
         stopCode: "EssentialContainerExited",
@@ -1240,20 +1486,20 @@ describe("calls to AWS", () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 8 to 10 with ECS mocked: what prepare and cleanup ask of AWS, and what they do with its answers
+// 8 and 10, with ECS mocked: the calls of prepare and cleanup, and how they handle the answers
 // ---------------------------------------------------------------------------------------------------------
 
 describe("ssh2's internals", () => {
   const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
   const [block = ""] =
-    /\/\/ ---- Begin of ssh2's internals ----[\s\S]*\/\/ ---- End of ssh2's internals ----/.exec(source) ?? [];
+    /\/\/ ---- Start of ssh2's internals ----[\s\S]*\/\/ ---- End of ssh2's internals ----/.exec(source) ?? [];
 
-  test("ssh2 has the version whose source was read", () => {
+  test("fargate.ts names the installed version of ssh2", () => {
     const { version } = JSON.parse(fs.readFileSync(join(projectRoot, "node_modules", "ssh2", "package.json"), "utf8"));
-    expect(/the one whose source was read for this block \(([\d.]+)\)/.exec(block)?.[1]).toBe(version);
+    expect(/any version of ssh2 but ([\d.]+\d),\s+\/\/ whose source was read/.exec(block)?.[1]).toBe(version);
   });
 
-  test("ssh2's unpublished parts are used in one block of the driver only", () => {
+  test("fargate.ts uses ssh2's internals in one block only", () => {
     const internals = /_protocol\b|\.outgoing\b|\.incoming\b|ssh2\/lib|_sock\b|_chanMgr\b/g;
     expect(block.match(internals)).toEqual(expect.arrayContaining(["_protocol", ".outgoing", "ssh2/lib"]));
     expect(source.replace(block, "").match(internals)).toBeNull();
@@ -1272,8 +1518,8 @@ describe("judgeTask", () => {
     identity: "",
     mtimeMs: (now - 10) * 1000,
   };
-  const live = { ...lock, lives: true };
-  const dead = { ...lock, lives: false };
+  const live = { ...lock, isAlive: true };
+  const dead = { ...lock, isAlive: false };
   const snapshot = { time: now, uptime: 100_000, records: [record], processes: [] };
   const rules = { MaxTaskAge: 86_400, AbandonedAfter: 900, managers: [id], canLock: true };
   const task = (age: number, deadline?: number, manager = id): Task => ({
@@ -1293,34 +1539,39 @@ describe("judgeTask", () => {
   type Seen = Partial<Parameters<typeof judgeTask>[1]>;
   type Rules = Partial<Parameters<typeof judgeTask>[2]>;
   test.each<[what: string, why: string | undefined, judged: Task, seen: Seen, changed?: Rules]>([
-    ["with a record and time left is left alone", undefined, task(600, now + 1), {}],
-    ["without a record is lost after 10 minutes", LOST, task(601), { records: [] }],
-    ["without a record may be starting until then", undefined, task(600), { records: [] }],
-    ["of another manager needs no record here", undefined, task(601, undefined, other), { records: [] }],
-    ["is late behind the deadline in its variables", LATE, task(60, now - 1), {}],
-    ["of another manager is late as well", LATE, task(60, now - 1, other), { records: [] }],
+    ["leaves a task with a record and time left", undefined, task(600, now + 1), {}],
+    ["stops a task without a record after 10 minutes", LOST, task(601), { records: [] }],
+    ["leaves a task without a record for 10 minutes", undefined, task(600), { records: [] }],
+    ["leaves another manager's task without a record", undefined, task(601, undefined, other), { records: [] }],
+    ["stops a task past the deadline in its variables", LATE, task(60, now - 1), {}],
+    ["stops another manager's task past its deadline", LATE, task(60, now - 1, other), { records: [] }],
     [
-      "is late behind the deadline in its record",
+      "stops a task past the deadline in its record",
       LATE,
       task(60, now + 9),
       { records: [{ ...record, Deadline: now - 1 }] },
     ],
-    ["without a deadline is late after MaxTaskAge", LATE, task(86_401), {}],
-    ["without a deadline has time until then", undefined, task(86_400), {}],
-    ["is abandoned after AbandonedAfter", ABANDONED, task(60), idle(901)],
-    ["is not abandoned before", undefined, task(60), idle(899)],
-    ["is abandoned if nothing was heard since the boot", ABANDONED, task(60), { ...idle(300), uptime: 200 }],
-    ["is not abandoned if no lock can be made", undefined, task(60), idle(901), { canLock: false }],
-    ["of another manager is never abandoned", undefined, task(60, undefined, other), idle(901)],
-    ["with a dead lock counts from its last touch", undefined, task(60), { ...idle(901), processes: [dead] }],
-    ["with a live process is never stopped", undefined, task(90_000, now - 1), { processes: [live], records: [] }],
-    ["of another manager is late whatever works here", LATE, task(60, now - 1, other), { processes: [live] }],
-  ])("judgeTask: a task %s", (_, why, judged, seen, changed) => {
+    ["stops a task without a deadline after MaxTaskAge", LATE, task(86_401), {}],
+    ["leaves a task without a deadline until MaxTaskAge", undefined, task(86_400), {}],
+    ["stops an abandoned task after AbandonedAfter", ABANDONED, task(60), idle(901)],
+    ["leaves an abandoned task until AbandonedAfter", undefined, task(60), idle(899)],
+    ["stops a task of which nothing was heard since the boot", ABANDONED, task(60), { ...idle(300), uptime: 200 }],
+    ["leaves an abandoned task if no lock can be made", undefined, task(60), idle(901), { canLock: false }],
+    ["leaves another manager's abandoned task", undefined, task(60, undefined, other), idle(901)],
+    ["counts from the last touch of a dead lock", undefined, task(60), { ...idle(901), processes: [dead] }],
+    ["leaves a task with a live process", undefined, task(90_000, now - 1), { processes: [live], records: [] }],
+    [
+      "stops another manager's late task despite a live process here",
+      LATE,
+      task(60, now - 1, other),
+      { processes: [live] },
+    ],
+  ])("judgeTask %s", (_, why, judged, seen, changed) => {
     expect(judgeTask(judged, { ...snapshot, ...seen }, { ...rules, ...changed }).task.why).toBe(why);
   });
 });
 
-describe("prepare and cleanup, with ECS mocked", () => {
+describe("stages with ECS mocked", () => {
   let ecs: AwsStub<EcsInput, EcsOutput, ECSClientResolvedConfig>;
   let ec2: AwsStub<Ec2Input, Ec2Output, EC2ClientResolvedConfig>;
   const arn = someRecord.TaskARN;
@@ -1381,7 +1632,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
       jobOverrides: [],
       log: getLogger("fargate"),
       env: {},
-      stop: stop.signal,
+      signal: stop.signal,
       now: Date.now,
       wallTime: Date.now,
     };
@@ -1408,7 +1659,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
       },
     ],
   });
-  /** RunTask starts an SSH server that takes the key of its override; DescribeTasks goes through these states. */
+  /** Mocks RunTask by an SSH server that accepts the key in the override, and DescribeTasks by these states in turn. */
   function taskGoesThrough(context: Context, ...states: (Task | undefined)[]) {
     const runTask = async (input: RunTaskCommandInput) => {
       const key = input.overrides?.containerOverrides?.[0]?.environment?.[0]?.value as string;
@@ -1431,7 +1682,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
     return runTask;
   }
 
-  test("a task unknown at first, then provisioning, is logged in to as soon as its address is known", async () => {
+  // At first, DescribeTasks does not return the task.
+  test("prepare logs in as soon as the task's address is known", async () => {
     const context = contextOf((config) => (config.SSH.Port = 0));
     taskGoesThrough(context, undefined, taskIn("PROVISIONING"), taskIn("PENDING", "127.0.0.1"));
     await prepare(context);
@@ -1452,7 +1704,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
   });
 
-  test("the record is on disk, with the token, before RunTask is called", async () => {
+  test("prepare writes the record with the token before it calls RunTask", async () => {
     let found: TaskRecord | undefined;
     ecs.on(RunTaskCommand).callsFake((input: RunTaskCommandInput) => {
       found = readRecord(recordFile());
@@ -1464,14 +1716,14 @@ describe("prepare and cleanup, with ECS mocked", () => {
     );
     expect(found).toMatchObject({ TaskARN: "", Unanswered: true });
     expect(fs.existsSync(recordFile())).toBe(false);
-    // A refusal is an answer: there is nothing to look for.
+    // A refused RunTask has started no task, so the driver lists none.
     expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
   });
 
   test.each([
     ["forward", 3_600_000],
     ["back", -3_600_000],
-  ])("a wall clock that is set %s by an hour whenever it is read changes no duration", async (_, step) => {
+  ])("prepare and cleanup ignore a wall clock that is set %s by an hour", async (_, step) => {
     let time = Date.now();
     const context = { ...contextOf((config) => (config.SSH.Port = 0)), wallTime: () => (time += step) };
     taskGoesThrough(context, undefined, taskIn("PROVISIONING"), taskIn("PENDING", "127.0.0.1"));
@@ -1482,7 +1734,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("a deadline beyond the range of a timer does not end a run early, but does end it", async () => {
+  test("run ends at a deadline beyond the range of a timer", async () => {
     const day = 86_400_000;
     let days = 0;
     let reads = 0;
@@ -1524,13 +1776,13 @@ describe("prepare and cleanup, with ECS mocked", () => {
     }
   });
 
-  test("an answer with failures and no task gives their reasons", async () => {
+  test("prepare gives the reasons in an answer with failures and no task", async () => {
     ecs.on(RunTaskCommand).resolves({ tasks: [], failures: [{ reason: "ATTRIBUTE", detail: "none fits" }] });
     await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask started no task: ATTRIBUTE none fits");
     expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
   });
 
-  test("a shortage is reported when it begins, once a minute and when it ends", async () => {
+  test("prepare reports a shortage at its beginning, once a minute and at its end", async () => {
     const context = contextOf((config) => {
       config.SSH.Port = 0;
       config.Fargate.Subnet = undefined;
@@ -1563,7 +1815,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ]);
   });
 
-  test("RunTask is repeated with the same token while it is throttled", async () => {
+  test("prepare repeats RunTask with the same token while it is throttled", async () => {
     const throttled = awsError("ThrottlingException", "Rate exceeded");
     ecs
       .on(RunTaskCommand)
@@ -1576,7 +1828,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(new Set(tokens).size).toBe(1);
   });
 
-  test("an answer of RunTask that broke off is asked for again with the same token", async () => {
+  test("prepare repeats RunTask with the same token after an answer that broke off", async () => {
     const broken = awsError("TypeError", "ECONNRESET\n  Deserialization error: to see the raw response, ...", 200);
     ecs
       .on(RunTaskCommand)
@@ -1585,7 +1837,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await expect(prepare(contextOf())).rejects.toThrow("started no task: x");
     const tokens = (inputs(RunTaskCommand) as RunTaskCommandInput[]).map(({ clientToken }) => clientToken);
     expect(tokens).toEqual([tokens[0], tokens[0]]);
-    // Where it stays so, the record says that there may be a task, and it is looked for.
+    // If every attempt fails, the driver looks for a task that it may have started.
     ecs.on(RunTaskCommand).rejects(broken);
     ecs.on(ListTasksCommand).resolves({ taskArns: [arn] });
     const short = contextOf((config) => (config.Fargate.StartTimeout = 1));
@@ -1593,7 +1845,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
   });
 
-  test("a login counts at once, also while DescribeTasks does not answer or is refused", async () => {
+  test("prepare accepts a login while DescribeTasks does not answer or is refused", async () => {
     for (const later of [() => new Promise(() => {}), () => Promise.reject(awsError("ClientException", "no"))]) {
       const free = await startProxy({ host: "127.0.0.1", port: 1 });
       await free.close();
@@ -1606,20 +1858,20 @@ describe("prepare and cleanup, with ECS mocked", () => {
       let polls = 0;
       ecs.on(DescribeTasksCommand).callsFake(async () => {
         if (polls++ === 0) return { tasks: [taskIn("PENDING", "127.0.0.1")] };
-        // sshd is late: it listens only from here on.
+        // sshd starts late: only now.
         const where = { address: "127.0.0.1", port: free.port, username: "worker" };
         if (polls === 2) server = await startSshServer({ ...where, authorizedKey, home: directory() });
         return later();
       });
       const begun = Date.now();
-      await prepare({ ...context, now: () => begun }); // else the first answer may be old by then
+      await prepare({ ...context, now: () => begun }); // frozen clock: otherwise the first answer may be too old by then
       expect(polls).toBe(2);
       expect(readRecord(recordFile())?.ContainerIP).toBe("127.0.0.1");
       await server?.close();
     }
   });
 
-  test("a single MISSING after the login does not fail prepare", async () => {
+  test("prepare survives a single MISSING after the login", async () => {
     const path = join(directory(), "id_ed25519");
     fs.writeFileSync(path, (await makeKeyPair("ed25519")).privateKey, { mode: 0o600 });
     const context = contextOf((config) => Object.assign(config.SSH, { Port: 0, PrivateKeyPath: path }));
@@ -1633,7 +1885,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ["stopped", { lastStatus: "STOPPED", desiredStatus: "STOPPED" }],
     ["about to stop", { lastStatus: "PENDING", desiredStatus: "STOPPED" }],
     ["going down", { lastStatus: "DEPROVISIONING", desiredStatus: "RUNNING" }],
-  ])("a task that is %s before it is ready is a failure that says why, and is stopped", async (_, state) => {
+  ])("prepare stops a task that is %s before it is ready", async (_, state) => {
     const context = contextOf((config) => (config.SSH.Port = 0));
     taskGoesThrough(context, taskIn("PROVISIONING"), {
       ...taskIn("x"),
@@ -1648,14 +1900,15 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("StartTimeout and ConnectTimeout end the wait, and say what the last login came to", async () => {
+  // The message ends with the result of the last login attempt.
+  test("prepare stops waiting at StartTimeout and ConnectTimeout", async () => {
     const late = contextOf((config) => (config.Fargate.StartTimeout = 1));
     ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
     ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("PENDING")] });
-    await expect(prepare(late)).rejects.toThrow("the task was not ready within StartTimeout (1 s): it is PENDING");
+    await expect(prepare(late)).rejects.toThrow("the task is PENDING and not ready after StartTimeout (1 s)");
     ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("RUNNING")] });
     await expect(prepare(contextOf((config) => (config.SSH.ConnectTimeout = 1)))).rejects.toThrow(
-      /no login worked within ConnectTimeout \(1 s\); it has no address$/,
+      /no login succeeded within ConnectTimeout \(1 s\); it has no address$/,
     );
     const closed = await startProxy({ host: "127.0.0.1", port: 1 });
     await closed.close();
@@ -1665,12 +1918,12 @@ describe("prepare and cleanup, with ECS mocked", () => {
     });
     ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("RUNNING", "127.0.0.1")] });
     await expect(prepare(refusing)).rejects.toThrow(
-      /the task runs, but no login worked within ConnectTimeout \(1 s\); the last attempt to log in: worker@127\.0\.0\.1:\d+: .*ECONNREFUSED/,
+      /the task is running, but no login succeeded within ConnectTimeout \(1 s\); the last login attempt: worker@127\.0\.0\.1:\d+: .*ECONNREFUSED/,
     );
     expect(inputs(StopTaskCommand)).toHaveLength(3);
   });
 
-  test("with UsePublicIP the address comes from EC2, once the interface has one", async () => {
+  test("prepare gets the address from EC2 with UsePublicIP", async () => {
     const context = contextOf((config) => {
       config.Fargate.EnablePublicIP = true;
       config.SSH.Port = 0;
@@ -1690,7 +1943,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     ]);
   });
 
-  test("a task without the public address that is to be used: the failure says what is missing", async () => {
+  test("prepare names the public address that a task lacks", async () => {
     const context = contextOf((config) => {
       config.Fargate.UsePublicIP = true;
       config.SSH.ConnectTimeout = 1;
@@ -1701,7 +1954,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await expect(prepare(context)).rejects.toThrow(/; it has no public address$/);
   });
 
-  test("told to stop while it waits, it stops the task", async () => {
+  test("prepare stops its task when a signal arrives while it waits", async () => {
     const context = contextOf();
     ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
     ecs.on(DescribeTasksCommand).callsFake(() => {
@@ -1726,7 +1979,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
   test.each([
     ["container", noContainer],
     ["secret", secretOfThatName],
-  ])("an override refused for its %s is left out with PrivateKeyPath, once, under another token", async (_, error) => {
+  ])("prepare leaves out an override refused for its %s with PrivateKeyPath", async (_, error) => {
     const key = await makeKeyPair("ed25519");
     const path = join(directory(), "id_ed25519");
     fs.writeFileSync(path, key.privateKey);
@@ -1748,7 +2001,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(second?.clientToken).not.toBe(first?.clientToken);
   });
 
-  test("a login with a key that other tasks take as well does not count when the task has ended", async () => {
+  test("prepare rejects a login with other tasks' key when the task has ended", async () => {
     const key = await makeKeyPair("ed25519");
     const path = join(directory(), "id_ed25519");
     fs.writeFileSync(path, key.privateKey);
@@ -1756,7 +2009,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
       config.SSH.PrivateKeyPath = path;
       config.SSH.Port = 0;
     });
-    // Its address is another task's by the time of the login, and ECS says so only then.
+    // The task stops before the login, and its address may belong to another task. ECS reports that only afterwards.
     taskGoesThrough(context, taskIn("PENDING", "127.0.0.1"), {
       ...taskIn("STOPPED", "127.0.0.1"),
       desiredStatus: "STOPPED",
@@ -1767,7 +2020,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("a login long after the task's last sign of life does not count when the task has ended", async () => {
+  test("prepare rejects a late login when the task has ended", async () => {
     const context = contextOf((config) => (config.SSH.Port = 0));
     let time = Date.now();
     taskGoesThrough(context, taskIn("PENDING", "127.0.0.1"), { ...taskIn("STOPPED"), desiredStatus: "STOPPED" });
@@ -1776,12 +2029,13 @@ describe("prepare and cleanup, with ECS mocked", () => {
     );
   });
 
-  test("no decision looks at the text of a message: with other texts, the same calls and the same verdicts", async () => {
+  test("prepare and cleanup decide the same when messages have other texts", async () => {
     const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
     const original = 'super([message, ...details].map(printable).join("\\n  "));';
     expect(source.split(original)).toHaveLength(2);
     const copy = join(projectRoot, "dist", `reworded-${process.pid}.ts`);
     onTestFinished(() => fs.rmSync(copy, { force: true }));
+    fs.mkdirSync(dirname(copy), { recursive: true });
     fs.writeFileSync(copy, source.replace(original, 'super("reworded");'));
     const reworded: typeof import("./fargate.ts") = await import(copy);
 
@@ -1804,7 +2058,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
       context.config.SSH.PrivateKeyPath = join(directory(), "key");
       fs.writeFileSync(context.config.SSH.PrivateKeyPath, utils.generateKeyPairSync("ed25519").private);
     };
-    /** What AWS answers, how the job is set up, and how many times RunTask is called. */
+    /** Each scene: a name, the expected number of RunTask calls, AWS's answers, and changes to the job. */
     const scenes: [what: string, calls: number, answer: () => void, setUp?: (context: Context) => void][] = [
       ["access denied", 1, () => ecs.on(RunTaskCommand).rejects(denied("ecs:RunTask"))],
       ["capacity", 2, () => ecs.on(RunTaskCommand).resolvesOnce(capacity).rejects(denied("ecs:RunTask"))],
@@ -1856,7 +2110,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
         const error = await driver.prepare(context).catch((failure: Failure) => failure);
         const { kind, cause } = error as Failure;
         const calls = ecs.calls().map((call) => call.args[0].constructor.name);
-        // How often a lost answer is asked for again is a matter of time.
+        // Only the kinds of calls are compared: the number of retries depends on time.
         seen.push({ what, kind, cause, calls: [...new Set(calls)], record: fs.existsSync(recordFile()) });
         if (what !== "a lost answer, and no permission to list")
           expect(inputs(RunTaskCommand), what).toHaveLength(runs);
@@ -1865,7 +2119,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     }
   });
 
-  test("without PrivateKeyPath that refusal says how the container must be named", async () => {
+  test("prepare fails on a refused override without PrivateKeyPath", async () => {
     ecs.on(RunTaskCommand).rejects(noContainer);
     const refused = "Override for container named ci-coordinator is not a container in the TaskDefinition.";
     await expect(prepare(contextOf())).rejects.toMatchObject({
@@ -1875,18 +2129,18 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(inputs(RunTaskCommand)).toHaveLength(1);
   });
 
-  test("a PrivateKeyPath that cannot be used is a warning, and a key is made", async () => {
+  test("prepare makes a key when PrivateKeyPath cannot be used", async () => {
     const context = contextOf((config) => (config.SSH.PrivateKeyPath = join(directory(), "none")));
     ecs.on(RunTaskCommand).resolves({ failures: [{ reason: "enough" }] });
     await expect(prepare(context)).rejects.toThrow("enough");
     expect(logged[0]).toMatch(
-      /^warning: PrivateKeyPath .*none cannot be used: ENOENT.*a key is made for this job instead$/,
+      /^warning: PrivateKeyPath .*none cannot be used: ENOENT.*using a new key for this job instead$/,
     );
     expect(JSON.stringify(inputs(RunTaskCommand))).toContain("ssh-ed25519 ");
   });
 
-  test("a record that an earlier try left is cleared, with its task, before another is started", async () => {
-    openDirectory(records);
+  test("prepare stops an earlier try's task before it starts another", async () => {
+    createDirectory(records);
     writeRecord(recordFile(), { ...someRecord, TaskARN: "earlier" });
     ecs.on(RunTaskCommand).callsFake(() => {
       expect(inputs(StopTaskCommand)).toHaveLength(1);
@@ -1896,8 +2150,9 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: "earlier" }]);
   });
 
-  test("cleanup stops the record's task where the record says it runs, then removes the record; twice is once", async () => {
-    openDirectory(records);
+  // The second cleanup makes no calls.
+  test("cleanup stops the task in the cluster that the record names", async () => {
+    createDirectory(records);
     managerId(records);
     writeRecord(recordFile(), { ...someRecord, Cluster: "the-cluster-of-then" });
     await cleanup(contextOf());
@@ -1910,8 +2165,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(logged).toEqual([]);
   });
 
-  test("cleanup without a record looks for the job's tasks by startedBy alone, and stops each", async () => {
-    openDirectory(records);
+  test("cleanup stops every task with its startedBy when there is no record", async () => {
+    createDirectory(records);
     const startedBy = `fargate-${managerId(records)}-0123456789abcdef0123456789abcdef`;
     ecs
       .on(ListTasksCommand)
@@ -1925,34 +2180,37 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: "one" }, { task: "two" }]);
   });
 
-  test("cleanup where nothing was ever started asks nothing; where ListTasks is not permitted it warns", async () => {
+  // It only warns that the directory does not exist.
+  test("cleanup calls nothing when no task was ever started", async () => {
     await cleanup(contextOf());
     expect(ecs.calls()).toHaveLength(0);
-    expect(logged.splice(0)).toEqual([expect.stringMatching(/^warning: \S+ does not exist: no task was started/)]);
-    openDirectory(records);
+    expect(logged.splice(0)).toEqual([
+      expect.stringMatching(/^warning: TaskMetadata.Directory \S+ does not exist: no task was started/),
+    ]);
+    createDirectory(records);
     managerId(records);
     ecs.on(ListTasksCommand).rejects(awsError("AccessDeniedException", "no"));
     await cleanup(contextOf());
     expect(logged).toEqual([
-      expect.stringMatching(/^warning: whether a task started by \S+ is left could not be looked up: ecs:List/),
+      expect.stringMatching(/^warning: cannot check whether a task started by \S+ is still running: ecs:List/),
     ]);
   });
 
-  test("a start that was not answered does not block the next where ListTasks is not permitted", async () => {
-    openDirectory(records);
+  test("prepare starts after an unanswered try when ListTasks is not permitted", async () => {
+    createDirectory(records);
     const unanswered = { ...someRecord, TaskARN: "", Unanswered: true };
     writeRecord(recordFile(), unanswered);
     ecs.on(ListTasksCommand).rejects(awsError("AccessDeniedException", "no"));
     await cleanup(contextOf());
     expect(logged).toEqual([
-      expect.stringMatching(/^warning: whether a task started by fargate-.* is left could not be/),
+      expect.stringMatching(/^warning: cannot check whether a task started by fargate-.* is still running: /),
     ]);
     expect(readRecord(recordFile())).toEqual(unanswered);
     ecs.on(RunTaskCommand).resolves({ failures: [{ reason: "enough" }] });
     await expect(prepare(contextOf())).rejects.toThrow("enough");
   });
 
-  test("a request that never reached AWS leaves nothing to look for", async () => {
+  test("prepare looks for no task when no request reached AWS", async () => {
     const refused = Object.assign(new Error("ECONNREFUSED: Unable to connect"), {
       code: "ECONNREFUSED",
       $metadata: {},
@@ -1963,7 +2221,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     );
     expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
     expect(fs.existsSync(recordFile())).toBe(false);
-    // One of several may have: the connection broke, and was refused from then on.
+    // If the first call was cut off and the later ones were refused, the first may have started a task.
     const broken = Object.assign(new Error("ECONNRESET"), { code: "ECONNRESET", $metadata: {} });
     let calls = 0;
     ecs.on(RunTaskCommand).callsFake(() => Promise.reject(calls++ === 0 ? broken : refused));
@@ -1972,10 +2230,10 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
   });
 
-  test("told to stop, prepare sends no RunTask any more", async () => {
+  test("prepare sends no RunTask after a signal", async () => {
     const sigterm = new Failure("system", "stopped by SIGTERM");
     let calls = 0;
-    // Between two tries of a throttled one.
+    // The signal arrives between two attempts of a throttled call.
     ecs.on(RunTaskCommand).callsFake(() => {
       if (++calls === 2) setTimeout(() => stop.abort(sigterm), 10);
       throw awsError("ThrottlingException", "Rate exceeded");
@@ -1983,7 +2241,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await expect(prepare(contextOf())).rejects.toThrow("stopped by SIGTERM");
     expect(calls).toBe(2);
     expect(fs.existsSync(recordFile())).toBe(false);
-    // Where the first was refused for its override, and would be repeated without.
+    // The signal arrives after RunTask was refused because of its override, before it is repeated without one.
     stop = new AbortController();
     const { privateKey } = await makeKeyPair("ed25519");
     const path = join(directory(), "id_ed25519");
@@ -1999,7 +2257,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(ecs.commandCalls(ListTasksCommand)).toHaveLength(0);
   });
 
-  test("told to stop while RunTask is under way, prepare stops the task that the answer names", async () => {
+  test("prepare stops the task when a signal arrives during RunTask", async () => {
     ecs.on(RunTaskCommand).callsFake(async () => {
       stop.abort(new Failure("system", "stopped by SIGTERM"));
       await new Promise((later) => setTimeout(later, 500));
@@ -2010,7 +2268,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("told to stop while it looks for a task whose start was not answered, prepare leaves that to cleanup", async () => {
+  test("prepare leaves an unanswered start to cleanup after a signal", async () => {
     ecs
       .on(RunTaskCommand)
       .rejectsOnce(awsError("ServerException", "x", 500))
@@ -2021,11 +2279,11 @@ describe("prepare and cleanup, with ECS mocked", () => {
     });
     await expect(prepare(contextOf())).rejects.toThrow("ecs:RunTask was refused: ClientException: no");
     expect(readRecord(recordFile())).toMatchObject({ TaskARN: "", Unanswered: true });
-    expect(logged.slice(1)).toEqual(["error: a task is left for cleanup to stop"]);
+    expect(logged.slice(1)).toEqual(["error: cleanup must stop a task that may have been started"]);
   });
 
-  test("told to stop while it clears what an earlier try left, prepare ends and starts nothing", async () => {
-    openDirectory(records);
+  test("prepare starts nothing when a signal arrives while it removes an earlier attempt", async () => {
+    createDirectory(records);
     writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: Date.now() / 1000 });
     ecs.on(ListTasksCommand).callsFake(() => {
       stop.abort(new Failure("system", "stopped by SIGTERM"));
@@ -2037,15 +2295,15 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(true);
   });
 
-  test("cleanup after an unanswered RunTask looks until the task is listed", async () => {
-    openDirectory(records);
+  test("cleanup looks for the task of an unanswered RunTask until it is listed", async () => {
+    createDirectory(records);
     writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: Date.now() / 1000 });
     ecs
       .on(ListTasksCommand)
       .resolvesOnce({ taskArns: [] })
       .resolves({ taskArns: [arn] });
     await cleanup(contextOf());
-    // Under the name of then, also when the manager has another identity by now.
+    // By the startedBy in the record, even if the manager's id has changed since.
     expect(inputs(ListTasksCommand)).toMatchObject([
       { startedBy: someRecord.StartedBy },
       { startedBy: someRecord.StartedBy },
@@ -2054,8 +2312,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("a list that still shows the stopped task of an earlier try is not the end of looking", async () => {
-    openDirectory(records);
+  test("cleanup keeps looking while only an earlier try's stopped task is listed", async () => {
+    createDirectory(records);
     writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: Date.now() / 1000 });
     const earlier = arn.replace(/.$/, "0");
     ecs
@@ -2074,12 +2332,11 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("cleanup beside a live prepare, where ListTasks is not permitted, logs one warning", async () => {
-    openDirectory(records);
-    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true });
+  /** Starts a process, and makes it look like a prepare of the job by a lock. */
+  function startOtherPrepare() {
     const { job, config } = contextOf();
     const other = spawn("sleep", ["600"]);
-    // The lock of a prepare that is this other process.
+    onTestFinished(() => void other.kill("SIGKILL"));
     const identity = execFileSync("cut", ["-d", " ", "-f", "22", `/proc/${other.pid}/stat`])
       .toString()
       .trim();
@@ -2088,6 +2345,13 @@ describe("prepare and cleanup, with ECS mocked", () => {
     const [, , place] = own.split(".").slice(-4);
     done();
     fs.writeFileSync(join(records, `${job.stem}.prepare.${other.pid}.${identity}.${place}.lock`), "");
+    return other;
+  }
+
+  test("cleanup warns once beside a live prepare when ListTasks is not permitted", async () => {
+    createDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true });
+    const other = startOtherPrepare();
     const looked = Promise.withResolvers<void>();
     let looks = 0;
     ecs.on(ListTasksCommand).callsFake(() => {
@@ -2100,12 +2364,12 @@ describe("prepare and cleanup, with ECS mocked", () => {
     await cleaning;
     expect(looks).toBeGreaterThan(2);
     expect(logged.filter((line) => line.startsWith("warning: "))).toEqual([
-      expect.stringMatching(/^warning: whether a task started by \S+ is left could not be looked up: ecs:List/),
+      expect.stringMatching(/^warning: cannot check whether a task started by \S+ is still running: ecs:List/),
     ]);
   });
 
-  test("a clock that was set back does not make cleanup look for longer than half a minute", async () => {
-    openDirectory(records);
+  test("cleanup looks for at most half a minute when the clock was set back", async () => {
+    createDirectory(records);
     const future = Date.now() / 1000 + 3_600;
     writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, UpdatedAt: future });
     let now = Date.now();
@@ -2118,7 +2382,7 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   }, 15_000);
 
-  test("an answer of RunTask without a task and without a reason is asked for again", async () => {
+  test("prepare repeats RunTask after an answer without a task or a reason", async () => {
     let calls = 0;
     ecs.on(RunTaskCommand).callsFake(() => (calls++ === 0 ? {} : { failures: [{ reason: "enough" }] }));
     await expect(prepare(contextOf())).rejects.toThrow("enough");
@@ -2126,8 +2390,8 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(tokens).toEqual([tokens[0], tokens[0]]);
   });
 
-  test("a damaged record is told, and its task looked for by name", async () => {
-    openDirectory(records);
+  test("cleanup looks for the task by name when its record is damaged", async () => {
+    createDirectory(records);
     fs.writeFileSync(recordFile(), "{", { mode: 0o600 });
     ecs.on(ListTasksCommand).resolves({ taskArns: [arn] });
     await cleanup(contextOf());
@@ -2136,17 +2400,17 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("with a damaged record and an unusable identity, the task that the record still names is stopped", async () => {
-    openDirectory(records);
+  test("cleanup stops the task of a damaged record without an identity", async () => {
+    createDirectory(records);
     fs.writeFileSync(recordFile(), `{"TaskARN": "${arn}", "Con`, { mode: 0o600 });
     fs.writeFileSync(join(records, ".manager-id"), "not an identity");
-    await expect(cleanup(contextOf())).rejects.toThrow("the manager's identity");
+    await expect(cleanup(contextOf())).rejects.toThrow("the manager's id file");
     expect(inputs(StopTaskCommand)).toMatchObject([{ cluster: "test-cluster", task: arn }]);
     expect(fs.existsSync(recordFile())).toBe(true);
   });
 
-  test("StopTask is repeated when it is throttled, and when credentials fail for a moment", async () => {
-    openDirectory(records);
+  test("cleanup repeats StopTask when it is throttled or credentials fail", async () => {
+    createDirectory(records);
     writeRecord(recordFile(), someRecord);
     const noCredentials = Object.assign(new Error("Could not load"), {
       name: "CredentialsProviderError",
@@ -2162,12 +2426,13 @@ describe("prepare and cleanup, with ECS mocked", () => {
     expect(fs.existsSync(recordFile())).toBe(false);
   });
 
-  test("a task that ECS no longer knows counts as stopped; one that cannot be stopped keeps its record", async () => {
-    openDirectory(records);
+  // But not if ECS no longer knows the task: it counts as stopped.
+  test("cleanup keeps the record of a task that cannot be stopped", async () => {
+    createDirectory(records);
     writeRecord(recordFile(), someRecord);
     ecs.on(StopTaskCommand).rejects(awsError("AccessDeniedException", "no"));
     await expect(cleanup(contextOf())).rejects.toThrow(
-      `${arn} may still run, stop it by hand: ecs:StopTask was refused: AccessDeniedException: no`,
+      `${arn} may still be running (ecs:StopTask was refused: AccessDeniedException: no); stop it by hand`,
     );
     expect(readRecord(recordFile())).toEqual(someRecord);
     ecs.on(StopTaskCommand).rejects(awsError("InvalidParameterException", "The referenced task was not found."));
@@ -2180,11 +2445,11 @@ describe("prepare and cleanup, with ECS mocked", () => {
 // 9. SSH
 // ---------------------------------------------------------------------------------------------------------
 
-describe("the marks before a script's output", () => {
+describe("Preamble", () => {
   const mark = "fargate-0123";
   const first = `${mark} 89 89 (my) shell) S 1 88 87 0 -1 4194560 338 0 10 0 0 0 0 0 20 0 1 0 75158 4464640\n`;
   const pipes = "l-wx------ 1 0 0 64 /proc/89/fd/1 -> pipe:[77]\nl-wx------ 1 0 0 64 /proc/89/fd/2 -> pipe:[78]\n";
-  /** Pushes the chunks, and answers what came out, with the rest that was held. */
+  /** Pushes the chunks. `own`: all output that the preamble passed on, including the part it held back. */
   const read = (chunks: Buffer[]) => {
     const preamble = new Preamble(mark);
     const own = chunks.map((chunk) => preamble.push(chunk));
@@ -2192,7 +2457,7 @@ describe("the marks before a script's output", () => {
     return { preamble, own: Buffer.concat([...own, rest]).toString("latin1") };
   };
 
-  test("are removed wherever the stream is split into chunks, and nothing else is", () => {
+  test("Preamble removes only the marks wherever the stream is split into chunks", () => {
     const piece = fc.oneof(
       fc.constantFrom("fargate-", mark, `${mark} complete`, `${mark} $$ x\n`, "\n", " ", "pipe:[1]\n"),
       fc.string({ unit: "binary" }).map((text) => Buffer.from(text).toString("latin1")),
@@ -2200,7 +2465,7 @@ describe("the marks before a script's output", () => {
     const sizes = fc.infiniteStream(fc.integer({ min: 1, max: 99 }));
     fc.assert(
       fc.property(fc.array(piece), fc.array(piece), sizes, (startUp, script, size) => {
-        // A start-up file cannot know the mark; it can show the program that has it.
+        // A start-up file cannot guess the mark, but may print the program that contains it.
         const before = startUp.join("").replaceAll(new RegExp(`${mark}(?= \\d+ .*\n| complete\n)`, "g"), "");
         const own = script.join("");
         const whole = Buffer.from(`${before}${first}${pipes}${mark} complete\n${own}`, "latin1");
@@ -2219,19 +2484,19 @@ describe("the marks before a script's output", () => {
     );
   });
 
-  test("all that follows them is the script's output, even if it looks like marks", () => {
+  test("Preamble passes what looks like marks after the marks", () => {
     const own = `${first}${mark} incomplete\n${mark} complete\n`;
     const { preamble, own: out } = read([Buffer.from(`${first}${mark} complete\n${own}`), Buffer.from(own)]);
     expect(out).toBe(own + own);
     expect(preamble.state).toBe("complete");
   });
 
-  test("without /proc, the shell counts as the leader of its session", () => {
+  test("Preamble takes the shell for the leader of its session without /proc", () => {
     const { preamble } = read([Buffer.from(`${mark} 12 \n${mark} complete\n`)]);
     expect(preamble).toMatchObject({ shell: { pid: 12, session: 12, start: 0 }, pipes: [] });
   });
 
-  test("if they do not come, the output so far is passed on", () => {
+  test("Preamble passes the output on when the marks do not come", () => {
     const noise = "x".repeat(10_000);
     expect(read([Buffer.from(noise)])).toMatchObject({ own: noise, preamble: { state: "pending", shell: undefined } });
     const { preamble } = read([Buffer.from(first), Buffer.from(noise)]);
@@ -2252,7 +2517,7 @@ test.each<[string, ReturnType<typeof findPipeHolders>, string[]]>([
     ["r 12/fd/0 pipe:[9]", "w 12/fd/1 /dev/null", "w 12/fd/2 pipe:[2]"],
   ],
   [
-    "a filter, when the channel's streams are sockets",
+    "a filter of a channel of sockets",
     { filter: true, paths: ["/proc/12/fd/1"] },
     ["r 12/fd/0 pipe:[9]", "w 12/fd/1 socket:[3]"],
   ],
@@ -2266,9 +2531,9 @@ test.each<[string, ReturnType<typeof findPipeHolders>, string[]]>([
     { filter: false, paths: [] },
     ["r 12/fd/0 pipe:[9]", "w 12/fd/1 pipe:[4]", "w 12/fd/2 pipe:[5]"],
   ],
-  ["the server, which reads the pipes", { filter: false, paths: [] }, ["r 12/fd/0 pipe:[9]", "r 12/fd/1 pipe:[1]"]],
-  ["nothing that is shown", undefined, []],
-])("what holds a channel open: %s", (_, expected, links) => {
+  ["the server that reads the pipes", { filter: false, paths: [] }, ["r 12/fd/0 pipe:[9]", "r 12/fd/1 pipe:[1]"]],
+  ["an empty listing", undefined, []],
+])("findPipeHolders classifies %s", (_, expected, links) => {
   const modes = { r: "lr-x------", w: "l-wx------" };
   const line = (link: string) => {
     const [mode, path, target] = link.split(" ");
@@ -2287,33 +2552,35 @@ test.each([
   ["#!/bin/sh", "sh"],
   ["echo no first line\n", "bash"],
   ["", "bash"],
-])("the interpreter of %j is %s", (script, name) => {
+])("interpreterOf maps %j to %s", (script, name) => {
   expect(interpreterOf(Buffer.from(script), "bash")).toBe(name);
   expect(interpreterOf(Buffer.from(script), "sh")).toBe("sh");
 });
 
 test.each([
-  ["#!/usr/bin/env pwsh\n", "pwsh"],
-  ["#!/usr/bin/env pwsh\r\n& {\r\n", "pwsh"],
-  ["& {\r\n\r\n$ErrorActionPreference = 'Stop'\r\n", "PowerShell or cmd.exe"],
-  ["\ufeff& {\r\n", "PowerShell or cmd.exe"],
-  ["\ufeff#!/usr/bin/env bash\n", "PowerShell or cmd.exe"],
-  [Buffer.from("\ufeffecho", "utf16le"), "PowerShell or cmd.exe"],
-  ["@echo off\r\nsetlocal\r\n", "PowerShell or cmd.exe"],
-])("the script %j is refused: it is for %s", (script, name) => {
+  ["a pwsh script", "#!/usr/bin/env pwsh\n", "pwsh"],
+  ["a pwsh script with Windows line ends", "#!/usr/bin/env pwsh\r\n& {\r\n", "pwsh"],
+  ["a PowerShell script", "& {\r\n\r\n$ErrorActionPreference = 'Stop'\r\n", "PowerShell or cmd.exe"],
+  ["a PowerShell script with a byte order mark", "\ufeff& {\r\n", "PowerShell or cmd.exe"],
+  ["a bash script with a byte order mark", "\ufeff#!/usr/bin/env bash\n", "PowerShell or cmd.exe"],
+  ["a script in UTF-16", Buffer.from("\ufeffecho", "utf16le"), "PowerShell or cmd.exe"],
+  ["a cmd.exe script", "@echo off\r\nsetlocal\r\n", "PowerShell or cmd.exe"],
+])("interpreterOf refuses %s", (_, script, name) => {
   const failure = thrown(() => interpreterOf(Buffer.from(script as string), "bash"));
   expect(failure).toMatchObject({ kind: "system" });
-  expect(failure.message).toContain(`the script is for ${name}, but only bash and sh can be used; set shell = "bash"`);
+  expect(failure.message).toContain(
+    `the script is for ${name}, but only bash and sh are supported; set shell = "bash"`,
+  );
 });
 
-/** What a script of a job left, seen from the driver. */
+/** The outcome and output of a script. */
 interface Ran {
   outcome: Outcome;
   stdout: Buffer;
   stderr: Buffer;
 }
 
-test("output and exit status that arrive with the channel's confirmation are not lost", async () => {
+test("runScript keeps output that arrives with the channel's confirmation", async () => {
   const { privateKey } = await makeKeyPair("ed25519");
   const server = new SshServerOfAPacket(
     { hostKeys: [privateKey], algorithms: { cipher: ["aes128-gcm@openssh.com"] } },
@@ -2349,7 +2616,7 @@ test("output and exit status that arrive with the channel's confirmation are not
   server.close();
 });
 
-test("lines written alternately to both streams keep their order", async () => {
+test("runScript keeps the order of lines of both streams", async () => {
   const { privateKey } = await makeKeyPair("ed25519");
   const lines = Array.from({ length: 400 }, (_, index) => `line ${index}\n`);
   const server = new SshServerOfAPacket(
@@ -2386,9 +2653,9 @@ test("lines written alternately to both streams keep their order", async () => {
   const written: string[] = [];
   const both = () =>
     new Writable({
-      highWaterMark: 64, // neither takes all at once
+      highWaterMark: 64, // small, so that no write is accepted at once
       write(chunk: Buffer, _, done) {
-        // As of a full pipe that both lead to: it takes a part now, and the rest when somebody has read.
+        // Like a full pipe shared by both streams: accepts a part now, and the rest after the reader has read.
         const half = chunk.length >> 1;
         written.push(chunk.toString("utf8", 0, half));
         setImmediate(() => {
@@ -2401,7 +2668,7 @@ test("lines written alternately to both streams keep their order", async () => {
     connection,
     Buffer.from("true"),
     { interpreter: "bash", loginShell: "bash" },
-    { stop: never, log: getLogger("fargate"), stdout: both(), stderr: both() },
+    { signal: never, log: getLogger("fargate"), stdout: both(), stderr: both() },
   );
   expect(outcome).toEqual({ ended: "exited", code: 0 });
   expect(written.join("")).toBe(lines.join(""));
@@ -2410,9 +2677,9 @@ test("lines written alternately to both streams keep their order", async () => {
 });
 
 test.each([
-  ["with the channel still open, is reported", false],
-  ["with the channel closed, is not: all output has come", true],
-])("a connection lost after the exit status, %s", async (_, closes) => {
+  ["warns of a connection lost between exit status and close", false],
+  ["accepts a connection lost after exit status and close", true], // nothing can be missing
+])("runScript %s", async (_, closes) => {
   const { privateKey } = await makeKeyPair("ed25519");
   let cut = () => {};
   const server = new SshServerOfAPacket({ hostKeys: [privateKey] }, (client) =>
@@ -2436,7 +2703,7 @@ test.each([
   await new Promise((listening) => server.once("listening", listening));
   const { port } = server.address() as { port: number };
   const proxy = await startProxy({ host: "127.0.0.1", port });
-  cut = () => setTimeout(proxy.cut, 300);
+  cut = () => setTimeout(() => proxy.cut(), 300);
   const target = {
     host: "127.0.0.1",
     Port: proxy.port,
@@ -2451,14 +2718,14 @@ test.each([
   const stdout = new Writable({
     write(chunk: Buffer, _, done) {
       out += chunk;
-      setTimeout(done, 600); // longer than the connection lasts
+      setTimeout(done, 600); // slower than the connection's end
     },
   });
   const outcome = await runScript(
     await connect(target, 3_000, never),
     Buffer.from("true"),
     { interpreter: "bash", loginShell: "bash" },
-    { stop: never, log, stdout, stderr: new PassThrough() },
+    { signal: never, log, stdout, stderr: new PassThrough() },
   );
   expect(outcome).toEqual({ ended: "exited", code: 0 });
   expect(out).toBe("first\n");
@@ -2468,7 +2735,8 @@ test.each([
 });
 
 test.each(["garbage", "a disconnect"])(
-  "a server that sends %s and keeps its side open ends the script at once",
+  // The connection's other half stays open.
+  "runScript ends at once when the server sends %s",
   async (what) => {
     const { privateKey } = await makeKeyPair("ed25519");
     const sockets: Socket[] = [];
@@ -2494,7 +2762,7 @@ test.each(["garbage", "a disconnect"])(
       },
     ).listen(0, "127.0.0.1");
     await new Promise((listening) => server.once("listening", listening));
-    // In front of it, what never closes.
+    // A proxy that never closes its connections.
     const { port: behind } = server.address() as { port: number };
     const front = createTcpServer({ allowHalfOpen: true }, (socket) => {
       sockets.push(socket);
@@ -2519,7 +2787,7 @@ test.each(["garbage", "a disconnect"])(
       connection,
       Buffer.from("sleep 600"),
       { interpreter: "bash", loginShell: "bash" },
-      { stop: signal, log: getLogger("fargate"), stdout: sink(), stderr: sink() },
+      { signal, log: getLogger("fargate"), stdout: sink(), stderr: sink() },
     );
     expect(outcome).toMatchObject({ ended: "lost", begun: true });
     for (const socket of sockets) socket.destroy();
@@ -2529,7 +2797,7 @@ test.each(["garbage", "a disconnect"])(
   20_000,
 );
 
-test("a key that cannot be read fails the login, and nothing else", async () => {
+test("connect rejects a key that cannot be read", async () => {
   const target = {
     host: "127.0.0.1",
     Port: 1,
@@ -2539,7 +2807,7 @@ test("a key that cannot be read fails the login, and nothing else", async () => 
     CancelGracePeriod: 1,
   };
   await expect(connect(target, 200, new AbortController().signal)).rejects.toThrow(/Cannot parse privateKey/);
-  await new Promise((later) => setTimeout(later, 400)); // its timer would have rejected what nobody awaits
+  await new Promise((later) => setTimeout(later, 400)); // a timer left behind would by now have caused an unhandled rejection
 });
 
 describe("scripts over SSH", () => {
@@ -2560,7 +2828,7 @@ describe("scripts over SSH", () => {
   async function runIn(
     connection: Connection,
     script: string | Buffer,
-    { interpreter = "bash" as "bash" | "sh", loginShell = "bash", stop = new AbortController().signal } = {},
+    { interpreter = "bash" as "bash" | "sh", loginShell = "bash", signal = new AbortController().signal } = {},
   ): Promise<Ran> {
     const out = collect();
     const err = collect();
@@ -2569,7 +2837,7 @@ describe("scripts over SSH", () => {
       Buffer.from(script),
       { interpreter, loginShell },
       {
-        stop,
+        signal,
         log: getLogger("fargate"),
         stdout: out.sink,
         stderr: err.sink,
@@ -2588,24 +2856,24 @@ describe("scripts over SSH", () => {
   }
   const exited = (code: number): Outcome => ({ ended: "exited", code });
 
-  taskTest("the shells of a container are found", async () => {
+  taskTest("findShells finds the shells of a container", async () => {
     const connection = await task.logIn();
     expect(await findShells(connection, never)).toMatchObject({ Interpreter: "bash", LoginShell: "bash" });
     connection.client.end();
   });
 
   for (const code of [0, 1, 42, 137, 255])
-    taskTest(`exit code ${code} comes back`, async () => {
+    taskTest(`runScript returns exit code ${code}`, async () => {
       expect((await runOnce(`exit ${code}`)).outcome).toEqual(exited(code));
     });
 
-  taskTest("death by signal n is 128 + n, of a command and of the shell itself", async () => {
+  taskTest("runScript returns 128 + n for death by signal n", async () => {
     expect((await runOnce("sh -c 'kill -TERM $$'")).outcome).toEqual(exited(143));
     expect((await runOnce("sh -c 'kill -SEGV $$'")).outcome).toEqual(exited(139));
     expect((await runOnce("echo before; kill -KILL $$")).outcome).toEqual(exited(137));
   });
 
-  taskTest("a script that sends itself TERM ends as bash does", async () => {
+  taskTest("runScript ends as bash does when a script sends itself TERM", async () => {
     for (const [script, code] of [
       ["x=$(kill -s TERM $$); true", 143],
       ["(kill -s TERM $$); exit 3", 143],
@@ -2616,7 +2884,7 @@ describe("scripts over SSH", () => {
       expect((await runOnce(script)).outcome, script).toEqual(exited(code));
   });
 
-  taskTest("output that nobody has read yet when the script ends is not lost", async () => {
+  taskTest("runScript keeps output that is unread when the script ends", async () => {
     const connection = await task.logIn();
     for (const redirect of ["", ">&2"]) {
       const received: Buffer[] = [];
@@ -2632,7 +2900,7 @@ describe("scripts over SSH", () => {
         connection,
         Buffer.from(`head -c 3000000 /dev/zero ${redirect}; exit 7`),
         { interpreter: "bash", loginShell: "bash" },
-        { stop: never, log: getLogger("fargate"), stdout: redirect ? rest : slow, stderr: redirect ? slow : rest },
+        { signal: never, log: getLogger("fargate"), stdout: redirect ? rest : slow, stderr: redirect ? slow : rest },
       );
       expect(outcome).toEqual(exited(7));
       expect(Buffer.concat(received).length).toBe(3_000_000);
@@ -2640,35 +2908,35 @@ describe("scripts over SSH", () => {
     connection.client.end();
   });
 
-  taskTest("a process in the background and a slow reader: nothing of the script's output is lost", async () => {
+  taskTest("runScript keeps all output despite a background process and a slow reader", async () => {
     const connection = await task.logIn();
     let bytes = 0;
     const slow = new Writable({
       highWaterMark: 16_384,
       write(chunk: Buffer, _, done) {
         bytes += chunk.length;
-        setTimeout(done, chunk.length / 1_000); // 1 MB/s: longer than a process in the background is waited for
+        setTimeout(done, chunk.length / 1_000); // 1 MB/s: the output takes longer than the driver waits for a background process
       },
     });
     const outcome = await runScript(
       connection,
       Buffer.from("sleep 300 & head -c 3000000 /dev/zero; exit 7"),
       { interpreter: "bash", loginShell: "bash" },
-      { stop: never, log: getLogger("fargate"), stdout: slow, stderr: collect().sink },
+      { signal: never, log: getLogger("fargate"), stdout: slow, stderr: collect().sink },
     );
     connection.client.end();
     expect(outcome).toEqual(exited(7));
     expect(bytes).toBe(3_000_000);
   });
 
-  describe("with a login shell that does more than it should", () => {
+  describe("start-up files", () => {
     const bashrc = (text: string) => task.host.exec(`printf '%s\\n' '${text}' >/root/.bashrc`);
     afterAll(async () => {
       if (hosts.kind === "container") await task.host.exec("rm -f /root/.bashrc");
     });
 
     taskTest(
-      "set -x in .bashrc: nothing of the script's output is taken for a mark",
+      "runScript takes no output for a mark when .bashrc sets -x",
       async () => {
         await bashrc("set -x; echo noise");
         const ran = await runOnce("echo out; echo err >&2; exit 5");
@@ -2680,11 +2948,12 @@ describe("scripts over SSH", () => {
     );
 
     taskTest(
-      "set -e in .bashrc, or one that ends before the script begins",
+      "runScript works when .bashrc sets -e",
       async () => {
         await bashrc("set -eu");
         expect((await runOnce("sleep 600 & exit 3")).outcome).toEqual(exited(3));
         expect((await runOnce("true")).outcome).toEqual(exited(0));
+        // A start-up file that exits is a failure.
         await bashrc("exit 0");
         await expect(runOnce("true")).rejects.toThrow(
           "the container's login shell ended with 0 before it read the script",
@@ -2694,7 +2963,7 @@ describe("scripts over SSH", () => {
     );
 
     taskTest(
-      "functions, aliases, options, IFS and PATH of a start-up file do not change what the driver runs",
+      "runScript is immune to functions, aliases and options of a start-up file",
       async () => {
         const words =
           "cat tr sed readlink echo printf read command builtin eval exec exit export set unset unalias shopt";
@@ -2707,7 +2976,7 @@ describe("scripts over SSH", () => {
             ...[...reserved, ...functions].map((name) => `alias ${name}="/usr/bin/printf meddled"`),
           ].join("\n"),
         );
-        // `set -a` would export the script, and so no program could start: "Argument list too long".
+        // With `set -a`, the shell would export the script, and every program would fail with "Argument list too long".
         const script = `#!/usr/bin/env bash
 : '${"x".repeat(200_000)}'
 /usr/bin/printf '%s\n' "flags $-" "options $BASHOPTS" "script $FARGATE_SCRIPT" "path $PATH"
@@ -2732,7 +3001,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
 
     taskTest(
-      "variables, PATH and functions of a start-up file are there for the script",
+      "runScript passes a start-up file's variables and functions to a script",
       async () => {
         await bashrc("export OWN=value; plain=text; PATH=/opt/own:$PATH; greet() { echo hello; }");
         const ran = await runOnce("echo $OWN $plain; greet; echo $PATH");
@@ -2743,13 +3012,13 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
 
     taskTest(
-      "one that hangs ends with SIGTERM, also before the script",
+      "runScript ends on SIGTERM while a start-up file hangs",
       async () => {
         await bashrc("sleep 600");
         const stop = new AbortController();
         const connection = await task.logIn();
         const asked = findShells(connection, stop.signal);
-        const running = runIn(await task.logIn(), "true", { stop: stop.signal });
+        const running = runIn(await task.logIn(), "true", { signal: stop.signal });
         stop.abort(new Failure("system", "stopped by SIGTERM"));
         await expect(asked).rejects.toThrow("stopped by SIGTERM");
         await expect(running).rejects.toThrow("stopped by SIGTERM");
@@ -2759,7 +3028,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
 
     taskTest(
-      "without cat in the container, the failure says so at once",
+      "runScript names cat when the container lacks it",
       async () => {
         await task.host.exec("mv /usr/bin/cat /usr/bin/cat.off");
         try {
@@ -2774,7 +3043,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
   });
 
-  taskTest("both streams come back apart, byte for byte", async () => {
+  taskTest("runScript passes both streams apart and byte for byte", async () => {
     const bytes = Buffer.from(Array.from({ length: 256 }, (_, byte) => byte));
     const octal = [...bytes].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
     const ran = await runOnce(`printf '${octal}'; printf '%s' error >&2; printf '${octal}'`);
@@ -2783,7 +3052,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     expect(ran.stderr.toString()).toBe("error");
   });
 
-  taskTest("the commands of a script find standard input empty", async () => {
+  taskTest("runScript leaves standard input empty for the commands of a script", async () => {
     const ran = await runOnce('read -r line; echo "$? [$line]"; cat; wc -c');
     expect(
       ran.stdout
@@ -2794,18 +3063,18 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     ).toEqual(["1 []", "0"]);
   });
 
-  taskTest("a process in the background does not hold the stage", async () => {
+  taskTest("runScript does not wait for a process in the background", async () => {
     const ran = await runOnce("sleep 300 & (sleep 300; echo late) & echo $!; echo done");
     expect(ran.outcome).toEqual(exited(0));
     expect(ran.stdout.toString()).toMatch(/^\d+\ndone\n$/);
     const pid = ran.stdout.toString().split("\n")[0];
-    // Nor is it ended: a server that one stage starts serves the next.
+    // The process is not ended: a server that one stage starts is there for the next.
     const next = await runOnce(`kill -0 ${pid} && echo lives`);
     expect(next.stdout.toString()).toBe("lives\n");
   });
 
   taskTest(
-    "a process in the background that goes on writing to the job's output does not end with its stage",
+    "runScript lets a background process write to the job's output after its end",
     async () => {
       const listed = "for f in /proc/[0-9]*/comm; do grep -x cat $f; done 2>/dev/null | wc -l";
       const cats = async () => Number((await task.host.exec(listed)).output);
@@ -2821,13 +3090,13 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       expect(next.outcome).toEqual(exited(0));
       expect(next.stdout.toString()).toMatch(/^wrote$/m);
       expect(next.stdout.toString()).not.toMatch(/^pipe$/m);
-      await expect.poll(cats, { timeout: 30_000 }).toBeLessThanOrEqual(before); // what read its pipes ends when it does
+      await expect.poll(cats, { timeout: 30_000 }).toBeLessThanOrEqual(before); // the reader of its pipes ends with it
     },
     { containerOnly: true },
   );
 
   taskTest(
-    "BusyBox's ls shows what holds a channel open, too",
+    "findPipeHolders reads the listing of BusyBox's ls",
     async () => {
       const { output } = await task.host.exec("echo | sh -c 'busybox ls -ln /proc/$$/fd/[0-2]; :'");
       const [, pipe = ""] = /fd\/1 -> (.*)/.exec(output) ?? [];
@@ -2837,19 +3106,24 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     { containerOnly: true },
   );
 
-  taskTest("a process in the background that floods the job's output does not hold the stage", async () => {
-    const ran = await runOnce("yes & echo $! >&2; exit 4");
-    expect(ran.outcome).toEqual(exited(4));
-    expect(ran.stdout.length).toBeGreaterThan(0);
-    await task.host.exec(`kill ${ran.stderr.toString().trim()}`);
-  });
+  taskTest(
+    "runScript does not wait for a background process that floods the output",
+    async () => {
+      const ran = await runOnce("yes & echo $! >&2; exit 4");
+      expect(ran.outcome).toEqual(exited(4));
+      expect(ran.stdout.length).toBeGreaterThan(0);
+      await task.host.exec(`kill ${ran.stderr.toString().trim()}`);
+    },
+    // It moves hundreds of megabytes, while other test files use the processors.
+    { timeout: 120_000 },
+  );
 
-  taskTest("all output of a filter that outlives a background process arrives", async () => {
+  taskTest("runScript keeps all output of a filter that outlives a background process", async () => {
     const ran = await runOnce("exec > >(cat; sleep 1; echo filtered); sleep 0.5 & echo done");
     expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("done\nfiltered\n") });
   });
 
-  taskTest("a filter that does not end holds the stage for 10 s, and the log says so", async () => {
+  taskTest("runScript waits at most 10 s for a filter that does not end", async () => {
     const connection = await task.logIn();
     const warnings: string[] = [];
     const log = { ...getLogger("fargate"), warn: (text: string) => warnings.push(text) } as unknown as Context["log"];
@@ -2858,20 +3132,20 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       connection,
       Buffer.from("tail -f /dev/null | sleep 300 & echo done"),
       { interpreter: "bash", loginShell: "bash" },
-      { stop: never, log, stdout: out.sink, stderr: collect().sink },
+      { signal: never, log, stdout: out.sink, stderr: collect().sink },
     );
     connection.client.end();
     expect(outcome).toEqual(exited(0));
     expect(out.bytes().toString()).toBe("done\n");
-    expect(warnings).toEqual(["a process holds the script's output open after 10 s: what else it writes is lost"]);
+    expect(warnings).toEqual(["a process still holds the script's output open after 10 s; its further output is lost"]);
   });
 
   for (const form of ["17.9", "19.x"] as const)
-    taskTest(`no output of a filter behind a process substitution is lost, in a script of form ${form}`, async () => {
+    taskTest(`runScript keeps all output of a process substitution in form ${form}`, async () => {
       expect(await lostOutput(task.logIn, form, { runs: 2, sorts: 1 })).toEqual([]);
     });
 
-  taskTest("a script of 1 MB arrives whole, and of 20 MB", async () => {
+  taskTest("runScript passes scripts of 1 MB and 20 MB whole", async () => {
     for (const size of [1_000_000, 20_000_000]) {
       const text = "0123456789".repeat(size / 10);
       const ran = await runOnce(`x='${text}'\necho "\${#x}"; printf %s "$x" | sha256sum`);
@@ -2880,9 +3154,9 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     }
   });
 
-  taskTest("nothing of a script is on disk, in an argument or in the environment while it runs", async () => {
+  taskTest("runScript keeps a script off disks, arguments and environments", async () => {
     const places = hosts.kind === "container" ? "/root /tmp /var /run /etc /dev/shm" : "$HOME/nowhere";
-    /** How many processes and files show the text; the bracket keeps the search from finding itself. */
+    /** The numbers of processes and of files that contain the text. The bracket keeps the search from finding itself. */
     const found = async (text: string) => {
       const pattern = `[${text[0]}]${text.slice(1)}`;
       const shown = `cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c '${pattern}'`;
@@ -2891,7 +3165,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     };
     for (const [plant, expected] of [
       [(secret: string) => `: ${secret}`, (counts: number[]) => expect(counts).toEqual([0, 0])],
-      // The search itself must be able to find something.
+      // Proves that the search can find something.
       [(secret: string) => `export X=${secret}`, ([shown]: number[]) => expect(shown).toBeGreaterThan(0)],
     ] as const) {
       const secret = `secret-${Math.random().toString(36).slice(2)}`;
@@ -2901,7 +3175,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         await task.logIn(),
         Buffer.from(`${plant(secret)}\necho ready; sleep 600`),
         { interpreter: "bash", loginShell: "bash" },
-        { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+        { signal: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
       );
       await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
       expected(await found(secret));
@@ -2915,7 +3189,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     ["dash", "/bin/dash"],
     ["busybox", "/usr/local/bin/ash"],
   ] as const)
-    describe(`as ${shell} understands them`, () => {
+    describe(`${shell}`, () => {
       beforeAll(async () => {
         if (hosts.kind !== "container") return;
         const setUp = `ln -sf "$(command -v busybox)" /usr/local/bin/ash && usermod --shell ${path} root`;
@@ -2924,7 +3198,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       afterAll(async () => {
         if (hosts.kind === "container") await task.host.exec("usermod --shell /bin/bash root");
       });
-      // Without a container there is no login shell to change.
+      // The login shell can only be changed in a container.
       const options = { containerOnly: shell !== "bash" };
       const own = () => ({
         interpreter: shell === "bash" ? ("bash" as const) : ("sh" as const),
@@ -2932,9 +3206,9 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       });
 
       const cases: [string, string, number, string][] = [
-        ["exit in the middle", "echo one\nexit 42\necho two\n", 42, "one\n"],
+        ["an exit in the middle", "echo one\nexit 42\necho two\n", 42, "one\n"],
         ["set -e", "set -e\necho one\nfalse\necho two\n", 1, "one\n"],
-        ["no newline at the end", "printf '%s' one", 0, "one"],
+        ["a missing newline at the end", "printf '%s' one", 0, "one"],
         ["a here-document at the end", "cat <<'X'\none $two\nX", 0, "one $two\n"],
         ["a comment at the end", "echo one # two", 0, "one\n"],
         ["bytes that are not UTF-8", "printf '%s' 'Gr\u00fc\u00df'", 0, "Gr\u00fc\u00df"],
@@ -2948,7 +3222,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       ];
       for (const [what, script, code, output] of cases)
         taskTest(
-          what,
+          `runScript handles ${what}`,
           async () => {
             const ran = await runOnce(Buffer.from(script, what.includes("UTF-8") ? "latin1" : "utf8"), own());
             expect(ran.outcome).toEqual(exited(code));
@@ -2958,7 +3232,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         );
 
       taskTest(
-        "1 MB",
+        "runScript handles 1 MB",
         async () => {
           const ran = await runOnce(`x='${"y".repeat(1_000_000)}'; echo \${#x}`, own());
           expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("1000000\n") });
@@ -2967,7 +3241,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       );
 
       taskTest(
-        "a connection cut at 10, 50 and 99 % of a script: no command of it runs",
+        "runScript runs no command of a script whose connection is cut",
         async () => {
           const trace = hosts.kind === "container" ? "/tmp/began" : join(directory(), "began");
           const script = `echo began >>${trace}\n: '${"x".repeat(1_000_000)}'\n`;
@@ -2987,7 +3261,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
           const whole = await over();
           expect(whole.outcome).toEqual(exited(0));
           expect(await began()).toBe("began\n");
-          // The marks of the shells that run: what other tests left in the background has some, too.
+          // The marks of all running shells. Background processes of other tests have marks, too.
           const shells = "cat /proc/[0-9]*/cmdline 2>/dev/null";
           const marks = async () =>
             new Set((await task.host.exec(shells)).output.match(/fargate-[0-9a-f]{32}(?= incomplete)/g));
@@ -2995,7 +3269,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
           for (const part of [0.1, 0.5, 0.99]) {
             const cut = await over(Math.floor(whole.sent * part));
             expect(cut.outcome.ended).toBe("lost");
-            // The remote shell has noticed when it has ended; it would have run the script by then.
+            // Waits until the remote shell has ended. It would have run the script by then.
             await expect.poll(marks).toEqual(earlier);
             expect(await began()).toBe("");
           }
@@ -3004,14 +3278,14 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       );
     });
 
-  taskTest("an interpreter that is not the login shell gets the script all the same", async () => {
+  taskTest("runScript passes the script to an interpreter that is not the login shell", async () => {
     const ran = await runOnce('echo "$0 ${BASH_VERSION:+bash}"', { interpreter: "sh", loginShell: "bash" });
     expect(ran.stdout.toString().trim()).toBe("sh");
     const other = await runOnce('echo "$0 ${BASH_VERSION:+bash}"', { interpreter: "bash", loginShell: "fish" });
     expect(other.stdout.toString()).toBe("bash bash\n");
   });
 
-  taskTest("200 MB of output come through a slow reader in bounded memory", async () => {
+  taskTest("runScript passes 200 MB to a slow reader in bounded memory", async () => {
     const connection = await task.logIn();
     let bytes = 0;
     let queued = 0;
@@ -3027,12 +3301,12 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       connection,
       Buffer.from("head -c 200000000 /dev/zero"),
       { interpreter: "bash", loginShell: "bash" },
-      { stop: new AbortController().signal, log: getLogger("fargate"), stdout: slow, stderr: new PassThrough() },
+      { signal: new AbortController().signal, log: getLogger("fargate"), stdout: slow, stderr: new PassThrough() },
     );
     connection.client.end();
     expect(outcome).toEqual(exited(0));
     expect(bytes).toBe(200_000_000);
-    // What waits in this process: the server's first window, of 2 MiB, and less than that again.
+    // Bytes queued in this process: at most the first window (2 MiB), and less than another one.
     expect(queued).toBeLessThan(4 * 2 ** 20);
   });
 
@@ -3042,7 +3316,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     ["a command in a group of its own", "timeout 600 sleep 600"],
     ["children in the background", "sleep 600 & sleep 600 & wait"],
   ] as const)
-    taskTest(`told to stop, it ends ${what} before it returns`, async () => {
+    taskTest(`runScript terminates ${what} when its signal aborts`, async () => {
       const id = `token-${Math.random().toString(36).slice(2)}`;
       const stop = new AbortController();
       const connection = await task.logIn();
@@ -3051,7 +3325,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         connection,
         Buffer.from(`export FARGATE_TEST=${id}; echo ready; ${script}`),
         { interpreter: "bash", loginShell: "bash" },
-        { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+        { signal: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
       );
       const marked = `grep -lz '^FARGATE_TEST=${id}$' /proc/[0-9]*/environ 2>/dev/null | wc -l`;
       await expect
@@ -3062,7 +3336,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       expect(Number((await task.host.exec(marked)).output)).toBe(0);
     });
 
-  taskTest("what another stage left in the background survives that", async () => {
+  taskTest("runScript spares what another stage left in the background", async () => {
     const { stdout } = await runOnce("sleep 300 >/dev/null 2>&1 & echo $!");
     const stop = new AbortController();
     const out = collect();
@@ -3070,7 +3344,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       await task.logIn(),
       Buffer.from("echo ready; sleep 600"),
       { interpreter: "bash", loginShell: "bash" },
-      { stop: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+      { signal: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
     );
     await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
     stop.abort(new Failure("system", "stopped"));
@@ -3078,7 +3352,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     expect((await runOnce(`kill -0 ${stdout.toString().trim()}`)).outcome).toEqual(exited(0));
   });
 
-  taskTest("both types of key log in", async () => {
+  taskTest("connect logs in with both types of key", async () => {
     const rsa = await makeKeyPair("rsa");
     const file = hosts.kind === "container" ? "/run/sshd/authorized_keys" : undefined;
     if (file) await task.host.exec(`echo '${rsa.publicKey}' >>${file}`);
@@ -3092,7 +3366,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     await server?.close();
   });
 
-  taskTest("another host key than the pinned one is refused, and a wrong key or user", async () => {
+  taskTest("connect refuses a wrong host key, key or user", async () => {
     const { hostKey, client } = await task.logIn();
     client.end();
     await expect(
@@ -3101,7 +3375,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     const changed = Buffer.from(hostKey);
     changed[changed.length - 1] = (changed.at(-1) as number) ^ 1;
     await expect(connect({ ...task.target, hostKey: changed }, 3_000, never)).rejects.toThrow(
-      "the server's key is not the one seen when the task was prepared",
+      "the server's host key is not the one that prepare saw",
     );
     const other = await makeKeyPair("ed25519");
     await expect(connect({ ...task.target, privateKey: other.privateKey }, 3_000, never)).rejects.toThrow(
@@ -3109,12 +3383,12 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
   });
 
-  taskTest("a server that makes this process too large is left", async () => {
+  taskTest("runScript drops a server that makes the process too large", async () => {
     const { rss } = process.memoryUsage;
     const connection = await task.logIn();
     try {
-      Object.assign(process.memoryUsage, { rss: () => rss() + 2 ** 30 }); // as if what came had taken that much
-      // The script must not end before the connection does.
+      Object.assign(process.memoryUsage, { rss: () => rss() + 2 ** 30 }); // as if the server's data had taken 1 GiB
+      // The sleep keeps the script from ending before the connection.
       const { outcome } = await runIn(connection, "head -c 20000000 /dev/zero; sleep 600");
       const reason = "the server makes this process use too much memory";
       expect(outcome).toEqual({ ended: "lost", begun: true, wasSilent: false, reason });
@@ -3124,7 +3398,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     }
   });
 
-  taskTest("a connection that breaks in the middle of a script is told as lost", async () => {
+  taskTest("runScript reports a connection that breaks in the middle of a script", async () => {
     const proxy = await startProxy({ host: task.target.host, port: task.target.Port });
     const connection = await task.logIn({ ...task.target, host: "127.0.0.1", Port: proxy.port });
     const out = collect();
@@ -3132,7 +3406,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       connection,
       Buffer.from("echo ready; sleep 600"),
       { interpreter: "bash", loginShell: "bash" },
-      { stop: new AbortController().signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+      { signal: new AbortController().signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
     );
     await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
     proxy.cut();
@@ -3145,8 +3419,8 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
 // The worker image
 // ---------------------------------------------------------------------------------------------------------
 
-describe("the worker image", () => {
-  /** Runs a script in a new container of the image, and ends it. */
+describe("worker image", () => {
+  /** Runs a script in a new container of the image, then stops the container. */
   async function runWith(
     options: ContainerHostsOptions,
     script: string,
@@ -3161,7 +3435,7 @@ describe("the worker image", () => {
         connection,
         Buffer.from(script),
         { interpreter: "bash", loginShell: "bash" },
-        { stop: never, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+        { signal: never, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
       );
       connection.client.end();
       await host.stop(0);
@@ -3173,20 +3447,20 @@ describe("the worker image", () => {
 
   for (const [what, options, Username, environment] of [
     ["as root", {}, "root", {}],
-    ["as root, for another user", {}, "worker", { SSH_USER: "worker" }],
+    ["as root for another user", {}, "worker", { SSH_USER: "worker" }],
     ["on a read-only root file system", { readOnly: true }, "root", {}],
     ["as user 1000", { user: "1000" }, "worker", {}],
     [
-      "as user 1000, on a read-only root file system, at port 2022",
+      "as user 1000 on a read-only root file system at port 2022",
       { user: "1000", readOnly: true, containerPort: 2022 },
       "worker",
       { SSH_PORT: "2022" },
     ],
   ] as const)
     taskTest(
-      `works ${what}`,
+      `the worker image works ${what}`,
       async () => {
-        // The configuration holds the container's environment.
+        // sshd's configuration contains the container's environment, so only its owner may read it.
         const script = "id -un; touch /tmp/here && stat -c %a /run/sshd/config /tmp/sshd.*/config 2>/dev/null; exit 3";
         const ran = await runWith(options, script, { environment, Username });
         expect(ran.stdout).toBe(`${Username}\n600\n`);
@@ -3196,28 +3470,28 @@ describe("the worker image", () => {
     );
 
   for (const [what, sentence, options, environment] of [
-    ["it runs as a user that the image does not know", "this image has no such user: add one", { user: "1234" }, {}],
+    ["an unknown user", "this image has no such user: add one", { user: "1234" }, {}],
     [
-      "it runs as user 1000 and is to let root in",
+      "that user 1000 cannot let root log in",
       "who cannot start a session for another user",
       { user: "1000" },
       { SSH_USER: "root" },
     ],
     [
-      "the root file system is read-only and the account is locked",
+      "that a read-only root keeps the account locked",
       "the account worker is locked, and /etc/shadow cannot be written",
       { readOnly: true },
       { SSH_USER: "worker" },
     ],
     [
-      "nothing can be written to",
+      "that it can write nowhere",
       "neither /run/sshd nor /tmp can be written to",
       { readOnly: true, user: "1000", lines: ["RUN chmod 700 /run/sshd && mv /bin/mktemp /bin/mktemp.off"] },
       {},
     ],
   ] as const)
     taskTest(
-      `says in one sentence that ${what}`,
+      `the worker image reports ${what}`,
       async () => {
         const own = await containerHosts({
           packages: PACKAGES,
@@ -3226,7 +3500,7 @@ describe("the worker image", () => {
         });
         try {
           const { publicKey } = await makeKeyPair("ed25519");
-          const address = `127.78.${(process.pid >> 8) & 255}.${(nextNumber() % 250) + 1}`;
+          const address = nextAddress();
           const all = { SSH_PUBLIC_KEY: publicKey, ...environment };
           const host = await own.start({ name: "test", address, port: 2222, environment: all });
           const { exitCode, log } = await host.exited;
@@ -3241,7 +3515,8 @@ describe("the worker image", () => {
     );
 
   taskTest(
-    "passes its environment and the task definition's to the job, but nothing of a login or a shell",
+    // It passes nothing of a login or a shell.
+    "the worker image passes its own and the task definition's environment",
     async () => {
       const environment = {
         FROM_DEFINITION: 'a "b" \\c $d `e` #f\ttab  ',
@@ -3284,7 +3559,7 @@ describe("the worker image", () => {
   );
 });
 
-describe("the container's environment, of an image with a plain sshd under tini", () => {
+describe("container environment of a plain sshd under tini", () => {
   const environment = {
     AWS_REGION: "eu-west-1",
     AWS_CONTAINER_CREDENTIALS_RELATIVE_URI: "/v2/credentials/0123",
@@ -3317,7 +3592,7 @@ describe("the container's environment, of an image with a plain sshd under tini"
   });
   afterAll(() => own?.close());
 
-  /** Runs a script that prints its environment, of the login shell bash or of another. */
+  /** The environment of a script in bash or another shell. */
   async function environmentOf(
     patterns: readonly string[],
     { interpreter = "bash" as "bash" | "sh", loginShell = "bash", script = "" } = {},
@@ -3329,7 +3604,7 @@ describe("the container's environment, of an image with a plain sshd under tini"
       connection,
       Buffer.from(`${script}\nexec env -0`),
       { interpreter, loginShell },
-      { stop: never, log: getLogger("fargate"), stdout: out.sink, stderr: err.sink },
+      { signal: never, log: getLogger("fargate"), stdout: out.sink, stderr: err.sink },
     );
     connection.client.end();
     expect(outcome).toEqual({ ended: "exited", code: 0 });
@@ -3341,7 +3616,8 @@ describe("the container's environment, of an image with a plain sshd under tini"
   const passed = ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_REGION", "EMPTY", "FROM_START_UP", "LINES", "QUOTES"];
   for (const shell of ["bash", "sh", "ash"] as const)
     taskTest(
-      `["*"] passes all of it to ${shell}, but nothing of a login or a shell`,
+      // It passes nothing of a login or a shell.
+      `runScript passes the whole environment to ${shell} with PassEnvironment ["*"]`,
       async () => {
         if (shell === "ash") await task.host.exec("mv /bin/sh /bin/sh.off; ln -s /bin/busybox /bin/sh");
         const which = shell === "bash" ? {} : { interpreter: "sh" as const, loginShell: "bash" };
@@ -3360,7 +3636,7 @@ describe("the container's environment, of an image with a plain sshd under tini"
     );
 
   taskTest(
-    "patterns choose, [] passes nothing",
+    "runScript passes only variables that match PassEnvironment",
     async () => {
       const namesWith = async (patterns: string[]) =>
         Object.keys((await environmentOf(patterns)).variables)
@@ -3375,7 +3651,8 @@ describe("the container's environment, of an image with a plain sshd under tini"
   );
 
   taskTest(
-    "a script sees it as if the session had begun with it: start-up files count, and no value is traced",
+    // Their changes win, and `set -x` in a start-up file prints none of the values.
+    "runScript lets start-up files change the container's environment",
     async () => {
       const lines = "set -x; FROM_START_UP=changed; PATH=/opt/own:$PATH:/opt/last; readonly QUOTES=fixed";
       await task.host.exec(`echo '${lines}' >/root/.bashrc`);
@@ -3392,7 +3669,7 @@ describe("the container's environment, of an image with a plain sshd under tini"
   );
 
   taskTest(
-    "its values are in no argument",
+    "runScript puts no value of the environment into an argument",
     async () => {
       const { variables } = await environmentOf(["*"], {
         script:
@@ -3408,23 +3685,15 @@ describe("the container's environment, of an image with a plain sshd under tini"
 // 10. Stages, by the compiled program
 // ---------------------------------------------------------------------------------------------------------
 
-describeProgram("the compiled program", () => {
+describeProgram("compiled program", () => {
   let world: World;
-  beforeAll(async () => {
-    world = await makeWorld({ hosts, secrets: { SSH_PUBLIC_KEY: "set below" }, timing: { hideDescribe: 300 } });
+  const { makeRunner, callsSince, nothingLeft, byHand, scriptFile } = setUpJobs((made) => {
+    world = made;
   });
-  // What a failed test left must not fail the next.
-  afterEach(async () => {
-    for (const { taskArn } of world.aws.running())
-      await world.aws.stopTask(taskArn, { stopCode: "UserInitiated", stoppedReason: "test over", graceSeconds: 0 });
-    fs.rmSync(world.records, { recursive: true, force: true });
-  });
-  afterAll(() => world?.close());
-  const { makeRunner, callsSince, nothingLeft, byHand, scriptFile } = jobsOf(() => world);
 
   for (const form of ["17.9", "19.x"] as const)
     for (const shell of ["bash", "sh"] as const)
-      taskTest(`a whole job, scripts of GitLab Runner ${form} for ${shell}`, async () => {
+      taskTest(`a job succeeds with scripts of GitLab Runner ${form} for ${shell}`, async () => {
         const since = world.aws.calls.length;
         const runner = makeRunner({
           job: {
@@ -3443,12 +3712,12 @@ describeProgram("the compiled program", () => {
         const { RunTask, StopTask, ListTasks } = callsSince(since);
         expect({ RunTask, StopTask, ListTasks }).toEqual({ RunTask: 1, StopTask: 1, ListTasks: undefined });
         nothingLeft();
-        // run and cleanup say nothing of their own.
+        // run and cleanup log nothing.
         for (const { stage, stderr } of result.stages)
           if (stage === "cleanup" || stage === "prepare_script") expect(stderr.toString()).toBe("");
       });
 
-  taskTest("what prepare tells, and what RunTask is asked, with the guide's settings", async () => {
+  taskTest("prepare applies the settings of GitLab's guide", async () => {
     const since = world.aws.calls.length;
     const runner = makeRunner({ config: world.configure({ Fargate: { Subnet: "subnet-1", SecurityGroup: "sg-1" } }) });
     const [config, prepared] = (await runner.prepare()).slice(-2);
@@ -3494,7 +3763,7 @@ describeProgram("the compiled program", () => {
   });
 
   for (const UsePublicIP of [false, true])
-    test(`a task that has only an IPv6 address, ${UsePublicIP ? "with" : "without"} UsePublicIP`, async ({ skip }) => {
+    test(`prepare and run reach an IPv6 address ${UsePublicIP ? "with" : "without"} UsePublicIP`, async ({ skip }) => {
       const loopback = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
       if (!loopback.some(({ address }) => address === "::1")) skip("this machine has no IPv6 loopback address");
       const other = await makeWorld({ embedded: true, address: () => "::1" });
@@ -3519,7 +3788,7 @@ describeProgram("the compiled program", () => {
       }
     });
 
-  test("a task that has addresses of both kinds is logged in to at its IPv4 address", async () => {
+  test("prepare logs in to a task's IPv4 address if it has both kinds", async () => {
     const other = await makeWorld({ embedded: true, ipv6Address: "2001:db8::1" });
     try {
       const env = { ...byHand(), ...other.aws.environment };
@@ -3532,7 +3801,8 @@ describeProgram("the compiled program", () => {
     }
   });
 
-  test("keys in the environment override AWS_PROFILE, as in the Go SDK", async () => {
+  // The Go SDK does the same.
+  test("fargate prefers keys in the environment to AWS_PROFILE", async () => {
     const where = directory();
     const [config, credentials] = [join(where, "config"), join(where, "credentials")];
     fs.writeFileSync(config, "[profile other]\nregion = eu-west-1\n");
@@ -3552,7 +3822,7 @@ describeProgram("the compiled program", () => {
     expect(await keyId({ AWS_PROFILE: "other", ...without })).toBe("AKIAOTHER");
   });
 
-  taskTest("a failing job ends with its exit code, and its after_script runs", async () => {
+  taskTest("a job that fails ends with its exit code after its after_script", async () => {
     const result = await makeRunner({
       job: { script: ["echo before", "(exit 42)", "echo never"], afterScript: ['echo "after: $CI_JOB_STATUS"'] },
     }).runJob();
@@ -3567,13 +3837,14 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  taskTest("an older runner without an exit code file gets the build failure alone", async () => {
+  taskTest("run reports only a build failure to a runner without an exit code file", async () => {
     const result = await makeRunner({ job: { script: ["exit 42"] }, without: ["BUILD_EXIT_CODE_FILE"] }).runJob();
     expect(result).toMatchObject({ status: "build-failure", exitCode: 1 });
     nothingLeft();
   });
 
-  taskTest("by hand: five runs, a script of 300 KB, exit codes in the file and gone from it", async () => {
+  // One of them has a script of 300 KB.
+  taskTest("run keeps the exit code file up to date over five runs by hand", async () => {
     const env = { ...byHand(), BUILD_FAILURE_EXIT_CODE: "11", SYSTEM_FAILURE_EXIT_CODE: "12" };
     const config = world.configure();
     const custom = (...args: string[]) => fargate(["custom", ...args, "--config", config], { env });
@@ -3594,17 +3865,17 @@ describeProgram("the compiled program", () => {
     const unreadable = await custom("run", "/does/not/exist", "build_script");
     expect(unreadable).toMatchObject({
       code: 12,
-      stderr: expect.stringContaining("the script of build_script, /does/not/exist cannot be read"),
+      stderr: expect.stringContaining("the script of build_script (/does/not/exist) does not exist"),
     });
     expect(codeFile()).toBe("");
     expect(await custom("cleanup")).toMatchObject({ code: 0, stderr: "" });
     const late = await custom("run", scriptFile("true"), "after_script");
-    expect(late).toMatchObject({ code: 12, stderr: expect.stringContaining("there is no task for this job") });
+    expect(late).toMatchObject({ code: 12, stderr: expect.stringContaining("this job has no task") });
     nothingLeft();
   });
 
-  taskTest("cancelled in the user's script: it is ended, and after_script runs in the same task", async () => {
-    const seconds = `9${process.pid}`; // no other process of this machine sleeps for as long
+  taskTest("a job that is cancelled in its script runs after_script in the same task", async () => {
+    const seconds = `9${process.pid}`; // a duration that no other process of this machine uses
     let ready: () => void = () => {};
     const began = new Promise<void>((resolve) => {
       ready = resolve;
@@ -3637,11 +3908,11 @@ describeProgram("the compiled program", () => {
   });
 
   taskTest(
-    "a whole job passes in a container of user 1000 with a read-only root file system",
+    "a job succeeds as user 1000 on a read-only root file system",
     async () => {
       const shared = scratchDirectory("shared");
       const source = join(shared.path, "repository.bundle");
-      fs.chmodSync(shared.path, 0o755); // the container's user is not this test's
+      fs.chmodSync(shared.path, 0o755); // so that the container's user, who is another one, may read it
       fs.copyFileSync(repository.bundle, source);
       const own = await containerHosts({ mounts: [shared.path], packages: PACKAGES, user: "1000", readOnly: true });
       const narrow = await makeWorld({ hosts: own });
@@ -3664,7 +3935,7 @@ describeProgram("the compiled program", () => {
     { containerOnly: true, timeout: 300_000 },
   );
 
-  taskTest("cancelled in prepare: the task is stopped before the driver ends", async () => {
+  taskTest("a job that is cancelled in prepare has its task stopped", async () => {
     const held = world.aws.inject({ operation: "RunTask", do: { address: "refusing" } });
     const process = start([driver, "--config", world.configure(), "custom", "prepare"], { env: byHand() });
     await process.shows("Task ");
@@ -3675,14 +3946,14 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  taskTest("with no more than the official driver's permissions a whole job passes", async () => {
+  taskTest("a job succeeds with no more than the official driver's permissions", async () => {
     world.aws.permissions = new Set(["ecs:RunTask", "ecs:StopTask", "ecs:DescribeTasks", "iam:PassRole"]);
     onTestFinished(() => {
       delete world.aws.permissions;
     });
     const runner = makeRunner({ job: { script: ["true"] } });
     expect(await runner.runJob()).toMatchObject({ status: "success" });
-    // A second cleanup has no record and may not look: one warning.
+    // A second cleanup has no record and no permission to list tasks: it warns once.
     const again = await runner.cleanup();
     expect(again.exitCode).toBe(0);
     expect(again.stderr.toString().match(/warning: .*ecs:ListTasks was refused: AccessDeniedException/g)).toHaveLength(
@@ -3691,7 +3962,7 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  taskTest("public addresses are asked of EC2, private ones are not", async () => {
+  taskTest("prepare asks EC2 only for public addresses", async () => {
     const since = world.aws.calls.length;
     const config = world.configure({ Fargate: { EnablePublicIP: true } });
     expect(await makeRunner({ config, job: { script: ["true"] } }).runJob()).toMatchObject({ status: "success" });
@@ -3705,8 +3976,9 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
+  // The guide of 2020 does this.
   for (const definition of ["legacy-task", "secret-task:1"])
-    taskTest(`the guide of 2020, whose key comes from a secret of ${definition}`, async () => {
+    taskTest(`a job succeeds with the key in a secret of ${definition}`, async () => {
       const key = await makeKeyPair("rsa");
       const path = join(directory(), "id_rsa");
       fs.writeFileSync(path, key.privateKey, { mode: 0o600 });
@@ -3725,7 +3997,7 @@ describeProgram("the compiled program", () => {
       expect(other.aws.running()).toEqual([]);
     });
 
-  taskTest("a PrivateKeyPath beside a task definition that accepts a key for each job is a warning", async () => {
+  taskTest("prepare warns of a PrivateKeyPath that the task does not need", async () => {
     const path = join(directory(), "id_ed25519");
     fs.writeFileSync(path, (await makeKeyPair("ed25519")).privateKey, { mode: 0o600 });
     const result = await makeRunner({
@@ -3735,16 +4007,17 @@ describeProgram("the compiled program", () => {
     expect(result).toMatchObject({ status: "success" });
     const warnings = result.trace.toString().match(/warning: .*PrivateKeyPath.*/g);
     expect(warnings).toEqual([
-      "warning: with PrivateKeyPath all tasks accept the same key; remove the setting, unless the image ignores SSH_PUBLIC_KEY",
+      "warning: with PrivateKeyPath, all tasks accept the same key; remove it unless the image ignores SSH_PUBLIC_KEY",
     ]);
-    // With a key for each job there is nothing to say.
+    // With a key for each job, there is no warning.
     const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
     expect(plain.trace.toString()).not.toContain("PrivateKeyPath");
     nothingLeft();
   });
 
   taskTest(
-    "a job's variable names the task definition; if that does not accept the key, the failure says what to change",
+    // If the definition does not accept SSH_PUBLIC_KEY, the log has advice.
+    "prepare uses the task definition that a job's variable names",
     async () => {
       const legacy = await makeRunner({
         job: { variables: { FARGATE_TASK_DEFINITION: "legacy-task" }, script: ["true"] },
@@ -3753,7 +4026,7 @@ describeProgram("the compiled program", () => {
       expect(text).toContain(
         "FARGATE_TASK_DEFINITION of this job, legacy-task, cannot be used: ecs:RunTask was refused",
       );
-      expect(text).toContain("what to do: its container must be named ci-coordinator");
+      expect(text).toContain("what to do: name its container ci-coordinator");
       // A build failure: the runner does not try again.
       expect(legacy.map(({ stage }) => stage)).toEqual(["config", "prepare", "cleanup"]);
       nothingLeft();
@@ -3761,7 +4034,7 @@ describeProgram("the compiled program", () => {
     { timeout: 90_000 },
   );
 
-  taskTest("settings that users of the official driver ask for reach ECS", async () => {
+  taskTest("prepare passes settings that the official driver lacks to ECS", async () => {
     const config = world.configure({
       Fargate: {
         Subnet: undefined,
@@ -3783,7 +4056,7 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  taskTest("connections that are refused or reset are made again", async () => {
+  taskTest("run connects again when a connection is refused or reset", async () => {
     const env = byHand();
     expect(await fargate(["--config", world.configure(), "custom", "prepare"], { env })).toMatchObject({ code: 0 });
     const [task] = world.aws.running();
@@ -3795,19 +4068,19 @@ describeProgram("the compiled program", () => {
     const ran = await fargate(["--config", config, "custom", "run", scriptFile("echo once"), "x"], { env });
     expect(ran).toMatchObject({ code: 0, stdout: Buffer.from("once\n"), stderr: "" });
     expect(proxy.connections).toBe(3);
-    // Nobody answers for as long as ConnectTimeout allows: the task lives, and that is said, too.
+    // Nothing answers within ConnectTimeout. The message adds that the task is RUNNING.
     await proxy.close();
     const gone = world.configure({ SSH: { Port: proxy.port, ConnectTimeout: 1 } });
     const failed = await fargate(["--config", gone, "custom", "run", scriptFile("echo never"), "x"], { env });
     expect(failed).toMatchObject({ code: 2, stdout: Buffer.from("") });
     expect(failed.stderr).toMatch(
-      /error: x did not begin: \w+@127\.\S+: .*ECONNREFUSED.*; ECS says that the task is RUNNING\n.*what to do: the task runs on: .*\n$/,
+      /error: x did not begin: \w+@127\.\S+: .*ECONNREFUSED.*; ECS reports the task as RUNNING\n.*what to do: the task is still running: .*\n$/,
     );
     expect(await fargate(["--config", world.configure(), "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
     nothingLeft();
   });
 
-  taskTest("a task that stops under a script: the log says why", async () => {
+  taskTest("run reports why the task stopped during its script", async () => {
     const env = byHand();
     const config = world.configure();
     expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
@@ -3822,7 +4095,7 @@ describeProgram("the compiled program", () => {
     expect(stderr).toMatch(
       /error: the connection to the container was lost while build_script ran: .*; the task stopped: SpotInterruption: Your Spot Task was interrupted\./,
     );
-    // The stages after it do not wait for ConnectTimeout (120 s) each.
+    // Later stages fail at once instead of waiting for ConnectTimeout (120 s).
     const next = start([driver, "--config", config, "custom", "run", scriptFile("true"), "after_script"], { env });
     await next.shows("after_script did not begin: the task stopped: SpotInterruption");
     expect((await next.finished).code).toBe(2);
@@ -3830,7 +4103,7 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  taskTest("200 MB of output in bounded memory", async () => {
+  taskTest("run passes 200 MB of output in bounded memory", async () => {
     const env = byHand();
     const config = world.configure();
     expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
@@ -3843,7 +4116,7 @@ describeProgram("the compiled program", () => {
     let peak = 0;
     child.stdout.on("data", (chunk: Buffer) => {
       bytes += chunk.length;
-      // Peak resident set in kB. A slow reader: the driver must wait for it.
+      // VmHWM is the peak memory, in kB. The pause makes this a slow reader.
       const status = fs.readFileSync(`/proc/${child.pid}/status`, "utf8");
       peak = Math.max(peak, Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0));
       child.stdout.pause();
@@ -3852,17 +4125,17 @@ describeProgram("the compiled program", () => {
     expect(await new Promise((done) => child.on("close", done))).toBe(0);
     expect(bytes).toBe(200_000_000);
     expect(peak / 1024).toBeGreaterThan(20);
-    expect(peak / 1024).toBeLessThan(250); // it has 65 MB before the first byte comes
+    expect(peak / 1024).toBeLessThan(250); // about 65 MB before the first byte arrives
     await fargate(["--config", config, "custom", "cleanup"], { env });
   });
 
-  taskTest("a slow reader gets every byte of both streams, and the reason of a failure after them", async () => {
+  taskTest("run passes every byte to a slow reader before the reason of a failure", async () => {
     const env = byHand();
     const config = world.configure();
     expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
     const slowly = async (script: string, stopAfter?: number) => {
       const command = ["--config", config, "custom", "run", scriptFile(script), "x"];
-      const debugged = atDebug([driver, ...command]);
+      const debugged = withDebugLines([driver, ...command]);
       const searched = new DriverOutput(debugged);
       const child = spawn(driver, debugged.command.slice(1), { env, stdio: ["ignore", "pipe", "pipe"] });
       const read = async (stream: "stdout" | "stderr") => {
@@ -3875,7 +4148,7 @@ describeProgram("the compiled program", () => {
       };
       const closed = new Promise((done) => child.on("exit", done));
       if (stopAfter !== undefined) {
-        // Nobody reads until the driver has been told to stop and has had time to fill the pipe.
+        // Reading begins only after SIGTERM, when the driver has had time to fill the pipe.
         await new Promise((later) => setTimeout(later, stopAfter));
         child.kill("SIGTERM");
         await new Promise((later) => setTimeout(later, 3_000));
@@ -3887,7 +4160,7 @@ describeProgram("the compiled program", () => {
       const { code, stdout, stderr } = await slowly("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2");
       expect([code, stdout.length, stderr.length]).toEqual([0, 1_000_000, 1_000_000]);
     }
-    // For each word on the one stream, ssh2 would let the server send two MiB more of the other.
+    // For each chunk on one stream, ssh2 would let the server send two more MiB on the other.
     const mixed = await slowly("for i in $(seq 60); do head -c 1000000 /dev/zero; echo $i >&2; done");
     expect([mixed.code, mixed.stdout.length, mixed.stderr.length]).toEqual([0, 60_000_000, 171]);
     const stopped = await slowly("head -c 1000000 /dev/zero >&2; sleep 600", 1_000);
@@ -3897,7 +4170,7 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  taskTest("a reader that goes away ends the stage and the script", async () => {
+  taskTest("run ends its script when the reader goes away", async () => {
     const env = byHand();
     const config = world.configure();
     expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
@@ -3913,7 +4186,7 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  test("a .env, bunfig.toml or node_modules in the working directory has no say", async () => {
+  test("fargate ignores .env, bunfig.toml and node_modules in the working directory", async () => {
     const hostile = directory();
     const marker = join(hostile, "executed");
     const evil = `require("node:fs").appendFileSync(${JSON.stringify(marker)}, process.argv.join(" ") + "\\n");`;
@@ -3934,22 +4207,23 @@ describeProgram("the compiled program", () => {
     for (const stage of [["prepare"], ["run", scriptFile("true"), "x"], ["cleanup"]])
       expect(await fargate(["--config", config, "custom", ...stage], { env, cwd: hostile })).toMatchObject({ code: 0 });
     expect(fs.existsSync(marker)).toBe(false);
-    // From source: as documented it works, plainly it refuses to go on (and only bun itself has run the preload).
-    // From source: what bun itself reads first is a reason to do nothing.
+    // From source: works if called as documented. Called plainly, it refuses, although bun has already run the preload.
     const source = join(projectRoot, "fargate.ts");
     const documented = [process.execPath, "--no-env-file", "--config=/dev/null", source, "custom", "config"];
-    fs.rmSync(join(hostile, "tsconfig.json")); // bun would follow it; see the README
+    fs.rmSync(join(hostile, "tsconfig.json")); // bun would apply it: see docs/development.md
     expect(await start(documented, { env, cwd: hostile }).finished).toMatchObject({ code: 0, stderr: "" });
     expect(fs.existsSync(marker)).toBe(false);
     const plain = await start([process.execPath, source, "custom", "prepare"], { env, cwd: hostile }).finished;
     expect(plain).toMatchObject({
       code: 2,
-      stderr: expect.stringContaining("bun takes settings from .env, bunfig.toml here; call it as: bun --no-env-file"),
+      stderr: expect.stringContaining(
+        "bun reads settings from .env, bunfig.toml here; run this instead: bun --no-env-file",
+      ),
     });
     nothingLeft();
   });
 
-  taskTest("bun fargate.ts custom ... works as the compiled program does", async () => {
+  taskTest("fargate.ts works from source as the compiled program does", async () => {
     const env = byHand();
     const source = [process.execPath, join(projectRoot, "fargate.ts"), "--config", world.configure(), "custom"];
     const custom = (...args: string[]) => start([...source, ...args], { env, cwd: directory() }).finished;
@@ -3963,7 +4237,7 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  test("requests go through HTTP_PROXY, and past it with NO_PROXY", async () => {
+  test("fargate sends requests through HTTP_PROXY except with NO_PROXY", async () => {
     const config = world.configure();
     const env = { ...byHand(), AWS_ENDPOINT_URL: "http://ecs.example.test", HTTP_PROXY: world.aws.url };
     expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
@@ -3974,14 +4248,15 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  test("LogFile takes the log, in its format; what ends a stage is on standard error as well", async () => {
+  // The reason that ends a stage is also on standard error.
+  test("fargate writes its log to LogFile in the chosen format", async () => {
     const file = join(directory(), "fargate.log");
     const config = world.configure({ top: { LogFile: file, LogFormat: "json", LogLevel: "debug" } });
     const env = byHand();
     expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0, stderr: "" });
     expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0, stderr: "" });
     const failed = await fargate(["--config", config, "custom", "run", "/none", "x"], { env });
-    expect(failed.stderr).toMatch(/^\{.*"msg":"the script of x, .none cannot be read.*\}\n$/);
+    expect(failed.stderr).toMatch(/^\{.*"msg":"the script of x \(.none\) does not exist.*\}\n$/);
     const lines = fs
       .readFileSync(file, "utf8")
       .trimEnd()
@@ -3994,7 +4269,7 @@ describeProgram("the compiled program", () => {
     expect(lines.at(-2)).toEqual({
       time: expect.any(String),
       level: "fatal",
-      msg: expect.stringContaining("cannot be read"),
+      msg: expect.stringContaining("does not exist"),
     });
     expect(fs.readFileSync(file, "utf8")).not.toContain("PRIVATE KEY");
     const pipe = join(directory(), "pipe");
@@ -4005,7 +4280,7 @@ describeProgram("the compiled program", () => {
     const guard = setTimeout(() => unread.process.kill("SIGKILL"), 30_000);
     const { code, stderr } = await unread.finished;
     clearTimeout(guard);
-    expect({ code, stderr }).toEqual({ code: 0, stderr: expect.stringContaining("cannot be written: ENXIO") });
+    expect({ code, stderr }).toEqual({ code: 0, stderr: expect.stringContaining("cannot be opened: ENXIO") });
     const nowhere = world.configure({ top: { LogFile: "/does/not/exist/x.log" } });
     const warned = await fargate(["--config", nowhere, "custom", "cleanup"], { env });
     expect(warned).toMatchObject({
@@ -4014,7 +4289,8 @@ describeProgram("the compiled program", () => {
     });
   });
 
-  test("LogFile is not opened through a link of another user's, at its end or on the way", async ({ skip }) => {
+  // The link may be the file itself or a directory on its path.
+  test("fargate opens no LogFile through a link of another user's", async ({ skip }) => {
     if (process.geteuid?.() !== 0) return skip("only root can give links away");
     const where = directory();
     const target = join(where, "target");
@@ -4032,19 +4308,19 @@ describeProgram("the compiled program", () => {
     const cleanUp = (LogFile: string) =>
       fargate(["--config", world.configure({ top: { LogFile, LogLevel: "debug" } }), "custom", "cleanup"], { env });
     for (const [file, why] of [
-      ["theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
-      ["their-logs/x.log", `${path("their-logs")} is a symbolic link of another user, of id 12345`],
-      ["ours-to-theirs.log", `${path("theirs.log")} is a symbolic link of another user, of id 12345`],
+      ["theirs.log", `${path("theirs.log")} is a symbolic link that belongs to another user (id 12345)`],
+      ["their-logs/x.log", `${path("their-logs")} is a symbolic link that belongs to another user (id 12345)`],
+      ["ours-to-theirs.log", `${path("theirs.log")} is a symbolic link that belongs to another user (id 12345)`],
       ["loop.log", "Maximum call stack size exceeded"],
     ] as const) {
       const { code, stderr } = await cleanUp(path(file));
       expect({ code, stderr }).toMatchObject({
         code: 0,
-        stderr: expect.stringContaining(`warning: LogFile ${path(file)} cannot be written: ${why}`),
+        stderr: expect.stringContaining(`warning: LogFile ${path(file)} cannot be opened: ${why}`),
       });
     }
     expect([fs.existsSync(target), fs.readdirSync(path("logs"))]).toEqual([false, []]);
-    // Links of root and of this user are followed, to a file that need not be there yet.
+    // Follows links of root and of this user, even to a file that does not exist yet.
     link("target", "ours.log", 0);
     link("logs", "our-logs", 0);
     for (const file of ["ours.log", "our-logs/x.log"])
@@ -4052,7 +4328,7 @@ describeProgram("the compiled program", () => {
     for (const file of [target, path("logs/x.log")]) expect(fs.readFileSync(file, "utf8")).toContain("does not exist");
   });
 
-  test("LogFile may be /dev/stderr", async () => {
+  test("fargate accepts /dev/stderr as LogFile", async () => {
     const config = world.configure({ top: { LogFile: "/dev/stderr" } });
     const output = join(directory(), "output");
     const shell = ["sh", "-c", 'output=$1; shift; exec "$@" 2>"$output"', "sh", output];
@@ -4064,7 +4340,7 @@ describeProgram("the compiled program", () => {
     expect(text).not.toContain("LogFile");
   });
 
-  test("relative paths in the configuration file work from any working directory", async () => {
+  test("fargate resolves paths in the file from any working directory", async () => {
     const key = await makeKeyPair("ed25519");
     const config = world.configure({ top: { LogFile: "beside.log" }, SSH: { PrivateKeyPath: "beside.key" } });
     const beside = (name: string) => join(config, "..", name);
@@ -4084,35 +4360,31 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  test("unknown keys are a warning in prepare, and in prepare only", async () => {
+  test("prepare is the only stage that warns of unknown keys", async () => {
     const config = world.configure({ Fargate: { Clutser: "x" } });
     const env = byHand();
-    const warning = "warning: .*unknown key Fargate\\.Clutser; the nearest known one is Fargate\\.Cluster\n";
+    const warning = "warning: .*unknown key Fargate\\.Clutser; the most similar known key is Fargate\\.Cluster\n";
     expect((await fargate(["--config", config, "custom", "prepare"], { env })).stderr).toMatch(new RegExp(warning));
     expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).toBe("");
     nothingLeft();
   });
 
   test.each<[what: string, lines: string[], warnings: string[]]>([
-    ["enough time", ["shutdown_timeout = 60", "graceful_kill_timeout = 40"], []],
-    ["the default times", [], ["shutdown_timeout = 30"]],
+    ["sufficient limits", ["shutdown_timeout = 60", "graceful_kill_timeout = 40"], []],
+    ["default limits", [], ["shutdown_timeout = 30"]],
+    ["limits of 0", ["shutdown_timeout = 0", "graceful_kill_timeout = 0"], ["shutdown_timeout = 30"]],
     [
-      "0, which stands for the defaults",
-      ["shutdown_timeout = 0", "graceful_kill_timeout = 0"],
-      ["shutdown_timeout = 30"],
-    ],
-    [
-      "too little time",
+      "insufficient limits",
       ["shutdown_timeout = 39", "graceful_kill_timeout = 39"],
       ["graceful_kill_timeout = 39", "shutdown_timeout = 39"],
     ],
-    ["a damaged file", ["shutdown_timeout = ["], []],
-    ["values of other types", ['shutdown_timeout = "x"', 'graceful_kill_timeout = "y"'], []],
-  ])("prepare compares CancelGracePeriod with the runner's config.toml: %s", async (_, lines, warnings) => {
+    ["damaged config.toml", ["shutdown_timeout = ["], []],
+    ["limits of other types", ['shutdown_timeout = "x"', 'graceful_kill_timeout = "y"'], []],
+  ])("prepare compares CancelGracePeriod with the runner's %s", async (_, lines, warnings) => {
     const path = join(directory(), "config.toml");
     const [shutdown = "", graceful = ""] = lines;
     const runners = [
-      `[[runners]]\n[runners.custom]\nrun_exec = "/bin/true"\ngraceful_kill_timeout = 1`, // another driver's
+      `[[runners]]\n[runners.custom]\nrun_exec = "/bin/true"\ngraceful_kill_timeout = 1`, // the limits of another driver
       "[[runners]]\nexecutor = 'shell'",
       `[[runners]]\ntoken = "glrt-of-the-runner"\n[runners.custom]\nrun_exec = "${driver}"\n${graceful}`,
     ];
@@ -4124,7 +4396,7 @@ describeProgram("the compiled program", () => {
     const shown = stderr.split("\n").filter((line) => line.includes("config.toml"));
     expect(shown).toEqual(
       warnings.map((warning) =>
-        expect.stringContaining(`warning: ${warning} in the runner's config.toml: it should be 40 s or more`),
+        expect.stringContaining(`warning: ${warning} in the runner's config.toml should be 40 s or more`),
       ),
     );
     expect(stderr).not.toContain("glrt-");
@@ -4132,22 +4404,23 @@ describeProgram("the compiled program", () => {
     nothingLeft();
   });
 
-  test("a bad configuration starts no task and lists every problem", async () => {
+  test("prepare starts no task with a bad configuration", async () => {
     const since = world.aws.calls.length;
     const config = join(projectRoot, "fixtures", "config", "bad.toml");
     const bad = await fargate(["--config", config, "custom", "prepare"], { env: byHand() });
     expect(bad.code).toBe(2);
     expect(bad.stderr.trimEnd().split("\n")).toHaveLength(22);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
-    // With its whole path: the runner starts each stage in a working directory of its own.
-    expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml cannot be read: ENOENT/);
+    // As an absolute path, because the runner starts each stage in another working directory.
+    expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml does not exist$/m);
     const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
     expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor the CUSTOM_ENV_CI_* variables");
     expect([none.code, jobless.code]).toEqual([2, 2]);
     expect(world.aws.calls.length).toBe(since);
   });
 
-  test("a job's variables that nothing reads: a warning if they look misspelt, else a line at debug", async () => {
+  // Other unused FARGATE_* variables get a line at level debug.
+  test("prepare warns of a job's variables that look misspelt", async () => {
     const config = world.configure({ top: { LogLevel: "debug" } });
     const env = {
       ...byHand(),
@@ -4159,22 +4432,22 @@ describeProgram("the compiled program", () => {
     };
     const { code, stderr } = await fargate(["--config", config, "custom", "prepare"], { env });
     expect(code, stderr).toBe(0);
-    const lines = stderr.split("\n").filter((line) => line.includes("nothing reads the job's variable "));
+    const lines = stderr.split("\n").filter((line) => line.includes(" has no effect"));
     const warnings = lines
       .filter((line) => line.includes(" warning: "))
       .map((line) => line.replace(/^.* variable /, ""));
     expect(warnings.sort()).toEqual([
-      "CUSTOM_ENV_FARGATE_PLATFORM_VERSION; did you mean FARGATE_PLATFORM_VERSION?",
-      "FARGATE_TASK_DEFINITON; did you mean FARGATE_TASK_DEFINITION?",
+      "CUSTOM_ENV_FARGATE_PLATFORM_VERSION has no effect; did you mean FARGATE_PLATFORM_VERSION?",
+      "FARGATE_TASK_DEFINITON has no effect; did you mean FARGATE_TASK_DEFINITION?",
     ]);
-    // Nobody can fill the log with names.
+    // At most 20 lines, whatever the job sets.
     expect(lines).toHaveLength(20);
     for (const line of lines) expect(line).not.toMatch(/\p{Cc}|y{5000}/u);
-    expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).not.toContain("nothing reads");
+    expect((await fargate(["--config", config, "custom", "cleanup"], { env })).stderr).not.toContain("has no effect");
     nothingLeft();
   });
 
-  taskTest("a job's image and services have no effect: prepare says so in one line", async () => {
+  taskTest("prepare warns once that a job's image and services have no effect", async () => {
     const hostile = "\u001b[0Ksection_start:1:x\r\n{names}";
     const services = ["postgres:16", { name: "redis:7", alias: "cache" }, hostile, "z".repeat(9_000)];
     const result = await makeRunner({ job: { image: "ruby:3.2", services, script: ["true"] } }).runJob();
@@ -4183,17 +4456,18 @@ describeProgram("the compiled program", () => {
     const [line, ...more] = lines.filter((text) => /ruby|postgres|redis|no effect/.test(text));
     expect(more).toEqual([]);
     expect(line).toMatch(
-      /Z warning: image: and services: have no effect; choose a task definition with FARGATE_TASK_DEFINITION instead: ruby:3\.2, postgres:16, redis:7, /,
+      /Z warning: image: and services: have no effect; set FARGATE_TASK_DEFINITION instead\. Ignored: ruby:3\.2, postgres:16, redis:7, /,
     );
     expect(line).not.toMatch(/\p{Cc}|z{5000}/u);
-    // Without any, nothing.
+    // Without image: and services:, there is no warning.
     const plain = await makeRunner({ job: { script: ["true"] } }).runJob();
     expect(plain.trace.toString()).not.toContain("have no effect");
     nothingLeft();
   });
 
-  taskTest("without AllowedTaskDefinitions prepare says at debug that a job may name any", async () => {
-    const says = "debug: AllowedTaskDefinitions is not set: a job's variable may name any task definition";
+  // Only without AllowedTaskDefinitions.
+  taskTest("prepare logs at debug that a job may choose any task definition", async () => {
+    const says = "debug: AllowedTaskDefinitions is not set: a job may choose any task definition";
     const env = byHand();
     for (const [AllowedTaskDefinitions, expected] of [
       [undefined, true],
@@ -4208,7 +4482,7 @@ describeProgram("the compiled program", () => {
   });
 });
 
-describeProgram("an AWS endpoint with a certificate of a private CA", () => {
+describeProgram("private CA", () => {
   const authority = makeAuthority();
   const files: Record<string, string> = {};
   let world: World;
@@ -4228,37 +4502,39 @@ describeProgram("an AWS endpoint with a certificate of a private CA", () => {
     world = await makeWorld({ embedded: true, tls: authority.issue() });
   });
   afterAll(() => world?.close());
-  /** Calls ListTasks, with none of the CA settings of the tests' own environment. */
+  /** Runs sweep, which calls ListTasks, without the CA settings of this process's environment. */
   const list = (env: Record<string, string | undefined> = {}, wrapper: string[] = []) =>
     start([...wrapper, driver, "--config", world.configure(), "sweep"], { env: { ...world.aws.environment, ...env } })
       .finished;
 
   test.each([
     ["AWS_CA_BUNDLE", () => ({ AWS_CA_BUNDLE: files["ca.pem"] })],
-    ["AWS_CA_BUNDLE, as the second certificate of a file", () => ({ AWS_CA_BUNDLE: files["two.pem"] })],
+    ["the second certificate of AWS_CA_BUNDLE", () => ({ AWS_CA_BUNDLE: files["two.pem"] })],
     ["ca_bundle of the shared config file", () => ({ AWS_CONFIG_FILE: files.config })],
     ["ca_bundle of a profile", () => ({ AWS_CONFIG_FILE: files.profiles, AWS_PROFILE: "ci" })],
     [
-      "AWS_CA_BUNDLE, which overrides ca_bundle",
+      "AWS_CA_BUNDLE before ca_bundle",
       () => ({ AWS_CA_BUNDLE: files["ca.pem"], AWS_CONFIG_FILE: files.config, AWS_PROFILE: "ci" }),
     ],
     ["NODE_EXTRA_CA_CERTS", () => ({ NODE_EXTRA_CA_CERTS: files["ca.pem"] })],
     [
-      "NODE_EXTRA_CA_CERTS, beside an AWS_CA_BUNDLE",
+      "NODE_EXTRA_CA_CERTS beside AWS_CA_BUNDLE",
       () => ({ NODE_EXTRA_CA_CERTS: files["ca.pem"], AWS_CA_BUNDLE: files["other.pem"] }),
     ],
     ["SSL_CERT_FILE", () => ({ SSL_CERT_FILE: files["ca.pem"] })],
     [
-      "SSL_CERT_FILE, beside an AWS_CA_BUNDLE",
+      "SSL_CERT_FILE beside AWS_CA_BUNDLE",
       () => ({ SSL_CERT_FILE: files["ca.pem"], AWS_CA_BUNDLE: files["other.pem"] }),
     ],
-  ])("is trusted through %s", async (_, env) => {
+  ])("sweep trusts a private CA through %s", async (_, env) => {
     const finished = await list(env());
     expect(finished).toMatchObject({ code: 0, stderr: "" });
   });
 
   for (const beside of [false, true])
-    test(`is trusted through the system's store${beside ? ", beside an AWS_CA_BUNDLE" : ""}`, async ({ skip }) => {
+    test(`sweep trusts a private CA through the system's store${beside ? " beside AWS_CA_BUNDLE" : ""}`, async ({
+      skip,
+    }) => {
       const store = join(directory(), "certs");
       fs.mkdirSync(store);
       fs.writeFileSync(join(store, "ca-certificates.crt"), authority.pem);
@@ -4271,10 +4547,10 @@ describeProgram("an AWS endpoint with a certificate of a private CA", () => {
     });
 
   test.each([
-    ["is not there", "none.pem", /: ENOENT: /],
-    ["is empty", "empty.pem", /: there is no certificate in it\n/],
+    ["is missing", "none.pem", /: ENOENT: /],
+    ["is empty", "empty.pem", /: it contains no certificate\n/],
     ["holds a broken certificate", "broken.pem", /: .*\n/],
-  ])("an AWS_CA_BUNDLE that %s is a failure that names it", async (_, name, reason) => {
+  ])("sweep names an AWS_CA_BUNDLE that %s", async (_, name, reason) => {
     const calls = world.aws.calls.length;
     const path = files[name] ?? "/none.pem";
     const finished = await list({ AWS_CA_BUNDLE: path });
@@ -4285,7 +4561,7 @@ describeProgram("an AWS endpoint with a certificate of a private CA", () => {
     expect(world.aws.calls.length).toBe(calls);
   });
 
-  test("a whole job", async () => {
+  test("a job succeeds with a private CA", async () => {
     const scene = makeScene(world, {}, forever);
     const env = { AWS_CA_BUNDLE: files["ca.pem"] };
     ended(await scene.stage("prepare", { env }), 0);
@@ -4296,10 +4572,10 @@ describeProgram("an AWS endpoint with a certificate of a private CA", () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 13. Command line
+// 12. Command line
 // ---------------------------------------------------------------------------------------------------------
 
-describe("the command line", () => {
+describe("command line", () => {
   test.each([
     ["custom config", "config", []],
     ["c co", "config", []],
@@ -4309,7 +4585,7 @@ describe("the command line", () => {
     ["c r script stage", "run", ["script", "stage"]],
     ["custom cleanup", "cleanup", []],
     ["c cl", "cleanup", []],
-  ])("%s", (line, stage, operands) => {
+  ])("parseCommandLine accepts %s", (line, stage, operands) => {
     expect(parseCommandLine(line.split(" "))).toEqual({
       command: stage,
       operands,
@@ -4318,7 +4594,7 @@ describe("the command line", () => {
     });
   });
 
-  test("options are taken before and after the commands", () => {
+  test("parseCommandLine accepts options before and after the commands", () => {
     const options = ["--config", "x.toml", "--log-level=warn", "--log-format", "json", "--log-file", "y.log"];
     options.push("--task-def", "build:7", "--platform-version", "1.4.0");
     const expected = {
@@ -4342,7 +4618,7 @@ describe("the command line", () => {
     });
   });
 
-  testProgram("help and version at every level, with no configuration and no job", async () => {
+  testProgram("fargate prints help and version at every level", async () => {
     const nowhere = directory();
     for (const level of [
       [],
@@ -4372,7 +4648,7 @@ describe("the command line", () => {
     }
   });
 
-  testProgram("config answers with no configuration file and no job", async () => {
+  testProgram("config answers without a configuration file and a job", async () => {
     const answer = await fargate(["custom", "config"], { cwd: directory() });
     expect(answer).toMatchObject({ code: 0, stderr: "" });
     expect(answer.stdout.toString()).toMatch(
@@ -4381,32 +4657,32 @@ describe("the command line", () => {
   });
 
   testProgram.each([
-    ["custom foo", "fargate custom: unknown command 'foo'; known: config, prepare, run, cleanup"],
-    ["foo", "fargate: unknown command 'foo'; known: custom, sweep"],
+    ["custom foo", "fargate custom: unknown command 'foo'; valid commands: config, prepare, run, cleanup"],
+    ["foo", "fargate: unknown command 'foo'; valid commands: custom, sweep"],
     [
       "custom run a b --colour",
-      "fargate custom run: unknown option '--colour'; known: --version, --config, --debug, --log-level, " +
+      "fargate custom run: unknown option '--colour'; valid options: --version, --config, --debug, --log-level, " +
         "--log-format, --log-file, --task-def, --platform-version",
     ],
     [
       "custom run a",
-      "fargate custom run: missing required argument 'stage'; known: fargate custom run [options] <script> <stage>",
+      "fargate custom run: missing required argument 'stage'; usage: fargate custom run [options] <script> <stage>",
     ],
     [
       "custom prepare a",
-      "fargate custom prepare: too many arguments for 'prepare'. Expected 0 arguments but got 1; known: " +
+      "fargate custom prepare: too many arguments for 'prepare'. Expected 0 arguments but got 1; usage: " +
         "fargate custom prepare [options]",
     ],
-  ])("%s: one line that says what is wrong and what is known", async (line, message) => {
+  ])("fargate lists the valid choices in one line for %j", async (line, message) => {
     const { code, stdout, stderr } = await fargate(line.split(" "), { env: { SYSTEM_FAILURE_EXIT_CODE: "77" } });
     expect({ code, stdout: stdout.toString() }).toEqual({ code: 77, stdout: "" });
     expect(stderr.replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
   });
 
   testProgram.each([
-    ["", "fargate: no command was given; known: custom, sweep"],
-    ["custom", "fargate custom: no command was given; known: config, prepare, run, cleanup"],
-  ])("%j alone prints its help to standard error, then what is missing, and fails", async (line, message) => {
+    ["", "fargate: no command was given; valid commands: custom, sweep"],
+    ["custom", "fargate custom: no command was given; valid commands: config, prepare, run, cleanup"],
+  ])("fargate prints its help when it gets only %j", async (line, message) => {
     const words = line.split(" ").filter(Boolean);
     const { code, stdout, stderr } = await fargate(words, { env: { SYSTEM_FAILURE_EXIT_CODE: "77" } });
     const help = (await fargate([...words, "--help"])).stdout.toString();
@@ -4418,20 +4694,20 @@ describe("the command line", () => {
   testProgram.each([
     [
       "--log-level loud custom config",
-      "fargate: option '--log-level <level>' argument 'loud' is invalid; known: trace, debug, info, warn, warning, " +
+      "fargate: option '--log-level <level>' argument 'loud' is invalid; expected: trace, debug, info, warn, warning, " +
         "error, fatal, panic",
     ],
     [
       "custom config --log-format xml",
-      "fargate: option '--log-format <format>' argument 'xml' is invalid; known: text, text-simple, json",
+      "fargate: option '--log-format <format>' argument 'xml' is invalid; expected: text, text-simple, json",
     ],
-  ])("%j: no success, and one line", async (line, message) => {
+  ])("fargate refuses the value in %j", async (line, message) => {
     const { code, stdout, stderr } = await fargate(line.split(" ").filter(Boolean));
     expect({ code, stdout: stdout.toString() }).toEqual({ code: 2, stdout: "" });
     expect(stderr.replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
   });
 
-  test("heavy packages are loaded by the stages that need them, not at start", () => {
+  test("fargate.ts imports no heavy package at start", () => {
     const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
     const atStart = [...source.matchAll(/^import (?!type )[^;]*? from "([^"]+)"/gm)].map(([, name]) => name as string);
     expect(atStart).toContain("commander");

@@ -1,4 +1,4 @@
-/** The audit of the dependencies: its verdict on each answer of npm, and npm's own answers. */
+/** Tests of the audit: its verdict on each answer of npm, and whole audits against a registry on loopback. */
 import { createServer } from "node:http";
 import { join } from "node:path";
 import { describe, expect, onTestFinished, test } from "vitest";
@@ -9,7 +9,7 @@ import { judgeAudit } from "./audit.ts";
 
 setUp();
 
-describe("supply", () => {
+describe("audit", () => {
   const npmReport = (
     ...found: { name: string; severity: string; range?: string; via?: readonly unknown[] }[]
   ): Record<string, unknown> => ({
@@ -45,7 +45,7 @@ describe("supply", () => {
   });
 
   test.each<[why: string, answer: unknown, outcome: string, lines: (string | RegExp)[]]>([
-    ["nothing", npmReport(), "clean", ["nothing high or critical"]],
+    ["a report without findings", npmReport(), "clean", ["nothing high or critical"]],
     [
       "a moderate finding",
       npmReport({ name: "ssh2", severity: "moderate" }),
@@ -53,7 +53,7 @@ describe("supply", () => {
       ["moderate: ssh2 <2: A hole in ssh2 (https://advisory/ssh2)", "nothing high or critical"],
     ],
     [
-      "a high finding, and what is affected through it",
+      "a high finding and what is affected through it",
       npmReport(
         { name: "bowser", severity: "low" },
         { name: "asn1", severity: "high" },
@@ -73,34 +73,29 @@ describe("supply", () => {
       "not checked",
       ["not checked: the registry serves no audit (405 Method Not Allowed)"],
     ],
-    ["a registry that cannot now", npmError("503 Service Unavailable - POST x", 503), "not checked", [/503/]],
+    ["an unavailable registry", npmError("503 Service Unavailable - POST x", 503), "not checked", [/503/]],
     [
-      "no connection",
+      "a refused connection",
       npmError("request to https://registry/audit failed, reason: connect ECONNREFUSED 10.0.0.1:443"),
       "not checked",
       ["not checked: the registry does not answer (ECONNREFUSED)"],
     ],
     [
-      "a certificate that is not trusted",
+      "an untrusted certificate",
       npmError("request to https://registry/audit failed, reason: self-signed certificate in certificate chain"),
       "not checked",
       ["not checked: the registry does not answer (self-signed certificate in certificate chain)"],
     ],
     [
-      "no answer",
+      "a missing answer",
       npmError("network timeout at: https://registry/audit"),
       "not checked",
       ["not checked: the registry does not answer (no answer in time)"],
     ],
-    [
-      "a question the registry does not accept",
-      npmError("400 Bad Request - POST x", 400),
-      "not understood",
-      [/./, /./],
-    ],
+    ["a question that the registry refuses", npmError("400 Bad Request - POST x", 400), "not understood", [/./, /./]],
     ["a page in place of an answer", npmError("invalid json response body at x"), "not understood", [/./, /./]],
     [
-      "a lock file npm cannot use",
+      "a lock file that npm cannot use",
       { error: { code: "ENOLOCK", summary: "no lock file" } },
       "not understood",
       [/./, /./],
@@ -109,7 +104,7 @@ describe("supply", () => {
     ["another version of the report", { ...npmReport(), auditReportVersion: 3 }, "not understood", [/./, /./]],
     ["an unknown severity", npmReport({ name: "asn1", severity: "severe" }), "not understood", [/./, /./]],
     [
-      "a number of findings that the list does not have",
+      "a number of findings that the list lacks",
       { ...npmReport(), metadata: npmReport({ name: "asn1", severity: "high" }).metadata },
       "not understood",
       [/number of high findings/, /./],
@@ -120,7 +115,7 @@ describe("supply", () => {
       "not understood",
       [/no package/, /./],
     ],
-  ])("the audit: %s", (_, answer, outcome, lines) => {
+  ])("judgeAudit judges %s", (_, answer, outcome, lines) => {
     const verdict = judgeAudit(JSON.stringify(answer));
     expect(verdict.outcome).toBe(outcome);
     expect(verdict.lines).toHaveLength(lines.length);
@@ -129,12 +124,12 @@ describe("supply", () => {
       else expect(verdict.lines[at]).toMatch(line);
   });
 
-  test("the audit: no JSON is no clean report", () => {
+  test("judgeAudit refuses output that is not JSON", () => {
     for (const output of ["", "found 0 vulnerabilities\n", "null", "[]", "0"])
       expect(judgeAudit(output).outcome).toBe("not understood");
   });
 
-  test("the audit: of the development dependencies only the runtime counts", () => {
+  test("judgeAudit counts only the runtime of the development dependencies", () => {
     const output = JSON.stringify(
       npmReport({ name: "vitest", severity: "critical" }, { name: "bun", severity: "high" }),
     );
@@ -144,13 +139,13 @@ describe("supply", () => {
     });
   });
 
-  /** `npm run audit`, without the installation, against a registry that answers so; nothing for one that is not there. */
+  /** Runs the audit against a registry with this answer, or against a closed port without one. */
   async function auditAt(answer?: { status: number; advisories?: Record<string, object[]> }): Promise<Finished> {
     const requests: string[] = [];
     const registry = createServer((request, response) => {
       requests.push(`${request.method} ${request.url}`);
       request.resume().on("end", () => {
-        // npm asks which versions there are of a package that has an advisory.
+        // For a package with an advisory, npm also requests the list of its versions.
         const name = decodeURIComponent(request.url?.slice(1) ?? "");
         const version = { name, version: "0.0.1", dist: {} };
         const body = request.method === "GET" ? { name, versions: { "0.0.1": version } } : (answer?.advisories ?? {});
@@ -166,23 +161,24 @@ describe("supply", () => {
     const env = {
       PATH: pathWithoutBun,
       HOME: directory(),
-      // npm keeps what it worked out about an advisory.
+      // Empty, because npm caches its conclusions about advisories.
       NPM_CONFIG_CACHE: directory(),
       NPM_CONFIG_REGISTRY: `http://127.0.0.1:${port}/`,
-      // Offline, npm reports without having asked that nothing was found.
+      // In offline mode, npm would report no findings without a request. The audit has to override it.
       NPM_CONFIG_OFFLINE: "true",
     };
     const finished = await start([process.execPath, join(projectRoot, ".ci", "audit.ts")], { env }).finished;
     if (answer) expect(requests.filter((request) => request.startsWith("POST "))).toHaveLength(2);
     return finished;
   }
-  // `bun --bun` puts itself in node's place, for the programs that are started, too; npm is Node's.
+  // `bun --bun` replaces node by bun, also for child processes. npm needs Node.js.
   const pathWithoutBun = (process.env.PATH ?? "")
     .split(":")
     .filter((entry) => !entry.includes("bun-node"))
     .join(":");
 
-  test("npm's own audit: a high finding fails, a registry without an audit passes and says so", async () => {
+  // It passes, and says so, if the registry has no audit.
+  test("npm run audit fails on a high finding", async () => {
     const advisory = (severity: string) => ({
       id: 1,
       url: "https://advisory/1",

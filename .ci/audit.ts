@@ -1,10 +1,10 @@
 /**
- * Asks the registry for advisories about the packages that are compiled into the program, and fails if one is high or
- * critical. These are the dependencies (`npm audit --omit=dev`) and bun, a development dependency that is also the
- * program's runtime.
+ * Asks the registry for advisories about the packages that are compiled into the program, and fails if there
+ * is one of severity high or critical. These are the dependencies (`npm audit --omit=dev`) and bun, a
+ * development dependency that is also the program's runtime.
  *
- * If the registry has no audit endpoint or does not answer, the audit prints that it did not check, and passes. Any
- * answer that it does not understand makes it fail.
+ * If the registry has no audit endpoint or does not answer, the audit prints that it did not check, and
+ * passes. It fails if it does not understand the answer.
  */
 import { spawnSync } from "node:child_process";
 import { join } from "node:path";
@@ -42,13 +42,9 @@ const ReportSchema = v.object({
 
 const ErrorSchema = v.object({ message: v.string(), statusCode: v.optional(v.number()) });
 
-/**
- * HTTP statuses of a registry without an audit endpoint, with one that this caller may not use, or with a failing one.
- */
+/** HTTP statuses of a registry that has no audit endpoint, does not allow its use, or fails. */
 const isNotServed = (status: number) => [401, 403, 404, 405, 408, 410, 429].includes(status) || status >= 500;
-/**
- * npm's messages for a registry that it did not reach. Its other errors, such as an unreadable lock file, do not match.
- */
+/** npm's messages for a registry that it did not reach. Other errors of npm do not match. */
 const NOT_REACHED = /^(request to \S+ failed, reason: |network timeout at: |response timeout)/i;
 
 /** The verdict on an error of npm; undefined if the registry did not cause it. */
@@ -68,8 +64,8 @@ function judgeError({ statusCode, message }: v.InferOutput<typeof ErrorSchema>):
 }
 
 /**
- * Evaluates the standard output of `npm audit --json`. Its exit code is useless here: 1 stands for findings of any
- * severity, for no answer, and for npm's own errors.
+ * Evaluates the standard output of `npm audit --json`. Its exit code is useless here: 1 stands for findings
+ * of any severity, for no answer, and for npm's own errors.
  *
  * @param isRelevant whether to report findings about this package
  */
@@ -112,7 +108,7 @@ export function judgeAudit(output: string, isRelevant: (name: string) => boolean
   return { outcome: "clean", lines: [...lines, "nothing high or critical"] };
 }
 
-/** Runs npm's audit of this directory against the registry that npm is configured for. Returns whether it passed. */
+/** Runs npm's audit of this directory with npm's configured registry. Returns whether it passed. */
 function audit(title: string, options: readonly string[], isRelevant?: (name: string) => boolean): boolean {
   // In offline mode npm reports no findings without asking the registry, so override that mode.
   const args = ["audit", "--json", "--offline=false", "--fetch-retries=1", "--fetch-timeout=30000", ...options];

@@ -1,28 +1,29 @@
-/** What goes into a build, and that two builds of one tree are the same bytes. */
+/** Tests of the build: its packages, checksums and reproducibility. */
 import { spawnSync } from "node:child_process";
 import * as fs from "node:fs";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { fargate, start } from "../fixtures/process.ts";
+import { wholeRun } from "../fixtures/secrets.ts";
 import { directory, setUp, testProgram } from "../fixtures/test-support.ts";
 import { projectRoot } from "../fixtures/world.ts";
 import { writeSums } from "./build.ts";
 
 setUp();
 
-describe("supply", () => {
-  test("of the packages that want to run a script when they are installed, only bun's does", () => {
+describe("build", () => {
+  test(".npmrc keeps every install script except bun's from running", () => {
     const read = (...path: string[]) => fs.readFileSync(join(projectRoot, ...path), "utf8");
     const lock = JSON.parse(read("package-lock.json")) as { packages: Record<string, { hasInstallScript?: true }> };
     const wanting = Object.keys(lock.packages).filter((path) => lock.packages[path]?.hasInstallScript);
     expect(wanting).toEqual([
-      // Puts its program in its place.
+      // Installs bun's executable.
       "node_modules/bun",
-      // Native add-ons, which the program must not have: it could only load them from beside it.
+      // Builds a native add-on, which the driver would load from outside its executable.
       "node_modules/cpu-features",
-      // For the tests' containers; it warns about how a package.json states versions, and no more.
+      // A dependency of testcontainers. The script only warns about version ranges in package.json.
       "node_modules/protobufjs",
-      // As cpu-features: its own JavaScript does the same.
+      // Builds a native add-on, like cpu-features. ssh2 has the same functions in JavaScript.
       "node_modules/ssh2",
     ]);
     expect(read(".npmrc").split("\n")).toContain("ignore-scripts=true");
@@ -31,7 +32,7 @@ describe("supply", () => {
     expect([...install.matchAll(/"node_modules", "([^"]+)", "[^"]*\.[cm]?js"/g)].map(([, name]) => name)).toEqual([
       "bun",
     ]);
-    // What the others would have left, and what everything here runs without.
+    // The results of the other scripts, which nothing here needs.
     for (const path of ["ssh2/lib/protocol/crypto/build", "cpu-features/build"])
       expect(fs.existsSync(join(projectRoot, "node_modules", path))).toBe(false);
 
@@ -42,7 +43,7 @@ describe("supply", () => {
       expect(version).toMatch(/^\d+\.\d+\.\d+$/);
   });
 
-  test("SHA256SUMS is as sha256sum reads it", () => {
+  test("writeSums writes what sha256sum reads", () => {
     const made = directory();
     fs.writeFileSync(join(made, "a"), "a");
     fs.writeFileSync(join(made, "b"), "b");
@@ -53,12 +54,13 @@ describe("supply", () => {
     expect(check()).toMatchObject({ status: 1, stdout: "a: OK\nb: FAILED\n" });
   });
 
-  testProgram("two builds of one tree, in two directories, give the same bytes", async () => {
-    // The other one is deeper, has its packages in it, and is as little as an image build has: no git.
+  testProgram("npm run build gives the same bytes in two directories", async () => {
+    // The other directory is deeper. It has a copy of the packages and, as in an image build, no git history.
     const other = join(directory(), "another", "place");
     fs.mkdirSync(other, { recursive: true });
     for (const name of [".ci", "LICENSE", "fargate.ts", "package.json", "tsconfig.json"])
       fs.cpSync(join(projectRoot, name), join(other, name), { recursive: true });
+    wholeRun.ownFile(join(other, "fargate.ts")); // it encodes keys, and so contains what every key contains
     const modules = fs.realpathSync(join(projectRoot, "node_modules"));
     const lock = JSON.parse(fs.readFileSync(join(projectRoot, "package-lock.json"), "utf8")) as {
       packages: Record<string, { dev?: true }>;
@@ -71,7 +73,7 @@ describe("supply", () => {
       if (fs.existsSync(join(modules, path)))
         fs.cpSync(join(modules, path), join(other, "node_modules", path), {
           recursive: true,
-          // Most of it is types, and the same again as ES modules.
+          // Types, and copies as ES modules, are most of the size, and the build does not need them.
           filter: (from) => !/\/dist-(types|es)$/.test(from),
         });
     fs.mkdirSync(join(other, "dist"));
@@ -87,14 +89,14 @@ describe("supply", () => {
     };
     const finished = await start([...build, "--licences"], { env, cwd: "/" }).finished;
     expect({ code: finished.code, stderr: finished.stderr }).toEqual({ code: 0, stderr: "" });
-    // Buffers of 120 MB: expect would print them.
+    // Not with toEqual, which would print the files of 120 MB if they differ.
     const same = (name: string) =>
       fs.readFileSync(join(other, "dist", name)).equals(fs.readFileSync(join(projectRoot, "dist", name)));
     expect(same("fargate")).toBe(true);
     expect(same("THIRD-PARTY-LICENSES")).toBe(true);
     expect(fs.readdirSync(join(other, "dist")).sort()).toEqual(["THIRD-PARTY-LICENSES", "fargate"]);
 
-    // What is compiled in, and nothing that is only installed.
+    // The list has the packages that are compiled in, and none that are only installed.
     const list = finished.stdout.toString();
     for (const line of [
       /^ssh2 +\S+ +MIT$/m,

@@ -1,15 +1,15 @@
 /**
- * Compiles fargate.ts, as `bun build --compile` does, and writes the licences of everything that is compiled in.
+ * Compiles fargate.ts, as `bun build --compile` does, and writes the licences of all compiled-in packages.
  *
  * - Without options: dist/fargate for this machine.
  * - `--all`: one program for each target, and SHA256SUMS.
  * - `--licences`: also prints the list of licences.
  *
- * The same commit always gives the same bytes: nothing in the program depends on the machine, see `define` below.
+ * The same commit always gives the same bytes: nothing in the program depends on the machine (see `define`).
  *
- * The plain command would not do, because of ssh2's two optional native add-ons. A `require` that the bundler cannot
- * resolve is resolved when the program runs, from the working directory, which an attacker may control. The plug-in
- * replaces both add-ons by a module that throws, whether or not they were built.
+ * The plain command is not enough, because of ssh2's two optional native add-ons. If the bundler cannot
+ * resolve a `require`, the program resolves it at run time from its working directory, which an attacker may
+ * control. The plug-in below replaces both add-ons by a module that throws, whether or not they were built.
  */
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -23,7 +23,7 @@ import { licenceList, licenceProblems, notices, packagesOf, readRuntime } from "
 /** bun's name for each target, and the package of its runtime. */
 export const TARGETS = {
   "linux-amd64": ["bun-linux-x64", "@oven/bun-linux-x64"],
-  // The same runtime: at its start, bun checks the processor's features.
+  // The same runtime as linux-amd64. At its start, bun checks the processor's features.
   "linux-amd64-baseline": ["bun-linux-x64-baseline", "@oven/bun-linux-x64"],
   "linux-amd64-musl": ["bun-linux-x64-musl", "@oven/bun-linux-x64-musl"],
   "linux-arm64": ["bun-linux-arm64", "@oven/bun-linux-aarch64"],
@@ -34,7 +34,7 @@ export const TARGETS = {
 const root = join(import.meta.dirname, "..");
 const dist = join(root, "dist");
 
-/** The commit, with `-dirty` if files differ from it. SOURCE_REVISION replaces it, for builds without git history. */
+/** The commit, with `-dirty` if files differ from it; or SOURCE_REVISION, for builds without git history. */
 function revision(): string {
   if (process.env.SOURCE_REVISION) return process.env.SOURCE_REVISION;
   const git = (...args: string[]) => Bun.spawnSync(["git", ...args], { cwd: root, stderr: "ignore" });
@@ -43,11 +43,13 @@ function revision(): string {
   return head.stdout.toString().trim() + (git("diff", "--quiet", "HEAD").success ? "" : "-dirty");
 }
 
-const resolve: Bun.BunPlugin = {
-  name: "resolve",
+/** Determines which files are compiled in for some imports. */
+const resolver: Bun.BunPlugin = {
+  name: "resolver",
   setup(build) {
-    // CommonJS modules are evaluated when a stage loads them. ES modules are flattened into the program, so every
-    // start, even for --help, would create the thousands of functions of the AWS SDKs: 20 ms instead of 12, measured.
+    // CommonJS modules are evaluated when a stage loads them. ES modules are flattened into the program, so
+    // every start, even for --help, would create the thousands of functions of the AWS SDKs: 20 ms instead of
+    // 12, measured.
     build.onResolve({ filter: /^@(aws|aws-sdk|smithy)\// }, ({ path, importer }) => ({
       path: createRequire(importer).resolve(path),
     }));
@@ -65,13 +67,13 @@ const resolve: Bun.BunPlugin = {
  * @throws Error when a package may not be compiled in
  */
 async function compile(outfile: string, target?: Bun.Build.CompileTarget, executablePath?: string): Promise<string[]> {
-  // A program contains its own file name. With one name for all, dist/fargate equals the file of `--all` for this
-  // target.
+  // A program contains its own file name. With one name for all, dist/fargate equals the file of `--all` for
+  // this target.
   const directory = mkdtempSync(join(dist, "build-"));
   try {
     const inputs = await bundle(join(directory, "fargate"), target, executablePath);
-    const faults = licenceProblems(packagesOf(inputs));
-    if (faults.length > 0) throw new Error(faults.join("\n"));
+    const problems = licenceProblems(packagesOf(inputs));
+    if (problems.length > 0) throw new Error(problems.join("\n"));
     renameSync(join(directory, "fargate"), join(dist, outfile));
     console.log(`dist/${outfile}`);
     return inputs;
@@ -80,6 +82,7 @@ async function compile(outfile: string, target?: Bun.Build.CompileTarget, execut
   }
 }
 
+/** Compiles the driver. Returns the paths of its source files, relative to the working directory. */
 async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executablePath?: string): Promise<string[]> {
   const result = await Bun.build({
     entrypoints: [join(root, "fargate.ts")],
@@ -100,11 +103,11 @@ async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executa
     format: "cjs",
     minify: true,
     metafile: true,
-    plugins: [resolve],
+    plugins: [resolver],
     define: {
       BUILD: JSON.stringify(`${manifest.version} (${revision()})`),
-      // CommonJS modules such as ssh2 contain these. By default they are paths on the build machine; these are the
-      // paths that bun gives to a program's files.
+      // CommonJS modules such as ssh2 contain these. By default they are paths on the build machine; these
+      // are the paths that bun gives to a program's files.
       __dirname: '"/$bunfs/root"',
       __filename: '"/$bunfs/root/fargate"',
     },
@@ -115,8 +118,8 @@ async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executa
 }
 
 /**
- * Downloads the runtime of another target and checks it against package-lock.json. bun itself would download it without
- * that check.
+ * Downloads the runtime of another target and checks it against package-lock.json. bun itself would download
+ * it without that check.
  *
  * @returns the path of its executable
  */
@@ -153,7 +156,7 @@ export function writeSums(directory: string, files: readonly string[]): void {
 
 const NOTICES = "THIRD-PARTY-LICENSES";
 
-/** Writes the licence notices for programs with these source files; prints the list if `--licences` asks for it. */
+/** Writes the licence notices for programs with these source files. With `--licences`, prints the list. */
 function writeNotices(inputs: readonly string[]): void {
   const packages = packagesOf(inputs);
   const runtime = readRuntime(Bun.version);

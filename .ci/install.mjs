@@ -1,5 +1,5 @@
-// Installs the packages of package-lock.json and bun's executable, unless they are installed already. Plain Node.js: it
-// runs before anything else is installed.
+// Installs the packages of package-lock.json and bun's executable, unless they are installed already. Plain
+// Node.js: it runs before anything else is installed.
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
@@ -14,8 +14,7 @@ const lock = createHash("sha256")
 if (!existsSync(stamp) || readFileSync(stamp, "utf8") !== lock) {
   const inherit = { cwd: root, stdio: "inherit" };
   execFileSync("npm", ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"], inherit);
-  // npm runs no install scripts, even if the environment overrides .npmrc. Only bun's is needed: it installs the
-  // executable.
+  // npm runs no install scripts, whatever the environment. Only bun's is needed: it installs the executable.
   execFileSync(process.execPath, [join(root, "node_modules", "bun", "install.js")], inherit);
   writeFileSync(stamp, lock);
 }

@@ -1,12 +1,12 @@
-/** The check of licences. */
+/** Tests of the check of licences. */
 import { describe, expect, test } from "vitest";
 import { setUp } from "../fixtures/test-support.ts";
 import { licenceOf, licenceProblems, packagesOf } from "./licences.ts";
 
 setUp();
 
-describe("supply", () => {
-  test("a licence that is not known to be harmless, or has no text, stops the build", () => {
+describe("licences", () => {
+  test("licenceProblems reports a licence that is unknown or has no text", () => {
     const made = (name: string, licence: string, texts = ["text"]) => ({ name, version: "1.0.0", licence, texts });
     const fine = [
       made("a", "MIT"),

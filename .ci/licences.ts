@@ -1,7 +1,7 @@
 /**
- * The licences of the packages that are compiled in: whether they are allowed, and the notices that every copy of the
- * program needs. The list of packages comes from the bundler, because the lock file also has packages that it leaves
- * out.
+ * Checks the licences of the packages that are compiled in, and writes the notices that every copy of the
+ * program needs. The list of packages comes from the bundler, because the lock file also contains packages
+ * that are not compiled in.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { dirname, join, resolve, sep } from "node:path";
@@ -64,24 +64,24 @@ export function packagesOf(inputs: readonly string[]): Package[] {
 }
 
 /** The licence texts of a package, or, if it has none, those of a package with the same scope and licence. */
-function textsOf(one: Package, all: readonly Package[]): readonly string[] {
-  if (one.texts.length > 0) return one.texts;
-  const scope = /^@[^/]+\//.exec(one.name)?.[0];
+function textsOf(item: Package, all: readonly Package[]): readonly string[] {
+  if (item.texts.length > 0) return item.texts;
+  const scope = /^@[^/]+\//.exec(item.name)?.[0];
   const sibling = all.find(
-    ({ name, licence, texts }) => scope && name.startsWith(scope) && licence === one.licence && texts.length > 0,
+    ({ name, licence, texts }) => scope && name.startsWith(scope) && licence === item.licence && texts.length > 0,
   );
   return sibling?.texts ?? [];
 }
 
 /** The reasons why these packages may not be compiled in. */
 export function licenceProblems(packages: readonly Package[]): string[] {
-  return packages.flatMap((one) => {
-    const name = `${one.name} ${one.version}`;
+  return packages.flatMap((item) => {
+    const name = `${item.name} ${item.version}`;
     // Only single licences and simple choices (A OR B) are understood. Other expressions are not allowed.
-    const choice = /^\(?([\w.+-]+(?: OR [\w.+-]+)*)\)?$/.exec(one.licence)?.[1]?.split(" OR ") ?? [];
+    const choice = /^\(?([\w.+-]+(?: OR [\w.+-]+)*)\)?$/.exec(item.licence)?.[1]?.split(" OR ") ?? [];
     if (!choice.some((licence) => ALLOWED.includes(licence)))
-      return [`${name}: its licence (${one.licence || "none given"}) is not in the list of allowed licences`];
-    if (textsOf(one, packages).length === 0) return [`${name}: it has no licence text`];
+      return [`${name}: its licence (${item.licence || "none given"}) is not in the list of allowed licences`];
+    if (textsOf(item, packages).length === 0) return [`${name}: it has no licence text`];
     return [];
   });
 }
@@ -95,6 +95,7 @@ export interface Runtime {
   readonly parts: readonly (readonly [name: string, licence: string])[];
 }
 
+/** @throws Error when the installed packages have another version, or the documentation a new format */
 export function readRuntime(version: string): Runtime {
   const read = (...path: string[]) => readText(join(root, "node_modules", ...path));
   const licence = licenceOf(JSON.parse(read("bun", "package.json")));
@@ -132,9 +133,9 @@ export function notices(packages: readonly Package[], runtime: Runtime): string 
   const parts = [`The fargate driver\n\n${readText(join(root, "LICENSE"))}`];
   // Many packages share one text.
   const byText = new Map<string, string[]>();
-  for (const one of packages) {
-    const text = textsOf(one, packages).join("\n\n");
-    byText.set(text, [...(byText.get(text) ?? []), `${one.name} ${one.version} (${one.licence})`]);
+  for (const item of packages) {
+    const text = textsOf(item, packages).join("\n\n");
+    byText.set(text, [...(byText.get(text) ?? []), `${item.name} ${item.version} (${item.licence})`]);
   }
   for (const [text, names] of byText) parts.push(`${names.join("\n")}\n\n${text}`);
   parts.push(`bun ${runtime.version} (${runtime.licence})\n\n${RELINKING}\n\n${runtime.page}`);

@@ -4,13 +4,14 @@
  * compiled driver.
  */
 import { spawnSync } from "node:child_process";
-import { existsSync, globSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { dirname, extname, join, normalize } from "node:path";
 import { parse as parseToml, stringify as stringifyToml } from "smol-toml";
 import * as v from "valibot";
 import { describe, expect, test } from "vitest";
 import { TARGETS } from "../.ci/build.ts";
-import { ConfigSchema, parseCommandLine, readConfig, startRetryPause } from "../fargate.ts";
+import { ConfigSchema, formatSweep, parseCommandLine, readConfig, startRetryPause } from "../fargate.ts";
 import manifest from "../package.json" with { type: "json" };
 
 const root = join(import.meta.dirname, "..");
@@ -35,11 +36,13 @@ const blocksOf = (path: string, language: string) =>
   );
 const blocks = (language: string) =>
   pages.flatMap((path) =>
-    blocksOf(path, language).map((text, index) => ({ name: `${path}, block ${index + 1}`, text })),
+    blocksOf(path, language).map((text, index): [name: string, text: string] => [`${path} block ${index + 1}`, text]),
   );
 
 /** The code spans of a document. */
 const spansOf = (path: string) => [...proseOf(path).matchAll(/`([^`\n]+)`/g)].map(([, span = ""]) => span);
+
+const REGENERATE = "UPDATE_DOCS=true npm run test:quick";
 
 /** Rewrites what is generated in a document; unless UPDATE_DOCS is set, the document must be so already. */
 function expectGenerated(path: string, generate: (text: string) => string): void {
@@ -47,16 +50,18 @@ function expectGenerated(path: string, generate: (text: string) => string): void
   const generated = generate(text);
   if (process.env.UPDATE_DOCS === "true") {
     if (generated !== text) writeFileSync(join(root, path), generated);
-  } else expect(generated, `${path}: regenerate it with UPDATE_DOCS=true npm run test:quick`).toBe(text);
+  } else expect(generated, `${path} is out of date: regenerate it with ${REGENERATE}`).toBe(text);
 }
 
 test("README.md has at most 150 lines", () => {
-  expect(read("README.md").trimEnd().split("\n").length).toBeLessThanOrEqual(150);
+  const lines = read("README.md").trimEnd().split("\n");
+  expect(lines.length, "README.md is too long: move details to a page in docs/").toBeLessThanOrEqual(150);
 });
 
-test("README.md leads to every page", () => {
+test("README.md links to every page", () => {
   for (const path of documents.filter((path) => /^(docs\/.*|examples\/README\.md|[A-Z]+\.md)$/.test(path)))
-    if (path !== "README.md") expect(read("README.md")).toContain(`(${path}`);
+    if (path !== "README.md")
+      expect(read("README.md").includes(`(${path}`), `README.md: add a link to ${path} under "Documents"`).toBe(true);
 });
 
 describe("links", () => {
@@ -70,21 +75,25 @@ describe("links", () => {
         .replaceAll(" ", "-"),
     );
 
-  test.each(documents)("%s: relative links lead to files and headings", (path) => {
+  test.each(documents)("%s links to existing files and headings", (path) => {
     const targets = [...proseOf(path).matchAll(/\]\(([^)\s]+)\)/g)].map(([, target = ""]) => target);
     for (const target of targets.filter((target) => !/^[a-z]+:/.test(target))) {
       const [file = "", anchor] = target.split("#");
       const linked = file === "" ? path : normalize(join(dirname(path), file));
-      expect(existsSync(join(root, linked)), `${path}: ${target}`).toBe(true);
-      if (anchor !== undefined) expect(anchorsOf(linked), `${path}: ${target}`).toContain(anchor);
+      expect(existsSync(join(root, linked)), `${path} links to ${target}, but there is no such file`).toBe(true);
+      if (anchor === undefined) continue;
+      const missing = `${path} links to ${target}, but no heading of ${linked} has this anchor`;
+      expect(anchorsOf(linked), missing).toContain(anchor);
     }
   });
 
-  test("no two headings of a page have the same anchor, nor one on which GitLab and GitHub differ", () => {
+  // Nor has one an anchor on which GitLab and GitHub differ.
+  test("README.md and all other documents have unique anchors", () => {
     for (const path of documents) {
       const anchors = anchorsOf(path).filter((anchor) => path !== "CHANGELOG.md" || !/^(added|changed)$/.test(anchor));
-      expect(anchors, path).toEqual([...new Set(anchors)]);
-      for (const anchor of anchors) expect(anchor, path).not.toMatch(/--|^-|-$/);
+      expect(anchors, `${path}: change a heading, because two have the same anchor`).toEqual([...new Set(anchors)]);
+      const unclear = `${path}: reword this heading, because GitLab and GitHub give it different anchors`;
+      for (const anchor of anchors) expect(anchor, unclear).not.toMatch(/--|^-|-$/);
     }
   });
 });
@@ -93,21 +102,25 @@ describe("included files", () => {
   const LANGUAGES: Record<string, string> = { ".toml": "toml", ".json": "json", ".service": "ini", ".timer": "ini" };
   const MARKS = /^<!-- include (\S+) -->\n[\s\S]*?^<!-- end include -->$/gm;
 
-  test.each(pages)("%s shows them as they are", (path) => {
+  test.each(pages)("%s shows included files as they are", (path) => {
     expectGenerated(path, (text) =>
       text.replace(MARKS, (_, file: string) => {
         const fence = `\`\`\`${LANGUAGES[extname(file)] ?? "text"}`;
         return `<!-- include ${file} -->\n\n${fence}\n${read(file)}\`\`\`\n\n<!-- end include -->`;
       }),
     );
-    expect(read(path).match(/<!-- (include .*|end include) -->/g)?.length ?? 0).toBe(
+    const unpaired = `${path}: each "<!-- include FILE -->" needs an "<!-- end include -->", and the other way round`;
+    expect(read(path).match(/<!-- (include .*|end include) -->/g)?.length ?? 0, unpaired).toBe(
       2 * (read(path).match(MARKS)?.length ?? 0),
     );
   });
 
   test("docs/permissions.md includes every policy", () => {
     for (const file of globSync("examples/iam/*.json", { cwd: root }))
-      expect(read("docs/permissions.md")).toContain(`<!-- include ${file} -->`);
+      expect(
+        read("docs/permissions.md").includes(`<!-- include ${file} -->`),
+        `docs/permissions.md: add "<!-- include ${file} -->" and "<!-- end include -->", then run ${REGENERATE}`,
+      ).toBe(true);
   });
 });
 
@@ -246,22 +259,29 @@ describe("settings", () => {
         return `<!-- ${mark} -->\n\n${settingsTable(table)}\n\n<!-- end settings -->`;
       }),
     );
-    expect([...read("docs/settings.md").matchAll(MARKS)].map(([, table]) => table)).toEqual(TABLES);
+    const marks =
+      'docs/settings.md: "<!-- settings TABLE -->" and "<!-- end settings -->" for each of TABLES, in order';
+    expect(
+      [...read("docs/settings.md").matchAll(MARKS)].map(([, table]) => table),
+      marks,
+    ).toEqual(TABLES);
   });
 
-  test("these tables have every setting", () => {
+  test("docs/settings.md has every setting", () => {
     const leaves = (schema: Schema): string[] =>
       Object.entries(entriesOf(schema)).flatMap(([key, inner]) => [...(isTable(inner) ? [] : [key]), ...leaves(inner)]);
-    expect(new Set(allSettings.map(({ key }) => key))).toEqual(new Set(leaves(ConfigSchema)));
+    const missing = "docs/docs.test.ts: add a new table of the configuration file to TABLES";
+    expect(new Set(allSettings.map(({ key }) => key)), missing).toEqual(new Set(leaves(ConfigSchema)));
     // One table stands for both lists of capacity providers.
     expect(entriesOf(schemaAt("Fargate.FallbackCapacityProviderStrategy"))).toBe(
       entriesOf(schemaAt("Fargate.CapacityProviderStrategy")),
     );
   });
 
-  test("every setting, and what overrides it, is found", () => {
+  test("docs/settings.md has the meaning and the overrides of every setting", () => {
     expect(allSettings.length).toBeGreaterThan(35);
-    for (const { schema } of allSettings) expect(meaningOf(schema)).not.toBe("");
+    for (const { key, schema } of allSettings)
+      expect(meaningOf(schema), `fargate.ts: add v.description(...) to the schema of ${key}`).not.toBe("");
     expect(overridesOf("Fargate", "TaskDefinition")).toEqual(["--task-def", "FARGATE_TASK_DEFINITION"]);
     expect(overridesOf("", "LogLevel")).toEqual(["--debug", "--log-level"]);
     expect(overridesOf("SSH", "Port")).toEqual([]);
@@ -276,9 +296,9 @@ describe("settings", () => {
     if (whole.Fargate?.SecurityGroups) delete whole.Fargate.SecurityGroup;
     return stringifyToml(whole);
   };
-  const toml = blocks("toml").map(({ name, text }) => ({ name, settings: parseToml(text) as unknown as Settings }));
+  const toml = blocks("toml").map(([name, text]) => [name, parseToml(text) as unknown as Settings] as const);
 
-  test.each(toml.filter(({ settings }) => !("runners" in settings)))("$name is accepted", ({ name, settings }) => {
+  test.each(toml.filter(([, settings]) => !("runners" in settings)))("%s is accepted", (name, settings) => {
     expect(readConfig(complete(settings), name, {}, {}).warnings).toEqual([]);
   });
 
@@ -287,24 +307,27 @@ describe("settings", () => {
     expect(readConfig(text, "fargate.toml", {}, {}).warnings).toEqual([]);
   });
 
-  test.each(pages)("%s: settings with a value are accepted", (path) => {
+  test.each(pages)("%s gives settings only values that are accepted", (path) => {
     for (const span of spansOf(path)) {
       const [, key = "", value = ""] = /^([A-Z]\w+) = (.+)$/.exec(span) ?? [];
       if (!key || value.includes("...")) continue;
       const table = tableOf(key);
-      expect(table, `${path}: ${span}`).toBeDefined();
+      expect(table, `${path}: \`${span}\` sets ${key}, but there is no such setting`).toBeDefined();
       const settings = parseToml(table ? `[${table}]\n${span}` : span) as unknown as Settings;
       expect(readConfig(complete(settings), span, {}, {}).warnings).toEqual([]);
     }
   });
 
   /** Words in the style of settings that are none: of AWS, of OpenSSH, of GitLab. */
-  const OTHERS = new Set(["SetEnv"]);
+  const OTHERS = new Set(["SetEnv", "AllowUsers", "PermitRootLogin"]);
 
-  test.each(pages)("%s: what looks like a setting is one", (path) => {
+  test.each(pages)("%s names only settings that exist", (path) => {
     for (const span of spansOf(path))
       if (/^[A-Z][a-z]+([A-Z]+[a-z]*)+$/.test(span) && !OTHERS.has(span))
-        expect([path, span, tableOf(span)]).not.toContain(undefined);
+        expect(
+          tableOf(span),
+          `${path}: \`${span}\` is spelled like a setting, but is none: correct it, or add it to OTHERS in docs/docs.test.ts`,
+        ).toBeDefined();
   });
 });
 
@@ -315,14 +338,17 @@ describe("settings", () => {
 describe("commands", () => {
   const scripts = Object.keys(manifest.scripts);
 
-  test("every npm script that a document names exists, and docs/development.md names each", () => {
+  // And no document names another.
+  test("docs/development.md names every npm script", () => {
     for (const path of documents)
       for (const [, name] of read(path).matchAll(/\bnpm run (?:--silent )?([\w:-]+)/g))
-        expect(scripts, path).toContain(name);
+        expect(scripts, `${path}: there is no npm run ${name}`).toContain(name);
     const named = [...read("docs/development.md").matchAll(/^\| `npm (?:run )?([\w:-]+)` \|/gm)].map(
       ([, name]) => name,
     );
-    expect(named.sort()).toEqual(scripts.sort());
+    expect(named.sort(), "docs/development.md: one row under Commands for each script of package.json").toEqual(
+      scripts.sort(),
+    );
   });
 
   /** Command lines in the documents that call the driver. */
@@ -333,19 +359,21 @@ describe("commands", () => {
     }),
   );
 
-  test("every command line that calls the driver is accepted", () => {
+  test("parseCommandLine accepts every command line in the documents", () => {
     expect(calls.length).toBeGreaterThan(8);
     for (const { path, line } of calls.filter(({ line }) => !/--(help|version)$/.test(line)))
       expect(
         () => parseCommandLine(line.replace(/ ID$/, " 0123456789ab").split(" ")),
-        `${path}: ${line}`,
+        `${path}: the driver refuses the command line ${line}`,
       ).not.toThrow();
   });
 
-  test("docs/settings.md has every command and option, and no other", () => {
+  test("docs/settings.md has exactly the commands and options that exist", () => {
     const text = read("docs/settings.md").split("\n## Command line\n")[1]?.split("\n## ")[0] ?? "";
     const named = [...text.matchAll(/^\| `(?:sweep )?(--[\w-]+)(?: [A-Z]+)?` \|/gm)].map(([, name]) => name);
-    expect(named.sort()).toEqual([...options.keys()].sort());
+    expect(named.sort(), 'docs/settings.md: one row under "Command line" for each option of --help').toEqual(
+      [...options.keys()].sort(),
+    );
     for (const [, command = ""] of text.matchAll(/^\| `fargate ([\w ]+?)(?: SCRIPT STAGE)?` \|/gm)) {
       const operands = command.endsWith("run") ? ["SCRIPT", "STAGE"] : [];
       expect(parseCommandLine([...command.split(" "), ...operands])?.command).toBe(command.split(" ").at(-1));
@@ -356,20 +384,75 @@ describe("commands", () => {
     }
   });
 
-  test.each(blocks("sh"))("$name is a shell script", ({ text }) => {
+  test.each(blocks("sh"))("%s is a shell script", (_, text) => {
     const { status, stderr } = spawnSync("bash", ["-n"], { input: text, encoding: "utf8" });
     expect({ status, stderr }).toEqual({ status: 0, stderr: "" });
   });
 
-  test.each(blocks("json"))("$name is JSON", ({ text }) => {
+  test.each(blocks("json"))("%s is JSON", (_, text) => {
     expect(() => JSON.parse(text)).not.toThrow();
   });
 
-  test.each(blocks("yaml"))("$name holds jobs", ({ text }) => {
+  test.each(blocks("yaml"))("%s has jobs", (_, text) => {
     for (const job of Object.values(Bun.YAML.parse(text) as Record<string, object>)) {
       expect(job).toHaveProperty("script");
       for (const line of [(job as { script: string | string[] }).script].flat())
         expect(spawnSync("bash", ["-n"], { input: line }).status, line).toBe(0);
+    }
+  });
+
+  // They run in a scratch home directory, with programs in place of AWS, Docker and sudo.
+  test("docs/setup.md has commands that fit together", () => {
+    const home = mkdtempSync(join(tmpdir(), "fargate-setup-"));
+    try {
+      const programs = {
+        aws: `echo "$*" >>~/calls
+          case "$1 $2" in
+            "sts get-caller-identity") echo 444455556666 ;;
+            "ec2 create-security-group") case $* in *fargate-tasks*) echo sg-1234567890abcdef1 ;; *) echo sg-2 ;; esac ;;
+          esac`,
+        docker: `while [ $# -gt 0 ]; do [ "$1" != --output ] || touch "$2/fargate" "$2/THIRD-PARTY-LICENSES"; shift; done`,
+        // \`install ... SOURCE TARGET\` and \`cp -r SOURCE TARGET\` change the scratch directory.
+        sudo: `case $1 in
+            install | cp) target=\${!#}; set -- "\${@:1:$#-1}"; mkdir -p ~/host"\${target%/*}"; "$@" ~/host"$target" ;;
+          esac`,
+      };
+      mkdirSync(join(home, "bin"));
+      for (const [name, text] of Object.entries(programs))
+        writeFileSync(join(home, "bin", name), `#!/bin/bash\n${text}\n`, { mode: 0o755 });
+      const commands = blocksOf("docs/setup.md", "sh").join("\n");
+      // The reader changes to the copied files before the first command on the manager host.
+      const [onWorkstation, onHost] = commands.split(/^(?=sudo install -D -m 0755 fargate )/m);
+      const { status, stderr } = spawnSync("bash", ["-euc", `${onWorkstation}\ncd "$files"\n${onHost}`], {
+        cwd: root,
+        env: { ...process.env, HOME: home, PATH: `${join(home, "bin")}:${process.env.PATH}` },
+        input: "glrt-token\n",
+        encoding: "utf8",
+      });
+      expect({ status, stderr }).toEqual({ status: 0, stderr: "" });
+
+      const calls = readFileSync(join(home, "calls"), "utf8");
+      const named = [...calls.matchAll(/file:\/\/(\S+)/g)].map(([, path = ""]) => readFileSync(path, "utf8"));
+      const definitions = named.map((text) => JSON.parse(text) as { family?: string });
+      expect(definitions.flatMap(({ family }) => family ?? [])).toEqual(["test-task", "ci-java"]);
+      expect(new Set(named.join("\n").match(/\b\d{12}\b/g))).toEqual(new Set(["444455556666"]));
+
+      const onHosts = (path: string) => readFileSync(join(home, "host", path), "utf8");
+      const { config, warnings } = readConfig(onHosts("etc/gitlab-runner/fargate.toml"), "fargate.toml", {}, {});
+      expect(warnings).toEqual([]);
+      expect(config.Fargate).toMatchObject({
+        SecurityGroups: ["sg-1234567890abcdef1"],
+        CapacityProviderStrategy: [{ CapacityProvider: "FARGATE_SPOT" }],
+        FallbackCapacityProviderStrategy: [{ CapacityProvider: "FARGATE" }],
+      });
+      expect(parseToml(onHosts("etc/gitlab-runner/config.toml"))).toMatchObject({
+        concurrent: 40,
+        runners: [{ token: "glrt-token", cache: { Type: "s3" } }],
+      });
+      for (const file of ["fargate-sweep.timer", "gitlab-runner.service.d/graceful-stop.conf"])
+        expect(onHosts(`etc/systemd/system/${file}`)).toBe(read(`examples/systemd/${file}`));
+    } finally {
+      rmSync(home, { recursive: true });
     }
   });
 
@@ -390,7 +473,7 @@ describe("commands", () => {
 describe("claims", () => {
   const faults = read("docs/faults.md");
 
-  test("the messages in docs/troubleshooting.md are the driver's", () => {
+  test("docs/troubleshooting.md lists only messages of the driver", () => {
     const printed = driver.replace(/\$\{\w+ \? "([^"]*)" : ""\}/g, "$1"); // with what the driver may insert
     const tests = globSync("*.test.ts", { cwd: root }).map(read).join("\n"); // for messages of libraries
     const text = read("docs/troubleshooting.md").split("\n## Messages of the official driver\n")[0] ?? "";
@@ -402,46 +485,82 @@ describe("claims", () => {
         .split("...")
         .map((part) => part.replace(/^[\s:;,]+|[\s:;,]+$/g, ""))
         .filter((part) => part.length > 4))
-        expect(printed.includes(part) || faults.includes(part) || tests.includes(part), `${message}: "${part}"`).toBe(
-          true,
-        );
+        expect(
+          [printed, faults, tests].some((text) => text.includes(part)),
+          `docs/troubleshooting.md: "${part}" of the message "${message}" is neither in fargate.ts nor in a test`,
+        ).toBe(true);
   });
 
   /** Words of the official driver and of its guide, the fault that leads to them, and our words for it. */
-  const TROUBLES: [theirs: string, fault: string, ours: string][] = [
+  const TROUBLES: [trouble: string, theirs: string, fault: string, ours: string][] = [
     [
+      "a cluster without container instances",
       "No Container Instances were found in your cluster",
-      "RunTask is refused: no default strategy",
+      "prepare fails at once when the cluster has no default strategy",
       "ecs:RunTask was refused: InvalidParameterException: No Container Instances were found in your cluster.",
     ],
     [
+      "a missing record",
       "file does not exist",
-      "there is no record when a script is to run",
-      "there is no task for this job: no finished record",
+      "run fails when there is no record",
+      "this job has no task: there is no complete record",
     ],
-    ["connect: connection timed out", "the task's address is silent", "nothing answered for"],
-    ["connect: connection timed out", "the connection of a run times out", "nothing answered for"],
-    ["connect: connection refused", "the task's address is refusing", "ECONNREFUSED"],
-    ["connect: connection refused", "the connection of a run is refused", "ECONNREFUSED"],
     [
+      "a time-out of prepare",
+      "connect: connection timed out",
+      "prepare fails at ConnectTimeout when the task's address is silent",
+      "nothing answered for",
+    ],
+    [
+      "a time-out of run",
+      "connect: connection timed out",
+      "run fails when its connection times out",
+      "nothing answered for",
+    ],
+    [
+      "a connection of prepare that is refused",
+      "connect: connection refused",
+      "prepare fails at ConnectTimeout when the task's address is refusing",
+      "ECONNREFUSED",
+    ],
+    [
+      "a connection of run that is refused",
+      "connect: connection refused",
+      "run fails when its connection is refused",
+      "ECONNREFUSED",
+    ],
+    [
+      "a key that is refused",
       "unable to authenticate, attempted methods [none publickey]",
-      "the container refuses the key",
+      "prepare fails when the container refuses the key",
       "the server refused the key",
     ],
-    ["unable to connect to ECS", "ECS cannot be reached", "ecs:RunTask got no answer"],
     [
-      "unable to connect to worker ECS task via ssh",
-      "the task's address is refusing",
-      "no login worked within ConnectTimeout",
+      "an unreachable ECS",
+      "unable to connect to ECS",
+      "prepare fails when ECS cannot be reached",
+      "ecs:RunTask got no answer",
     ],
     [
+      "an unreachable task",
+      "unable to connect to worker ECS task via ssh",
+      "prepare fails at ConnectTimeout when the task's address is refusing",
+      "no login succeeded within ConnectTimeout",
+    ],
+    [
+      "an RSA key whose signature is refused",
       "signature algorithm ssh-rsa not in PubkeyAcceptedAlgorithms",
-      "the key is RSA, and the container's sshd refuses SHA-1 signatures",
+      "prepare logs in with an RSA key when sshd refuses SHA-1 signatures",
       "",
     ],
-    ["no credentials to access AWS", "a script needs the task role's credentials", ""],
+    [
+      "missing credentials of a task role",
+      "no credentials to access AWS",
+      "run gives a script the task role's credentials",
+      "",
+    ],
   ];
-  test.each(TROUBLES)("docs/troubleshooting.md answers: %s (%s)", (theirs, fault, ours) => {
+  test.each(TROUBLES)("docs/troubleshooting.md answers %s", (_, theirs, fault, ours) => {
     const lines = (path: string) => read(path).split("\n");
     expect(lines("docs/troubleshooting.md").filter((line) => line.includes(theirs) && line.includes(ours))).not.toEqual(
       [],
@@ -449,9 +568,9 @@ describe("claims", () => {
     expect(lines("docs/faults.md").find((line) => line.startsWith(`| ${fault} |`))).toContain(ours);
   });
 
-  test("what the documents quote of the driver's log is in it", () => {
+  test("docs/ and README.md quote the driver's log as it is", () => {
     const quotes: [path: string, quote: string][] = [
-      ["docs/jobs.md", "the script may still run in the container"],
+      ["docs/jobs.md", "the script may still be running in the container"],
       ["docs/jobs.md", "stopped by "],
       ["docs/worker-images.md", "PassEnvironment has no effect"],
       ["README.md", "Ready: logged in to "],
@@ -460,8 +579,8 @@ describe("claims", () => {
       ["docs/orphans.md", "fargate sweep: "],
     ];
     for (const [path, quote] of quotes) {
-      expect(wordsOf(path), path).toContain(quote);
-      expect(driver).toContain(quote);
+      const where = `"${quote}" must be in fargate.ts and in ${path}: change the page, and \`quotes\` in docs/docs.test.ts`;
+      expect([driver.includes(quote), wordsOf(path).includes(quote)], where).toEqual([true, true]);
     }
     const templates = [...driver.matchAll(/log(?:\.info|\[level\])\("([^"]+)"/g)].map(
       ([, template = ""]) => new RegExp(`Z ${template.replace(/[()]/g, "\\$&").replace(/\{\w+\}/g, "\\S+")}$`),
@@ -471,7 +590,7 @@ describe("claims", () => {
     for (const line of logged)
       expect(
         templates.some((template) => template.test(line)),
-        line,
+        `README.md: the driver logs no such line, copy it from npm start: ${line}`,
       ).toBe(true);
     // The two kinds of lines that a reader of `npm start`'s log is told to expect.
     const job = globSync("fixtures/*.ts", { cwd: root }).map(read).join("\n");
@@ -498,7 +617,7 @@ describe("claims", () => {
   const standard = (path: string) => v.getDefault(schemaAt(path) as never) as unknown;
   const limitOf = (path: string, type: string) => partOf(unwrap(schemaAt(path)), type)?.requirement;
 
-  test("numbers in the documents are those of the driver", () => {
+  test("docs/ gives the numbers of the driver", () => {
     const grace = standard("SSH.CancelGracePeriod");
     const claims: Record<string, string[]> = {
       "docs/jobs.md": [
@@ -507,8 +626,8 @@ describe("claims", () => {
         `stops its task within ${Math.ceil(constant("PREPARE_SHUTDOWN_MS") / 1000)} seconds`,
         `waits up to ${constant("RUN_TASK_GRACE_MS") / 1000} of these seconds for the answer`,
         `notices within ${constant("LOCK_TOUCH_MS") / 1000} seconds that the process that started it has ended`,
-        `until the filter ends, at most ${field("DRAIN", "filter") / 1000} seconds`,
-        `nothing for ${field("DRAIN", "silence")} ms, at most ${field("DRAIN", "background") / 1000} seconds`,
+        `until the filter ends, at most ${field("DRAIN_MS", "filter") / 1000} seconds`,
+        `nothing for ${field("DRAIN_MS", "silence")} ms, at most ${field("DRAIN_MS", "background") / 1000} seconds`,
         `up to ${constant("MAX_BUFFERED") / 2 ** 20} MiB written after the shell has exited`,
         `refusing the key for ${constant("KEY_REFUSAL_MS") / 1000} seconds`,
         `not heard from the task for ${constant("ADDRESS_TRUST_MS") / 1000} seconds`,
@@ -530,17 +649,22 @@ describe("claims", () => {
       ],
       "docs/settings.md": [`has ${/modulusLength: (\d+)/.exec(driver)?.[1]} bits and signs with SHA-2`],
       "docs/troubleshooting.md": [
-        `login shell must start within ${Number(/\{ within = ([\d_]+), apart/.exec(driver)?.[1]?.replace("_", "")) / 1000} s`,
+        `login shell must start within ${Number(/timeoutMs = ([\d_]+), onNewConnection/.exec(driver)?.[1]?.replace("_", "")) / 1000} s`,
         ...[/isThrottling\(failure\) \? (\d+)_000 : (\d+)_000;/.exec(driver)].map(
           (match) => `has failed for more than ${match?.[2]} s (${match?.[1]} s if it is throttled)`,
         ),
       ],
     };
     expect(Object.values(claims).flat()).toHaveLength(26);
-    for (const [path, texts] of Object.entries(claims)) for (const text of texts) expect(wordsOf(path)).toContain(text);
+    for (const [path, texts] of Object.entries(claims))
+      for (const text of texts)
+        expect(
+          wordsOf(path).includes(text),
+          `${path} lacks "${text}", which has a number of fargate.ts: change the page, or \`claims\` in docs/docs.test.ts`,
+        ).toBe(true);
   });
 
-  test("prepare warns of limits of the runner that are shorter than docs/jobs.md asks for", () => {
+  test("docs/jobs.md gives the limits of the runner below which prepare warns", () => {
     const [, needed] = /const needed = config\.SSH\.CancelGracePeriod \+ (\d+);/.exec(driver) ?? [];
     const [, graceful] = /graceful_kill_timeout \|\| (\d+)/.exec(driver) ?? [];
     const [, shutdown] = /shutdown_timeout \|\| (\d+)/.exec(driver) ?? [];
@@ -553,14 +677,68 @@ describe("claims", () => {
     );
   });
 
-  test("the tests that the pages name exist", () => {
+  test("docs/settings.md names the runner's variables that the driver reads", () => {
+    const [, list = ""] = /sets for the driver: ((?:`\w+`,?\s*)+)\./.exec(read("docs/settings.md")) ?? [];
+    const used = [...driver.matchAll(/\benv\.([A-Z][A-Z_]+)/g)].map(([, name]) => name as string);
+    const fromRunner = new Set(used.filter((name) => !/^(AWS|CUSTOM_ENV)_/.test(name)));
+    expect(list.match(/\w+/g)?.toSorted(), "docs/settings.md: adapt the list").toEqual([...fromRunner].toSorted());
+  });
+
+  test("docs/worker-images.md names the variables that are never passed", () => {
+    const [, names = ""] = /const reserved = "([^"]+)"/.exec(driver) ?? [];
+    const [, inImage = ""] = /-e '\/\^\(([A-Z|_0-9]+)\)=\/d'\)/.exec(read("sshd-image/entrypoint.sh")) ?? [];
+    expect(inImage).toBe(names);
+    const [sentence = ""] = /- `SSH_\*`,[^.]*are never passed\./.exec(read("docs/worker-images.md")) ?? [];
+    const documented = [...sentence.matchAll(/`([\w*]+)`/g)].map(([, name]) => name);
+    expect(documented).toEqual(["SSH_*", "FARGATE_*", "_", "OLDPWD", ...names.split("|")]);
+  });
+
+  test("docs/orphans.md has the summary and the JSON keys of sweep", () => {
+    const task = { taskArn: "arn", startedBy: "name", createdAt: 1, deadline: 2 };
+    const report = { dryRun: false, stopped: [], left: [task, task, task], removedRecords: [], problems: [] };
+    const page = wordsOf("docs/orphans.md");
+    expect(page).toContain(`\`${formatSweep(report, false).trim()}\``);
+    const all = JSON.parse(formatSweep({ ...report, stopped: [{ ...task, why: "reason" }] }, true));
+    const [, row = ""] = /\| `--json` \| (.*?) \|/.exec(page) ?? [];
+    const keys = new Set([...row.matchAll(/`(\w+)`/g)].map(([, name]) => name));
+    expect(keys).toEqual(new Set([...Object.keys(all), ...Object.keys(all.stopped[0])]));
+    expect(wordsOf("docs/installation.md")).toContain("`tasks: 0 would be stopped, ...; problems: 0`");
+    expect(formatSweep({ ...report, dryRun: true }, false)).toMatch(/^tasks: 0 would be stopped, .*; problems: 0$/m);
+  });
+
+  test("docs/development.md has the number of files that npm test runs at a time", () => {
+    const [, workers] = /--maxWorkers=(\d+)/.exec(manifest.scripts.test) ?? [];
+    expect(["one", "two", "three", "four"].indexOf("three") + 1).toBe(Number(workers));
+    expect(wordsOf("docs/development.md")).toContain("three of them in `npm test`");
+  });
+
+  // Everything that docs/verifying.md promises of the header. `process.env` is read in the last section only.
+  test("fargate.ts names in its header the calls and files that the code has", () => {
+    const [header = ""] = /^\/\*\*[\s\S]*?\*\//m.exec(driver) ?? [];
+    const code = driver.slice(driver.indexOf(header) + header.length);
+    const calls = [...code.matchAll(/\b(?:ecs|ec2)\.([a-z]\w+)\(/g)].map(([, name]) => name as string);
+    expect(new Set(calls).size).toBe(5);
+    for (const call of calls) expect(header).toContain(`${call[0]?.toUpperCase()}${call.slice(1)}`);
+    for (const file of ["JOB_RESPONSE_FILE", "PrivateKeyPath", "AWS_CA_BUNDLE", ".manager-id", "/proc", "LogFile"]) {
+      expect(header).toContain(file);
+      expect(code).toContain(file);
+    }
+    const lastSection = code.lastIndexOf("\n// 12. Command line");
+    expect(lastSection).toBeGreaterThan(0);
+    const lines = code.slice(0, lastSection).split("\n");
+    expect(lines.filter((line) => /\bprocess\.env\b/.test(line) && !/^\s*(\/\/|\*)/.test(line))).toEqual([]);
+  });
+
+  test("docs/ names only tests that exist", () => {
     const named = pages.flatMap((path) =>
       [...read(path).matchAll(/^<!-- tested by:\n([\s\S]*?)\n-->$/gm)].flatMap(([, names = ""]) =>
         names.split("\n").map((name) => ({ path, name })),
       ),
     );
     const withClaims = pages.filter((path) => !/^(README|docs\/faults)\.md$/.test(path));
-    expect([...new Set(named.map(({ path }) => path))]).toEqual(withClaims);
+    const unnamed =
+      'each page but README.md and docs/faults.md names the tests of its claims in "<!-- tested by:" comments';
+    expect([...new Set(named.map(({ path }) => path))], unnamed).toEqual(withClaims);
     const vitest = join(root, "node_modules", "vitest", "vitest.mjs");
     const { stdout } = spawnSync(process.execPath, ["--bun", vitest, "list", "--json"], {
       cwd: root,
@@ -573,6 +751,10 @@ describe("claims", () => {
     // A fault of the soak tests is no test of its own; it has a row.
     const exists = (name: string) =>
       tests.some((known) => known.endsWith(` > ${name}`)) || faults.includes(`\n| ${name} | `);
-    expect(named.filter(({ name }) => !exists(name))).toEqual([]);
+    const gone = 'no test has these names: correct them in the "tested by:" comments';
+    expect(
+      named.filter(({ name }) => !exists(name)),
+      gone,
+    ).toEqual([]);
   });
 });

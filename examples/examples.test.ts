@@ -54,7 +54,7 @@ describe("fargate.toml", () => {
   const lines = fargateToml.split("\n");
   const optional = lines.flatMap((line) => OPTIONAL.exec(line)?.[2] ?? []);
 
-  test("is accepted without a warning", () => {
+  test("examples/fargate.toml is accepted without a warning", () => {
     expect(warnings).toEqual([]);
   });
 
@@ -70,12 +70,12 @@ describe("fargate.toml", () => {
       .filter((line) => !line.trimStart().startsWith(`${EXCLUDED[name]} = `))
       .join("\n");
 
-  test.each(optional)("is accepted with the optional setting %s", (name) => {
+  test.each(optional)("examples/fargate.toml accepts the optional %s", (name) => {
     const changed = readConfig(withSetting(name), CONFIG_FILE, {}, {});
     expect(changed.warnings).toEqual([]);
   });
 
-  test("shows every setting, and the default of each optional one that has one", () => {
+  test("examples/fargate.toml shows every setting with its default", () => {
     const tables = ["Fargate", "TaskMetadata", "SSH"] as const;
     const settingsOf = (schema: object, table?: string) => {
       const { entries } = ("pipe" in schema ? (schema.pipe as object[])[0] : schema) as { entries: object };
@@ -122,29 +122,33 @@ describe("GitLab Runner's configuration", () => {
   };
   const { parsed, runner } = parse(read("config.toml"));
 
-  test.each(["config", "prepare", "run", "cleanup"] as const)("%s starts the driver with valid arguments", (stage) => {
-    expect(runner.custom[`${stage}_exec`]).toBe(DRIVER);
-    // The runner appends these.
-    const appended = stage === "run" ? ["/tmp/script", "build_script"] : [];
-    expect(parseCommandLine([...runner.custom[`${stage}_args`], ...appended])).toMatchObject({
-      command: stage,
-      operands: appended,
-      config: CONFIG_FILE,
-    });
-  });
+  test.each(["config", "prepare", "run", "cleanup"] as const)(
+    "examples/config.toml starts %s with valid arguments",
+    (stage) => {
+      expect(runner.custom[`${stage}_exec`]).toBe(DRIVER);
+      // The runner appends these.
+      const appended = stage === "run" ? ["/tmp/script", "build_script"] : [];
+      expect(parseCommandLine([...runner.custom[`${stage}_args`], ...appended])).toMatchObject({
+        command: stage,
+        operands: appended,
+        config: CONFIG_FILE,
+      });
+    },
+  );
 
-  test("has what the Custom executor requires", () => {
+  test("examples/config.toml has what the Custom executor requires", () => {
     expect(runner).toMatchObject({ executor: "custom", shell: "bash" });
     for (const directory of [runner.builds_dir, runner.cache_dir]) expect(directory).toMatch(/^\//);
   });
 
-  test("leaves the driver the time to end the script of a cancelled job, and cleanup the time to stop its task", () => {
+  // And cleanup the time to stop its task.
+  test("examples/config.toml leaves the driver time to end a cancelled script", () => {
     const { CancelGracePeriod } = config.SSH;
     expect(runner.custom.graceful_kill_timeout).toBeGreaterThanOrEqual(CancelGracePeriod + 10);
     expect(parsed.shutdown_timeout).toBeGreaterThanOrEqual(CancelGracePeriod + 10 + 60);
   });
 
-  test("cache-s3.toml can be appended to it", () => {
+  test("examples/cache-s3.toml can be appended to config.toml", () => {
     const { cache } = parse(`${read("config.toml")}\n${read("cache-s3.toml")}`).runner;
     expect(cache).toMatchObject({
       Type: "s3",
@@ -157,7 +161,8 @@ describe("GitLab Runner's configuration", () => {
 });
 
 describe("task-definition.json", () => {
-  test("holds only what RegisterTaskDefinition knows: the SDK sends all of it", async () => {
+  // The SDK sends all of it.
+  test("examples/task-definition.json has only what RegisterTaskDefinition knows", async () => {
     let body = "";
     const ecs = new ECS({
       region: config.Fargate.Region,
@@ -174,7 +179,7 @@ describe("task-definition.json", () => {
     expect(JSON.parse(body)).toEqual(taskDefinition);
   });
 
-  test("uses values that the SDK lists", () => {
+  test("examples/task-definition.json uses values that the SDK lists", () => {
     expect(Object.values(NetworkMode)).toContain(taskDefinition.networkMode);
     expect(Object.values(Compatibility)).toEqual(expect.arrayContaining(taskDefinition.requiresCompatibilities));
     expect(Object.values(CPUArchitecture)).toContain(taskDefinition.runtimePlatform.cpuArchitecture);
@@ -183,7 +188,7 @@ describe("task-definition.json", () => {
     for (const { protocol } of container.portMappings) expect(Object.values(TransportProtocol)).toContain(protocol);
   });
 
-  test("is what the driver expects of a task", () => {
+  test("examples/task-definition.json is what the driver expects of a task", () => {
     expect(taskDefinition.family).toBe(config.Fargate.TaskDefinition);
     expect(taskDefinition.networkMode).toBe("awsvpc");
     expect(container.name).toBe(CONTAINER);
@@ -212,26 +217,29 @@ describe("IAM policies", () => {
   /** The actions that IAM cannot restrict to a resource, or ListTasks, which the condition on the cluster restricts. */
   const ANY_RESOURCE = /^(ecr:GetAuthorizationToken|ec2:DescribeNetworkInterfaces|ecs:ListTasks|ssmmessages:\w+)$/;
 
-  test.each(Object.entries(policies))("%s allows named actions on named resources", (name, { Version, Statement }) => {
-    expect(Version).toBe("2012-10-17");
-    expect(Statement.length).toBeGreaterThan(0);
-    for (const { Effect, Action, Resource, Principal } of Statement) {
-      expect(Effect).toBe("Allow");
-      expect(Action.length).toBeGreaterThan(0);
-      for (const action of Action) expect(action).toMatch(/^[a-z0-9-]+:[A-Z]\w+$/);
-      if (name.startsWith("trust-")) {
-        expect(Action).toEqual(["sts:AssumeRole"]);
-        expect(Principal?.Service).toMatch(/^[a-z0-9-]+\.amazonaws\.com$/);
-        continue;
+  test.each(Object.entries(policies))(
+    "examples/iam/%s names its actions and resources",
+    (name, { Version, Statement }) => {
+      expect(Version).toBe("2012-10-17");
+      expect(Statement.length).toBeGreaterThan(0);
+      for (const { Effect, Action, Resource, Principal } of Statement) {
+        expect(Effect).toBe("Allow");
+        expect(Action.length).toBeGreaterThan(0);
+        for (const action of Action) expect(action).toMatch(/^[a-z0-9-]+:[A-Z]\w+$/);
+        if (name.startsWith("trust-")) {
+          expect(Action).toEqual(["sts:AssumeRole"]);
+          expect(Principal?.Service).toMatch(/^[a-z0-9-]+\.amazonaws\.com$/);
+          continue;
+        }
+        expect(Resource.length).toBeGreaterThan(0);
+        for (const resource of Resource)
+          if (resource === "*") for (const action of Action) expect(action).toMatch(ANY_RESOURCE);
+          else expect(resource).toMatch(/^arn:aws:(s3:::|iam::\d{12}:|[a-z0-9-]+:[a-z0-9-]+:\d{12}:)[\w/.*:-]+$/);
       }
-      expect(Resource.length).toBeGreaterThan(0);
-      for (const resource of Resource)
-        if (resource === "*") for (const action of Action) expect(action).toMatch(ANY_RESOURCE);
-        else expect(resource).toMatch(/^arn:aws:(s3:::|iam::\d{12}:|[a-z0-9-]+:[a-z0-9-]+:\d{12}:)[\w/.*:-]+$/);
-    }
-  });
+    },
+  );
 
-  test("name the account, region, cluster, roles, image and log group of the other files", () => {
+  test("examples/iam names the same account, cluster and roles as the other files", () => {
     const { Region, Cluster, TaskDefinition, AllowedTaskDefinitions = [] } = config.Fargate;
     const all = Object.keys(policies).map((name) => read(`iam/${name}`));
     for (const text of [...all, JSON.stringify(taskDefinition)]) {
@@ -256,7 +264,7 @@ describe("IAM policies", () => {
     expect(execution).toContain(`arn:aws:logs:${Region}:${ACCOUNT}:log-group:${group}:*`);
   });
 
-  test("the manager host may make the calls that the driver makes, and no others", async () => {
+  test("examples/iam allows exactly the calls that the driver makes", async () => {
     const ecs = mockClient(ECSClient).onAnyCommand().resolves({ tasks: [], taskArns: [], failures: [] });
     const ec2 = mockClient(EC2Client).onAnyCommand().resolves({});
     const limits = { until: 0 };
@@ -289,7 +297,7 @@ describe("IAM policies", () => {
   });
 });
 
-describe("a job with these files", () => {
+describe("whole job", () => {
   let world: World | undefined;
   afterEach(async () => {
     vi.unstubAllEnvs();
@@ -318,14 +326,14 @@ describe("a job with these files", () => {
       jobOverrides: [],
       log: getLogger("fargate"),
       env: {},
-      stop: new AbortController().signal,
+      signal: new AbortController().signal,
       now: () => Math.floor(performance.now()),
       wallTime: Date.now,
     };
     return { context, world };
   }
 
-  test("starts its task, runs a script and stops the task, with the permissions of driver.json alone", async () => {
+  test("a job succeeds with the permissions of examples/iam/driver.json alone", async () => {
     const { context, world } = await makeContext("driver.json");
     await prepare(context);
     const [task] = world.aws.running();
@@ -341,7 +349,7 @@ describe("a job with these files", () => {
     expect(world.aws.calls.flatMap(({ error }) => error ?? [])).toEqual([]);
   });
 
-  test("sweep.json is what `fargate sweep` needs besides driver.json", async () => {
+  test("sweep needs only examples/iam/sweep.json besides driver.json", async () => {
     const options = { dryRun: false, json: false };
     const { context, world } = await makeContext("driver.json");
     await expect(sweep(context, options)).rejects.toThrow(/AccessDeniedException.*ecs:ListTasks/);
@@ -349,7 +357,7 @@ describe("a job with these files", () => {
     expect(await sweep(context, options)).toMatchObject({ stopped: [], problems: [] });
   });
 
-  test("its task has a size that Fargate offers", async () => {
+  test("examples/task-definition.json has a size that Fargate offers", async () => {
     const { context, world } = await makeContext("driver.json");
     const input = runTaskInput(context.config, { startedBy: "size", clientToken: "size" }, undefined);
     const { cpu, memory } = taskDefinition;
@@ -374,7 +382,7 @@ function parseUnit(name: string): Record<string, Record<string, string>> {
   return sections;
 }
 
-describe("services of the manager host", () => {
+describe("services", () => {
   const expectSweep = ([program, ...args]: string[]) => {
     expect(program).toBe(DRIVER);
     expect(parseCommandLine(args)).toMatchObject({
@@ -384,19 +392,20 @@ describe("services of the manager host", () => {
     });
   };
 
-  test("the systemd service runs fargate sweep once", () => {
+  test("examples/systemd/fargate-sweep.service runs fargate sweep once", () => {
     const { Service } = parseUnit("systemd/fargate-sweep.service");
     expect(Service?.Type).toBe("oneshot");
     expectSweep(Service?.ExecStart?.split(" ") ?? []);
   });
 
-  test("the systemd timer starts the service of the same name every 10 minutes", () => {
+  test("examples/systemd/fargate-sweep.timer starts its service every 10 minutes", () => {
     const { Timer, Install } = parseUnit("systemd/fargate-sweep.timer");
     expect(Timer).toEqual({ OnBootSec: "2min", OnUnitActiveSec: "10min" });
     expect(Install).toEqual({ WantedBy: "timers.target" });
   });
 
-  test("cron runs fargate sweep every 10 minutes, and mails only problems", () => {
+  // It mails only problems.
+  test("examples/cron.d/fargate-sweep runs fargate sweep every 10 minutes", () => {
     const entries = read("cron.d/fargate-sweep")
       .split("\n")
       .filter((line) => line !== "" && !line.startsWith("#"));
@@ -406,7 +415,8 @@ describe("services of the manager host", () => {
     expectSweep(command?.split(" ") ?? []);
   });
 
-  test("GitLab Runner is stopped gracefully, and has at least as long as its default job timeout", () => {
+  // At least for the default job timeout.
+  test("examples/systemd/gitlab-runner.service.d/graceful-stop.conf waits for jobs", () => {
     const { Service } = parseUnit("systemd/gitlab-runner.service.d/graceful-stop.conf");
     expect(Service?.KillSignal).toBe("SIGQUIT");
     expect(Number(Service?.TimeoutStopSec)).toBeGreaterThan(7_200);
@@ -418,7 +428,7 @@ describe("documents", () => {
     .filter((entry) => entry.isFile())
     .map((entry) => join(entry.parentPath, entry.name).slice(import.meta.dirname.length + 1));
 
-  test("README.md lists every file once", () => {
+  test("examples/README.md lists every file once", () => {
     const listed = [...read("README.md").matchAll(/^\| \[`(.+?)`\]\((.+?)\) \|/gm)].map(([, name, target]) => {
       expect(target).toBe(name);
       return name;
@@ -426,7 +436,7 @@ describe("documents", () => {
     expect(listed.sort()).toEqual(files.filter((name) => !/^(README\.md|examples\.test\.ts)$/.test(name)).sort());
   });
 
-  test("README.md lists only values that the files have", () => {
+  test("examples/README.md lists only values that the files have", () => {
     const [, table = ""] = /^\| value in the examples .*\n.*\n((?:\|.*\n)+)/m.exec(read("README.md")) ?? [];
     const values = [...table.matchAll(/^\| (.*?) \|/gm)].flatMap(([, cell]) => cell?.match(/[^`, ]+/g) ?? []);
     expect(values.length).toBeGreaterThan(8);
@@ -437,7 +447,7 @@ describe("documents", () => {
     for (const value of values) expect(all).toContain(value);
   });
 
-  test("security-groups.md opens the port of the configuration, and no other, to the tasks", () => {
+  test("examples/security-groups.md opens only the configured port to the tasks", () => {
     const [, tasks = ""] = read("security-groups.md").split("\n## Tasks\n");
     expect([...tasks.matchAll(/^\| inbound \| TCP \| (\d+) \|/gm)].map(([, port]) => Number(port))).toEqual([
       config.SSH.Port,
