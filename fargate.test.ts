@@ -77,6 +77,7 @@ import {
   salvageRecord,
   startRetryPause,
   stopCause,
+  sweep,
   type TaskRecord,
   unusedVariables,
   writeRecord,
@@ -2407,6 +2408,19 @@ describe("stages with ECS mocked", () => {
     await expect(cleanup(contextOf())).rejects.toThrow("the manager's id file");
     expect(inputs(StopTaskCommand)).toMatchObject([{ cluster: "test-cluster", task: arn }]);
     expect(fs.existsSync(recordFile())).toBe(true);
+  });
+
+  test("sweep stops no task of another program that a record names", async () => {
+    createDirectory(records);
+    // Others could have written this record: its mode is 660.
+    writeRecord(recordFile(), { ...someRecord, UpdatedAt: 1 });
+    fs.chmodSync(recordFile(), 0o660);
+    const created = new Date(Date.now() - 3_600_000);
+    fs.utimesSync(recordFile(), new Date(0), new Date(0));
+    ecs.on(DescribeTasksCommand).resolves({ tasks: [{ ...taskIn("RUNNING"), createdAt: created, startedBy: "x" }] });
+    const report = await sweep(contextOf(), { dryRun: false, json: false });
+    expect(report).toMatchObject({ stopped: [], problems: [], removedRecords: [basename(recordFile())] });
+    expect(inputs(StopTaskCommand)).toEqual([]);
   });
 
   test("cleanup repeats StopTask when it is throttled or credentials fail", async () => {

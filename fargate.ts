@@ -3133,7 +3133,7 @@ interface Snapshot {
 
 /** The rules by which sweep judges a task. */
 interface SweepRules extends Pick<Config["Fargate"], "MaxTaskAge" | "AbandonedAfter"> {
-  readonly managers: readonly (string | undefined)[]; // ids of the managers whose tasks count as this host's
+  readonly managers: readonly string[]; // ids of the managers whose tasks count as this host's
   readonly canLock: boolean; // if not (full disk), live jobs have no locks, and none counts as abandoned
 }
 
@@ -3146,7 +3146,7 @@ const isInUse = (snapshot: Snapshot, job: string) =>
 function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Snapshot, rules: SweepRules) {
   const { time } = snapshot;
   const job = startedBy.slice(-32);
-  const isOwn = rules.managers.includes(startedBy.split("-")[1]);
+  const isOwn = rules.managers.includes(startedBy.split("-")[1] ?? "");
   const record = isOwn ? snapshot.records.find((record) => record.job === job) : undefined;
   const createdAt = Math.floor(task.createdAt ? task.createdAt.getTime() / 1000 : time);
   const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
@@ -3210,7 +3210,8 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const hasDirectory = fs.existsSync(Directory);
   const hasIdentity = hasDirectory && fs.existsSync(join(Directory, ".manager-id"));
-  const managers = [manager, hasIdentity ? managerId(Directory) : undefined];
+  const ids = [manager, hasIdentity ? managerId(Directory) : undefined];
+  const managers = ids.filter((id) => id !== undefined);
   const takeSnapshot = (): Snapshot => ({
     time: wallTime() / 1000,
     uptime: uptime(),
@@ -3288,7 +3289,9 @@ async function sweepRecords(shared: Sweep): Promise<void> {
       const listed = !TaskARN && StartedBy ? await aws.listTasks(StartedBy, limits()) : [];
       const known = TaskARN && (await aws.describeTask(TaskARN, limits()));
       const named = known ? [known] : await aws.describeTasks(listed, limits());
-      const running = [...named, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(job))].filter(
+      // Others could have written the record, and named another program's task.
+      const own = named.filter(({ startedBy = "" }) => STARTED_BY.test(startedBy));
+      const running = [...own, ...tasks.filter(({ startedBy }) => startedBy?.endsWith(job))].filter(
         (task) => !isEnding(task) && !isAmong(report.stopped, task),
       );
       // Tasks of the configured cluster have been judged before. Tasks elsewhere are judged once.
