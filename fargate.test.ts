@@ -2369,6 +2369,26 @@ describe("stages with ECS mocked", () => {
     ]);
   });
 
+  test("cleanup leaves the record of a live prepare as prepare writes it", async () => {
+    createDirectory(records);
+    const Deadline = Math.ceil(Date.now() / 1000) + 7_200;
+    writeRecord(recordFile(), { ...someRecord, TaskARN: "", Unanswered: true, Deadline });
+    const other = startOtherPrepare();
+    const deadlines: (number | undefined)[] = [];
+    ecs.on(ListTasksCommand).callsFake(() => {
+      deadlines.push(readRecord(recordFile())?.Deadline);
+      if (deadlines.length > 1) return { taskArns: [] };
+      // Now RunTask is answered, and the process ends.
+      writeRecord(recordFile(), someRecord);
+      other.kill("SIGKILL");
+      throw awsError("AccessDeniedException", "no");
+    });
+    await cleanup(contextOf());
+    expect(deadlines[0]).toBe(Deadline);
+    expect(inputs(StopTaskCommand)).toMatchObject([{ task: arn }]);
+    expect(fs.existsSync(recordFile())).toBe(false);
+  });
+
   test("cleanup looks for at most half a minute when the clock was set back", async () => {
     createDirectory(records);
     const future = Date.now() / 1000 + 3_600;

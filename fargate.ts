@@ -3012,8 +3012,9 @@ async function releaseTask(context: Context, signal?: AbortSignal): Promise<bool
     if (!record) return false;
     reference = record;
     try {
-      // If this process dies, sweep stops the task without waiting for its deadline.
-      if (record.Deadline > 1) writeRecord(path, { ...record, Deadline: 1 });
+      // If this process dies, sweep stops the task without waiting for its deadline. A live prepare writes the
+      // record itself, and what it writes now must not be lost.
+      if (record.Deadline > 1 && !findOtherPrepare(context)) writeRecord(path, { ...record, Deadline: 1 });
     } catch {} // a full disk is no reason to leave a task running
   } catch (error) {
     context.log.warn("{reason}; looking for the task by its startedBy", { reason: reasonOf(error) });
