@@ -2130,6 +2130,17 @@ describe("stages with ECS mocked", () => {
     expect(inputs(RunTaskCommand)).toHaveLength(1);
   });
 
+  test("run needs PrivateKeyPath when the record has no key", async () => {
+    const context = { ...contextOf(), stdout: new PassThrough(), stderr: new PassThrough() };
+    createDirectory(records);
+    writeRecord(recordFile(), { ...someRecord, PrivateKey: "" });
+    const script = join(directory(), "script");
+    fs.writeFileSync(script, "true");
+    await expect(run(context, script, "x")).rejects.toThrow("the record has no key, and PrivateKeyPath is not set");
+    context.config.SSH.PrivateKeyPath = "/does/not/exist";
+    await expect(run(context, script, "x")).rejects.toThrow("PrivateKeyPath /does/not/exist does not exist");
+  });
+
   test("prepare makes a key when PrivateKeyPath cannot be used", async () => {
     const context = contextOf((config) => (config.SSH.PrivateKeyPath = join(directory(), "none")));
     ecs.on(RunTaskCommand).resolves({ failures: [{ reason: "enough" }] });

@@ -2839,8 +2839,11 @@ async function runInTask(
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
   const { ContainerIP: host, HostKey, PrivateKey } = record;
   // The key that prepare logged in with: the job's own, or the operator's.
-  const path = config.SSH.PrivateKeyPath ?? "";
-  const key = PrivateKey ? Buffer.from(PrivateKey, "base64") : readFile(path, `PrivateKeyPath ${path}`);
+  const path = config.SSH.PrivateKeyPath;
+  if (!PrivateKey && !path)
+    throw new Failure("system", "the record has no key, and PrivateKeyPath is not set");
+  const key =
+    path && !PrivateKey ? readFile(path, `PrivateKeyPath ${path}`) : Buffer.from(PrivateKey, "base64");
   const privateKey = key.toString();
   const hostKey = Buffer.from(HostKey, "base64");
   const target: SshTarget = { ...config.SSH, host, privateKey, hostKey, toSend: script.length };
