@@ -3009,6 +3009,8 @@ type TaskReference = Pick<
  */
 async function releaseTask(context: Context, signal?: AbortSignal): Promise<boolean> {
   const path = recordPath(context);
+  // Comes before the record is read: a prepare that has ended by then no longer changes it.
+  const isPreparing = findOtherPrepare(context) !== undefined;
   let reference: TaskReference;
   try {
     const record = readRecord(path);
@@ -3017,7 +3019,7 @@ async function releaseTask(context: Context, signal?: AbortSignal): Promise<bool
     try {
       // If this process dies, sweep stops the task without waiting for its deadline. A live prepare writes the
       // record itself, and what it writes now must not be lost.
-      if (record.Deadline > 1 && !findOtherPrepare(context)) writeRecord(path, { ...record, Deadline: 1 });
+      if (record.Deadline > 1 && !isPreparing) writeRecord(path, { ...record, Deadline: 1 });
     } catch {} // a full disk is no reason to leave a task running
   } catch (error) {
     context.log.warn("{reason}; looking for the task by its startedBy", { reason: reasonOf(error) });
