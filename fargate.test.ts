@@ -1906,7 +1906,7 @@ describe("stages with ECS mocked", () => {
     const late = contextOf((config) => (config.Fargate.StartTimeout = 1));
     ecs.on(RunTaskCommand).resolves({ tasks: [{ taskArn: arn }] });
     ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("PENDING")] });
-    await expect(prepare(late)).rejects.toThrow("the task is PENDING and not ready after StartTimeout (1 s)");
+    await expect(prepare(late)).rejects.toThrow("not ready after StartTimeout (1 s): the task is PENDING");
     ecs.on(DescribeTasksCommand).resolves({ tasks: [taskIn("RUNNING")] });
     await expect(prepare(contextOf((config) => (config.SSH.ConnectTimeout = 1)))).rejects.toThrow(
       /no login succeeded within ConnectTimeout \(1 s\); it has no address$/,
@@ -2136,7 +2136,7 @@ describe("stages with ECS mocked", () => {
     writeRecord(recordFile(), { ...someRecord, PrivateKey: "" });
     const script = join(directory(), "script");
     fs.writeFileSync(script, "true");
-    await expect(run(context, script, "x")).rejects.toThrow("the record has no key, and PrivateKeyPath is not set");
+    await expect(run(context, script, "x")).rejects.toThrow("the record has no key: set PrivateKeyPath");
     context.config.SSH.PrivateKeyPath = "/does/not/exist";
     await expect(run(context, script, "x")).rejects.toThrow("PrivateKeyPath /does/not/exist does not exist");
   });

@@ -1185,7 +1185,8 @@ const BY_TEXT: Patterns = [
 const firstMatch = (rows: Patterns, text: string) => rows.find(([, pattern]) => pattern.test(text))?.[0];
 /** Recognizes a problem by AWS's name for it, otherwise by the beginning of one of AWS's texts. */
 function recognize(name: string, ...texts: (string | undefined)[]): Pick<Cause, "problem" | "subject"> {
-  const explanations = texts.flatMap((text) => text?.replaceAll("\u2019", "'") ?? []); // AWS writes both
+  // AWS writes both apostrophes.
+  const explanations = texts.flatMap((text) => text?.replaceAll("\u2019", "'") ?? []);
   const problem =
     firstMatch(BY_NAME, name) ?? explanations.map((text) => firstMatch(BY_TEXT, text)).find(Boolean);
   const subject = explanations
@@ -2716,7 +2717,7 @@ function timeoutFailure({ Fargate: f, SSH }: Config, startup: Startup, now: numb
   else if (now > usableSince + SSH.ConnectTimeout * 1000)
     reason = `the task is running, but no login succeeded within ConnectTimeout (${SSH.ConnectTimeout} s)`;
   else if (now > startup.deadline)
-    reason = `the task is ${status ?? "not known"} and not ready after StartTimeout (${f.StartTimeout} s)`;
+    reason = `not ready after StartTimeout (${f.StartTimeout} s): the task is ${status ?? "unknown to ECS"}`;
   else return undefined;
   const fail = (lack: string, problem: Problem | undefined) =>
     new Failure("system", `${reason}${lack}`, { problem });
@@ -2841,7 +2842,7 @@ async function runInTask(
   // The key that prepare logged in with: the job's own, or the operator's.
   const path = config.SSH.PrivateKeyPath;
   if (!PrivateKey && !path)
-    throw new Failure("system", "the record has no key, and PrivateKeyPath is not set");
+    throw new Failure("system", "the record has no key: set PrivateKeyPath to the key that prepare used");
   const key =
     path && !PrivateKey ? readFile(path, `PrivateKeyPath ${path}`) : Buffer.from(PrivateKey, "base64");
   const privateKey = key.toString();
@@ -3017,8 +3018,8 @@ async function releaseTask(context: Context, signal?: AbortSignal): Promise<bool
     if (!record) return false;
     reference = record;
     try {
-      // If this process dies, sweep stops the task without waiting for its deadline. A live prepare writes the
-      // record itself, and what it writes now must not be lost.
+      // If this process dies, sweep stops the task without waiting for its deadline. A live prepare writes
+      // the record itself, and what it writes now must not be lost.
       if (record.Deadline > 1 && !isPreparing) writeRecord(path, { ...record, Deadline: 1 });
     } catch {} // a full disk is no reason to leave a task running
   } catch (error) {
