@@ -17,7 +17,7 @@
  *                AWS_CA_BUNDLE, the AWS SDK's own files (such as ~/.aws/config), the runner's config.toml
  *                (two time limits), and /proc (to recognize live processes).
  * Files written  in TaskMetadata.Directory: <job>.json (the record, mode 0600, one per running job),
- *                <job>.*.lock (empty, one per live prepare or run), .manager-id, and short-lived *.tmp files;
+ *                <job>.*.lock (empty, one per prepare or run), .manager-id, and short-lived *.tmp files;
  *                BUILD_EXIT_CODE_FILE; LogFile.
  * Secrets        The job's private key: in memory and in the record. AWS credentials: in the memory of the
  *                AWS SDK, never written, never sent to a task. Stage scripts contain the job's secrets: they
@@ -65,7 +65,8 @@ type Environment = Readonly<Record<string, string | undefined>>;
 
 // 2. Failures -------------------------------------------------------------------------------------------
 // Every error that ends a stage becomes a Failure, which states whose fault it is and has typed fields for
-// decisions. Uses no other section. Must not derive a decision from the text of a message.
+// decisions. Uses no other section. Must not derive a decision from the text of a message; only `recognize`,
+// in section 8, reads AWS's texts, which have no codes.
 
 /** Control, format and private-use characters, line ends and lone surrogates. */
 const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
@@ -356,7 +357,7 @@ const ConfigSchema = v.object({
         3600,
       ),
       AbandonedAfter: v.optional(
-        whole(0, 604_800, "seconds without a live stage until sweep stops a task"),
+        whole(0, 604_800, "seconds without a live stage until sweep stops a task; 0: never"),
         900,
       ),
       MaxTaskAge: v.optional(
@@ -527,9 +528,10 @@ function refuseOverride(
     const arn = /^arn:([\w-]+):ecs:[\w-]+:(\d{12}):/;
     const arns = [f.Cluster, String(configured)].map((name) => arn.exec(name)).filter((arn) => arn !== null);
     const isOwn = arns.some((arn) => arn[2] === account) && arns.every((arn) => arn[1] === partition);
-    const rule = `its ARN must be of region ${f.Region} and of the account in the configured ARN`;
-    if (!isOwn || region !== f.Region)
-      return refused("TaskDefinition", `${rule} of Cluster or TaskDefinition`);
+    const place = `of region ${f.Region} and of the account in the ARN of Cluster or TaskDefinition`;
+    const rule =
+      arns.length > 0 ? `its ARN must be ${place}` : "the file has no ARN whose account allows one";
+    if (!isOwn || region !== f.Region) return refused("TaskDefinition", rule);
   }
   const isName = /^[\w-]{1,255}(:\d{1,10})?$/.test(name);
   if (isName && patterns.some((pattern) => matchesPattern(pattern, name))) return undefined;
@@ -683,7 +685,7 @@ interface Job {
 interface BaseContext {
   readonly config: Config;
   readonly log: Logger;
-  readonly signal: AbortSignal; // aborts with a Failure: by SIGTERM, SIGINT or SIGHUP, without a runner, ...
+  readonly signal: AbortSignal; // aborts by SIGTERM, SIGINT, SIGHUP, or if the parent or the output is gone
   readonly now: () => number; // ms of a monotonic clock, for durations within this process
   readonly wallTime: () => number; // ms since the epoch, only to compare with other processes and hosts
   readonly env: Environment;
@@ -693,7 +695,7 @@ interface BaseContext {
 interface Context extends BaseContext {
   readonly job: Job;
   readonly jobOverrides: readonly string[]; // the settings that the job's variables set
-  readonly refusal?: string | undefined; // why the job may not choose these, if so
+  readonly refusal?: string | undefined; // why one of these is not allowed, if so
   readonly warned?: Set<string>; // values of startedBy that cleanup has already warned about
 }
 
@@ -1080,7 +1082,7 @@ interface Limits {
   readonly grace?: number; // ms for which a sent call may outlast the signal; default: 0
 }
 
-/** Bounds of the pauses of `retry`, in ms, before jitter of up to 50 % up or down. */
+/** The pauses of `retry`, in ms, before jitter of 50 %: backoff up to `maxPause`, or a longer `minPause`. */
 type Pauses = { now: () => number; maxPause?: number; minPause?: (error: unknown) => number };
 /** Repeats `call` until it succeeds, with backoff. @throws the last error, or the reason of `signal` */
 async function retry<T>(call: () => Promise<T>, limits: Limits & Pauses): Promise<T> {
@@ -1241,7 +1243,7 @@ function awsFailure(operation: string, thrown: unknown, profileProblem?: string)
 
 /** Whether the same call may succeed if repeated: throttled, a failure of AWS, or no complete answer. */
 const isRetryable = (error: unknown): boolean => causeOf(error).isRetryable === true;
-/** The same for finding and stopping a task, which nothing else does soon: also waits for credentials. */
+/** For finding and stopping a task: also retries credential problems, as only sweep would try again. */
 const isRetryableStop = (error: unknown): boolean =>
   isRetryable(error) || ["credentials", "profile"].includes(causeOf(error).problem ?? "");
 /** Whether AWS throttled the call. AWS's limits apply to all runners of an account and region. */
@@ -3095,7 +3097,12 @@ async function stopTasksStartedBy(context: Context, aws: Aws, name: string, { un
 
 const SWEEP_TASKS_AFTER = 600; // seconds; the record of a younger task may be about to be written or removed
 const SWEEP_RECORDS_AFTER = 3_600; // seconds; ECS may not list the task of a younger record yet
-const ABANDONED = "its job is abandoned";
+/** Why a task is orphaned. Decisions use the keys. The texts are printed, and are StopTask's reason. */
+const ORPHANED = {
+  lost: "its record is gone",
+  overdue: "it is past its deadline",
+  abandoned: "its job is abandoned",
+} as const;
 /** `manager`: the id of another manager, whose host is gone; sweep treats its tasks as its own. */
 type SweepOptions = Readonly<{ dryRun: boolean; json: boolean; manager?: string | undefined }>;
 
@@ -3164,13 +3171,19 @@ function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Sn
   const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...touches) / 1000; // epoch seconds
   const isIdle = rules.canLock && lastSign < time - Math.min(snapshot.uptime, rules.AbandonedAfter);
   const isLost = isOwn && !record && time > createdAt + SWEEP_TASKS_AFTER;
-  let why: string | undefined;
-  if (isOwn && isInUse(snapshot, job)) why = undefined;
-  else if (isLost) why = "its record is gone";
-  else if (time > deadline) why = "it is past its deadline";
-  else if (isIdle) why = ABANDONED;
-  const judged: SweptTask = { taskArn, startedBy, createdAt, deadline, ...(why !== undefined && { why }) };
-  return { lastSign, task: judged };
+  let cause: keyof typeof ORPHANED | undefined;
+  if (isOwn && isInUse(snapshot, job)) cause = undefined;
+  else if (isLost) cause = "lost";
+  else if (time > deadline) cause = "overdue";
+  else if (isIdle) cause = "abandoned";
+  const judged: SweptTask = {
+    taskArn,
+    startedBy,
+    createdAt,
+    deadline,
+    ...(cause && { why: ORPHANED[cause] }),
+  };
+  return { cause, lastSign, task: judged };
 }
 
 /** What the steps of one sweep share. */
@@ -3263,20 +3276,22 @@ async function sweepTasks(shared: Sweep): Promise<void> {
   const judged = tasks
     .filter((task) => !isEnding(task))
     .map((task) => ({ task, before: judgeTask(task, first, rules) }));
-  const isDoubtful = ({ why, startedBy }: SweptTask) =>
-    why === ABANDONED || (why && processesOf(first, startedBy.slice(-32)).length > 0);
-  if (judged.some(({ before }) => isDoubtful(before.task))) {
+  const isDoubtful = ({ cause, task }: ReturnType<typeof judgeTask>) =>
+    cause === "abandoned" || (cause && processesOf(first, task.startedBy.slice(-32)).length > 0);
+  if (judged.some(({ before }) => isDoubtful(before))) {
     const fields = { seconds: LOCK_EXPIRY_MS / 1000 };
     context.log.debug("some tasks may be abandoned: judging again in {seconds} s", fields);
     await sleep(LOCK_EXPIRY_MS, context.signal);
   }
   for (const { task, before } of judged) {
-    const after = before.task.why ? judgeTask(task, takeSnapshot(), rules) : before;
-    const { why, ...left } = after.task;
+    const after = before.cause ? judgeTask(task, takeSnapshot(), rules) : before;
     // A touch between the two snapshots is a sign of life, whatever its time.
-    const isOrphan = why && why === before.task.why && after.lastSign === before.lastSign;
+    const isOrphan = after.cause && after.cause === before.cause && after.lastSign === before.lastSign;
     if (isOrphan) await shared.attempt(() => stopOrphan(shared, aws, after.task));
-    else report.left.push(left);
+    else {
+      const { why: _, ...left } = after.task;
+      report.left.push(left);
+    }
   }
 }
 
@@ -3303,9 +3318,9 @@ async function sweepRecords(shared: Sweep): Promise<void> {
       );
       // Tasks of the configured cluster have been judged before. Tasks elsewhere are judged once.
       const elsewhere = running.filter((task) => !isAmong(tasks, task));
-      for (const { task } of elsewhere.map((task) => judgeTask(task, takeSnapshot(), rules)))
-        if (task.why && task.why !== ABANDONED) await stopOrphan(shared, aws, task);
-      // Prepare creates its lock before its record. If the record is removed here, it stops the task.
+      for (const { cause, task } of elsewhere.map((task) => judgeTask(task, takeSnapshot(), rules)))
+        if (cause && cause !== "abandoned") await stopOrphan(shared, aws, task);
+      // Prepare creates its lock before its record. If the record is removed here, prepare stops its task.
       const after = takeSnapshot();
       const { UpdatedAt } = after.records.find((record) => record.name === name) ?? {};
       if (running.length > 0 || isInUse(after, job) || UpdatedAt !== record.UpdatedAt) return;
