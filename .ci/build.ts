@@ -71,7 +71,7 @@ async function compile(outfile: string, target?: Bun.Build.CompileTarget, execut
   // this target.
   const directory = mkdtempSync(join(dist, "build-"));
   try {
-    const inputs = await bundle(join(directory, "fargate"), target, executablePath);
+    const inputs = await bundle(join(directory, "fargate"), join(root, "fargate.ts"), target, executablePath);
     const problems = licenceProblems(packagesOf(inputs));
     if (problems.length > 0) throw new Error(problems.join("\n"));
     renameSync(join(directory, "fargate"), join(dist, outfile));
@@ -82,10 +82,18 @@ async function compile(outfile: string, target?: Bun.Build.CompileTarget, execut
   }
 }
 
-/** Compiles the driver. Returns the paths of its source files, relative to the working directory. */
-async function bundle(outfile: string, target?: Bun.Build.CompileTarget, executablePath?: string): Promise<string[]> {
+/**
+ * Compiles the driver, or another program in the same way. Returns the paths of its source files, relative to the
+ * working directory.
+ */
+export async function bundle(
+  outfile: string,
+  entrypoint: string,
+  target?: Bun.Build.CompileTarget,
+  executablePath?: string,
+): Promise<string[]> {
   const result = await Bun.build({
-    entrypoints: [join(root, "fargate.ts")],
+    entrypoints: [entrypoint],
     compile: {
       outfile,
       ...(target && { target }),
