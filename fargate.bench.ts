@@ -16,13 +16,12 @@
  * @module
  */
 import { execFileSync, spawnSync } from "node:child_process";
-import { accessSync, constants, mkdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import { accessSync, constants, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { availableParallelism, release, totalmem } from "node:os";
 import { join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { bundle } from "./.ci/build.ts";
-import { type Job, readJob, type TaskRecord } from "./fargate.ts";
 import {
   abandon,
   alternate,
@@ -34,12 +33,13 @@ import {
   type Figure,
   figure,
   type Measured,
+  makeJob,
   markdownTables,
   measure,
   median,
   memoryOf,
   reachesGoal,
-  sshCommand,
+  type StagedJob,
   stageEnvironment,
   type Transfer,
   textTable,
@@ -79,37 +79,18 @@ const driversOf = ({ driver, baseline }: Subject): [name: string, command: reado
   ...(baseline ? [["baseline", baseline] as [string, readonly string[]]] : []),
 ];
 
-/** A job whose task is ready. */
-interface PreparedJob {
-  readonly env: Record<string, string>;
-  /** Arguments of the driver before a stage's own. */
-  readonly options: readonly string[];
-  /** A command of OpenSSH's client that runs the script on its standard input in the same task. */
-  ssh(...options: string[]): string[];
-  /** Makes the record as recent as at the end of a stage that has just ended. */
-  touch(): void;
-}
-
 /** Runs the stage prepare of a new job. */
-async function prepareJob(world: World, config: string, driver: readonly string[], id: number): Promise<PreparedJob> {
-  const env = stageEnvironment(id, scratch.path, world.aws.environment);
-  const options = ["--config", config, "custom"];
-  await measure([...driver, ...options, "prepare"], { env });
-  const path = join(world.records, `${(readJob(env) as Job).stem}.json`);
-  const record: TaskRecord = JSON.parse(readFileSync(path, "utf8"));
-  return {
-    env,
-    options,
-    ssh: (...more) => sshCommand(record, world.sshPort, scratch.path, more),
-    touch: () => utimesSync(path, new Date(), new Date()),
-  };
+async function prepareJob(world: World, config: string, driver: readonly string[], id: number): Promise<StagedJob> {
+  const job = makeJob(world, config, scratch.path, id);
+  await measure(job.stage(driver, "prepare"), { env: job.env });
+  return job;
 }
 
 /** Prepares jobs with one task each, in containers of the worker image. */
 async function withContainers<T>(
   { driver }: Subject,
   tasks: number,
-  use: (jobs: readonly PreparedJob[], world: World) => Promise<T>,
+  use: (jobs: readonly StagedJob[], world: World) => Promise<T>,
 ): Promise<T> {
   return await withWorld({}, async (world) => {
     if (world.hosts.kind !== "container") throw new Error(`tasks cannot run in containers: ${world.fallback}`);
@@ -161,7 +142,7 @@ const CURVE25519 = "OpenSSH with curve25519-sha256";
 const AES_GCM = "OpenSSH with aes128-gcm";
 
 /** An algorithm that OpenSSH's client and the task's sshd chose, by its name in the client's debug output. */
-async function negotiated(job: PreparedJob, what: string): Promise<string> {
+async function negotiated(job: StagedJob, what: string): Promise<string> {
   const { stderr } = await measure(job.ssh("-v"), { stdin: temporaryFile("true\n") });
   const [, algorithm] = new RegExp(`kex: ${what}: (\\S+)`).exec(stderr) ?? [];
   if (algorithm === undefined) throw new Error(`ssh -v does not show the ${what}`);
@@ -213,7 +194,7 @@ async function stageBenchmark(subject: Subject): Promise<Figure[]> {
     for (const [name, command] of driversOf(subject))
       subjects[name] = () => {
         job.touch();
-        return measure([...command, ...job.options, "run", script, "build_script"], { env: job.env, stdout: "" });
+        return measure(job.stage(command, "run", script, "build_script"), { env: job.env, stdout: "" });
       };
     const calls = aws.calls.length;
     const times = pick(await alternate(subject.runs, subjects), milliseconds);
@@ -258,7 +239,7 @@ async function throughputBenchmark(subject: Subject): Promise<Figure[]> {
         for (const [name, command] of driversOf(subject))
           subjects[name] = () => {
             job.touch();
-            const run = [...command, ...job.options, "run", path, "build_script"];
+            const run = job.stage(command, "run", path, "build_script");
             return transfer(run, { env: job.env, bytes, fifo: into });
           };
         const results = await alternate(Math.min(subject.runs, 5), subjects, { warmUp: false });
@@ -304,9 +285,9 @@ async function cleanupBenchmark(subject: Subject): Promise<Figure[]> {
       const ids = Array.from({ length: runs + 1 }, () => ++id);
       const jobs = await Promise.all(ids.map((id) => prepareJob(world, config, command, id)));
       subjects[name] = async () => {
-        const job = jobs.pop() as PreparedJob;
+        const job = jobs.pop() as StagedJob;
         const before = world.aws.running().length;
-        const result = await measure([...command, ...job.options, "cleanup"], { env: job.env, stdout: "" });
+        const result = await measure(job.stage(command, "cleanup"), { env: job.env, stdout: "" });
         if (world.aws.running().length !== before - 1) throw new Error("cleanup did not stop its task");
         return result;
       };
@@ -342,9 +323,7 @@ async function waitingBenchmark(subject: Subject): Promise<Figure[]> {
     const script = temporaryFile("echo begun; read -r _ </tmp/gate || :\n");
     const [make, open] = [temporaryFile("mkfifo /tmp/gate\n"), temporaryFile(": >/tmp/gate\n")];
     await Promise.all(jobs.map((job) => measure(job.ssh(), { stdin: make })));
-    const crowd = async (
-      start: (job: PreparedJob, onFirstOutput: (ms: number) => void) => ReturnType<typeof begin>,
-    ) => {
+    const crowd = async (start: (job: StagedJob, onFirstOutput: (ms: number) => void) => ReturnType<typeof begin>) => {
       const firstOutputs: number[] = [];
       const { promise: allBegun, resolve } = Promise.withResolvers<void>();
       const onFirstOutput = (ms: number) => firstOutputs.push(ms) === CLIENTS && resolve();
@@ -374,7 +353,7 @@ async function waitingBenchmark(subject: Subject): Promise<Figure[]> {
       subjects[name] = () => {
         for (const job of jobs) job.touch();
         return crowd((job, onFirstOutput) =>
-          begin([...command, ...job.options, "run", script, "build_script"], { env: job.env, onFirstOutput }),
+          begin(job.stage(command, "run", script, "build_script"), { env: job.env, onFirstOutput }),
         );
       };
     const calls = aws.calls.length;
