@@ -1,13 +1,14 @@
 /**
  * `npm run bench`: measures the compiled driver against real programs: OpenSSH's client, a program that bun
- * compiled, /bin/true. Prints a table, and writes dist/bench.json. With `UPDATE_DOCS=true`, it also writes the
- * table in docs/performance.md, and docs/performance.svg.
+ * compiled, /bin/true. Prints a table and a projection, and writes dist/bench.json. With `UPDATE_DOCS=true`, it
+ * also writes them to docs/performance.md, and draws docs/performance.svg.
  *
  *     bun fargate.bench.ts [--only start,stage] [--driver PATH] [--baseline PATH] [--runs N]
  *
  *     --only      the benchmarks to run, separated by commas; default all
  *     --driver    the driver to measure; default dist/fargate
- *     --baseline  another driver, measured in the same rounds as a further reference
+ *     --baseline  another driver, measured in the same rounds as a further reference;
+ *                 not in prepare, job and scale
  *     --runs      rounds of the short measurements; default 30. Longer ones have fewer
  *
  * It judges nothing: a figure that misses its goal is marked in the table, and the exit code is 0. A process that
@@ -22,6 +23,7 @@ import { join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { bundle } from "./.ci/build.ts";
+import { prepareBenchmark, projection, scaleBenchmark, wholeJobBenchmark } from "./fixtures/bench-jobs.ts";
 import {
   abandon,
   alternate,
@@ -407,8 +409,11 @@ const BENCHMARKS: Readonly<Record<string, (subject: Subject) => Promise<Figure[]
   start: startBenchmark,
   stage: stageBenchmark,
   throughput: throughputBenchmark,
+  prepare: prepareBenchmark,
   cleanup: cleanupBenchmark,
+  job: wholeJobBenchmark,
   waiting: waitingBenchmark,
+  scale: scaleBenchmark,
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -471,7 +476,7 @@ async function checkConditions({ driver }: Subject): Promise<Conditions> {
 }
 
 /** Replaces the part of docs/performance.md between its markers, and draws the chart. */
-function updateDocs(conditions: Conditions, figures: readonly Figure[]): void {
+function updateDocs(conditions: Conditions, figures: readonly Figure[], projected: string): void {
   const { date, cores, memoryGiB, kernel, bun, openssh } = conditions;
   const page = join(projectRoot, "docs", "performance.md");
   const missed = figures.filter((one) => !reachesGoal(one)).length;
@@ -480,6 +485,7 @@ function updateDocs(conditions: Conditions, figures: readonly Figure[]): void {
       `Linux ${kernel.replace(/^(\d+\.\d+).*/, "$1")}, bun ${bun}, OpenSSH ${openssh.replace(/p\d+.*/, "")}. ` +
       `${missed === 0 ? "All goals were reached" : `Goals that were missed: ${missed}`}.`,
     markdownTables(figures),
+    projected,
   ].join("\n\n");
   const text = readFileSync(page, "utf8");
   const marked = /(<!-- results -->\n)[\s\S]*(\n<!-- end results -->)/;
@@ -488,13 +494,12 @@ function updateDocs(conditions: Conditions, figures: readonly Figure[]): void {
     page,
     text.replace(marked, (_, start, end) => `${start}\n${results}\n${end}`),
   );
-  // The ratios with a goal, and those of the same values to OpenSSH with the driver's algorithms.
-  const names = new Set(
-    figures.flatMap(({ reference, goal, name }) => (reference && goal !== undefined ? [name] : [])),
-  );
+  // The ratios to other programs that have a goal, and those of the same values to OpenSSH with the driver's algorithms.
+  const hasGoal = ({ reference, goal }: Figure) =>
+    goal !== undefined && reference !== undefined && [HELLO, OPENSSH].includes(reference.name);
+  const names = new Set(figures.filter(hasGoal).map(({ name }) => name));
   const drawn = figures.filter(
-    ({ reference, goal, name }) =>
-      reference && names.has(name) && (goal !== undefined || [CURVE25519, AES_GCM].includes(reference.name)),
+    (one) => hasGoal(one) || (names.has(one.name) && [CURVE25519, AES_GCM].includes(one.reference?.name ?? "")),
   );
   writeFileSync(
     join(projectRoot, "docs", "performance.svg"),
@@ -528,11 +533,13 @@ async function main(argv: string[]): Promise<void> {
   console.log(`${conditions.driver}, ${conditions.date}: ${conditions.cores} cores, ${conditions.memoryGiB} GiB of memory, \
 Linux ${conditions.kernel}, bun ${conditions.bun}, OpenSSH ${conditions.openssh}; ${seconds} s\n`);
   console.log(textTable(figures));
+  const projected = names.includes("scale") ? projection(figures) : "";
+  if (projected) console.log(`\n${projected}`);
   if (busyStarts > 0) console.log(`\nThe machine was busy: ${busyStarts} runs began although it was not idle.`);
   mkdirSync(join(projectRoot, "dist"), { recursive: true });
-  const json = { ...conditions, seconds, busyStarts, figures };
+  const json = { ...conditions, seconds, busyStarts, figures, ...(projected && { projection: projected }) };
   writeFileSync(join(projectRoot, "dist", "bench.json"), `${JSON.stringify(json, null, 2)}\n`);
-  if (writesDocs) updateDocs(conditions, figures);
+  if (writesDocs) updateDocs(conditions, figures, projected);
 }
 
 /** Set when the benchmark is being stopped. Errors of what was running do not matter then. */
