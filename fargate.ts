@@ -48,7 +48,7 @@ import * as fs from "node:fs";
 import type { Socket } from "node:net";
 import { hostname, constants as osConstants, uptime } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
-import type { Readable, Writable } from "node:stream";
+import type { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
 import type { ECS, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
@@ -699,8 +699,9 @@ interface Context extends BaseContext {
   readonly warned?: Set<string>; // values of startedBy that cleanup has already warned about
 }
 
-/** Where the output of a script goes. */
-type OutputSinks = Readonly<Record<"stdout" | "stderr", Writable>>;
+/** Where the output of a script goes. `done` is called once, when the part has been written or is lost. */
+type OutputSink = { write(part: Buffer, done: () => void): unknown };
+type OutputSinks = Readonly<Record<"stdout" | "stderr", OutputSink>>;
 
 const ASSUMED_JOB_TIMEOUT = 86_400; // seconds, if the runner does not pass the job's timeout
 const MAX_JOB_TIMEOUT = 2_678_400; // seconds: one month, GitLab's maximum
@@ -2148,13 +2149,13 @@ class OutputWriter {
   received = 0; // bytes
   unwritten = 0; // bytes that no sink has accepted yet
   #written: Promise<void> = Promise.resolve();
-  #gathered: { sink: Writable; parts: Buffer[] } | undefined;
+  #gathered: { sink: OutputSink; parts: Buffer[] } | undefined;
 
   /** @param onWritten called whenever a sink has accepted a part */
   constructor(private readonly onWritten: () => void) {}
 
   /** Queues a part. Gathers short parts for one turn of the event loop: each write costs memory and time. */
-  write(sink: Writable, part: Buffer): void {
+  write(sink: OutputSink, part: Buffer): void {
     if (part.length === 0) return;
     this.received += part.length;
     this.unwritten += part.length;
@@ -2172,7 +2173,7 @@ class OutputWriter {
       this.#gathered = undefined;
       const part = parts.length === 1 ? (parts[0] as Buffer) : Buffer.concat(parts);
       this.#written = this.#written.then(async () => {
-        await new Promise((resolve) => sink.write(part, resolve));
+        await new Promise<void>((resolve) => sink.write(part, resolve));
         this.unwritten -= part.length;
         this.onWritten();
       });
@@ -3507,6 +3508,25 @@ async function runSweep(context: BaseContext, options: SweepOptions): Promise<nu
   return report.problems.length > 0 ? exitCode("system", context.env) : 0;
 }
 
+/**
+ * Opens standard output or standard error for the output of a script. process.stdout would take longer to
+ * load than a whole stage needs otherwise.
+ */
+function openSink(file: Bun.BunFile, onError: (error: unknown) => void): OutputSink {
+  const writer = file.writer();
+  return {
+    async write(part, done) {
+      try {
+        writer.write(part);
+        await writer.flush(); // until the kernel has taken all of it, or there is no reader
+      } catch (error) {
+        onError(error);
+      }
+      done();
+    },
+  };
+}
+
 type Invocation = NonNullable<ReturnType<typeof parseCommandLine>>;
 /** Runs a stage that works on a task: prepare, run or cleanup. @returns the exit code */
 async function runStage(
@@ -3524,10 +3544,9 @@ async function runStage(
   const checkParent = () => process.ppid !== parent && abort("the process that started this stage has ended");
   if (command !== "cleanup") setInterval(checkParent, LOCK_TOUCH_MS).unref();
   if (command === "run") {
-    const { stdout, stderr } = process; // bun creates these streams at first use; no other stage needs them
-    for (const stream of [stdout, stderr])
-      stream.on("error", (error) => abort(`the job's output cannot be written: ${reasonOf(error)}`));
-    return run({ ...context, stdout, stderr }, ...(operands as [string, string]));
+    const onError = (error: unknown) => abort(`the job's output cannot be written: ${reasonOf(error)}`);
+    const sinks = { stdout: openSink(Bun.stdout, onError), stderr: openSink(Bun.stderr, onError) };
+    return run({ ...context, ...sinks }, ...(operands as [string, string]));
   }
   await (command === "prepare" ? prepare(context) : cleanup(context));
   return 0;
