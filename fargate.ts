@@ -43,7 +43,6 @@
  * The sections follow the life of a job. None depends on a later one.
  */
 
-import { createHash, generateKeyPairSync, randomBytes, randomUUID, X509Certificate } from "node:crypto";
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
 import { hostname, constants as osConstants, uptime } from "node:os";
@@ -727,7 +726,8 @@ function readJson<T extends v.GenericSchema>(content: string, schema: T): v.Infe
   throw new Error(`${v.getDotPath(result.issues[0]) ?? "it"} is missing or invalid`);
 }
 
-const sha256 = (value: string) => createHash("sha256").update(value).digest("hex");
+const sha256 = (value: string) => new Bun.CryptoHasher("sha256").update(value).digest("hex");
+const randomBytes = (count: number) => Buffer.from(crypto.getRandomValues(new Uint8Array(count)));
 
 /**
  * Identifies the job by `JOB_RESPONSE_FILE` (GitLab Runner 14.1+), whose ids no job author can set; without
@@ -1021,6 +1021,7 @@ function encodeEd25519(seed: Buffer, publicKey: Buffer): string {
 
 /** Generates the key pair of a job. RSA keys have 3072 bits, as NIST SP 800-57 requires beyond 2030. */
 async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPair> {
+  const { generateKeyPairSync } = await import("node:crypto");
   if (type === "rsa") {
     const { privateKey } = generateKeyPairSync("rsa", { modulusLength: 3072 });
     return keyPairOf(privateKey.export({ type: "pkcs1", format: "pem" }).toString());
@@ -1039,7 +1040,7 @@ const CONTAINER = "ci-coordinator"; // the container that gets the public key, a
  * The input of RunTask: the fields that the official driver sends, and those of further settings. Pure.
  * @param identity makes the task findable and a repeated call harmless
  * @param environment variables for the container, or undefined to send no override
- * @example runTaskInput(config, { startedBy, clientToken: randomUUID() }, { SSH_PUBLIC_KEY: publicKey })
+ * @example runTaskInput(config, { startedBy, clientToken }, { SSH_PUBLIC_KEY: publicKey })
  */
 function runTaskInput(
   { Fargate: f }: Config,
@@ -1291,6 +1292,7 @@ type Abort = { abortSignal: AbortSignal }; // the SDK's parameter for a signal
 
 /** The CA certificates that are trusted by default, and those in a PEM file. @throws {Failure} */
 async function trustedCas(path: string): Promise<string[]> {
+  const { X509Certificate } = await import("node:crypto");
   const { getCACertificates } = await import("node:tls");
   return withContext(`the CA bundle ${path} cannot be used`, () => {
     const found = fs
@@ -2570,7 +2572,7 @@ async function startTask(
   const { config, job, log, wallTime, signal } = context;
   const { StartTimeout, DeadlineMargin } = config.Fargate;
   const runTask = async (environment?: Record<string, string>) => {
-    const clientToken = randomUUID();
+    const clientToken = crypto.randomUUID();
     record.TaskARN = "";
     record.ClientTokens.push(clientToken);
     const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
