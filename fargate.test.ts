@@ -8,7 +8,7 @@
 import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
-import { connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
+import { type AddressInfo, connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
 import { hostname, networkInterfaces } from "node:os";
 import { basename, dirname, join, relative as relativePath } from "node:path";
 import { PassThrough, Writable } from "node:stream";
@@ -2845,9 +2845,11 @@ test.each(["garbage", "a disconnect"])(
 );
 
 test("connect rejects a key that cannot be read", async () => {
+  const server = createTcpServer();
+  await new Promise<void>((listening) => server.listen(0, "127.0.0.1", listening));
   const target = {
     host: "127.0.0.1",
-    Port: 1,
+    Port: (server.address() as AddressInfo).port,
     Username: "root",
     privateKey: "no key",
     KeepAliveInterval: 0,
@@ -2855,6 +2857,7 @@ test("connect rejects a key that cannot be read", async () => {
   };
   await expect(connect(target, 200, new AbortController().signal)).rejects.toThrow(/Cannot parse privateKey/);
   await new Promise((later) => setTimeout(later, 400)); // a timer left behind would by now have caused an unhandled rejection
+  server.close();
 });
 
 describe("scripts over SSH", () => {

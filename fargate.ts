@@ -1613,6 +1613,14 @@ function sshReason(error: Error): string {
 // This block contains every use of ssh2's private parts. A test fails for any version of ssh2 but 1.17.0,
 // whose source was read for it.
 
+/** Loads ssh2's client alone: the package's main module also loads its server, http and more. */
+async function newClient(): Promise<Client> {
+  // @ts-expect-error: has no types
+  const { default: Client } = await import("ssh2/lib/client.js");
+  await ignoreGlobalRequests();
+  return new Client();
+}
+
 type Handler = (protocol: { requestFailure(): void; ping(): void }, payload: Buffer) => void;
 
 /**
@@ -1709,6 +1717,23 @@ function limitPhases(
   return () => clearTimeout(timer);
 }
 
+/** A socket for ssh2, which reads from it only when it is loaded. */
+async function newSocket(): Promise<Socket> {
+  const { Socket } = await import("node:net");
+  const socket = new Socket();
+  socket.setNoDelay(true); // otherwise a short packet may wait 40 ms for the last one's acknowledgement
+  return socket.pause();
+}
+
+/** Opens a TCP connection. `onError` gets every later error as well. */
+function openTcp(socket: Socket, { host, Port: port }: SshTarget, onError: (error: Error) => void) {
+  const opened = Promise.withResolvers<void>();
+  const closed = new SshFailure("unreachable", "the connection was closed");
+  socket.on("error", onError).once("close", () => opened.reject(closed));
+  socket.connect({ host, port }, opened.resolve);
+  return opened.promise;
+}
+
 /** Classifies an error that ends a login. @returns SshFailure's `why`, a message, and the problem */
 function classifyLoginError(error: SshError): [SshFailure["why"], string, Problem] {
   const { level, code } = error;
@@ -1733,15 +1758,15 @@ const loginOptions = ({ Username, privateKey, KeepAliveInterval }: SshTarget): C
  * @param silence max ms from the TCP connection to the server's first bytes, which `onAnswer` reports
  */
 async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
-  const [{ Client }, { Socket }] = await Promise.all([import("ssh2"), import("node:net")]);
-  await ignoreGlobalRequests();
+  const socket = await newSocket();
   signal.throwIfAborted();
-  const client = new Client();
-  const socket = new Socket();
-  socket.setNoDelay(true); // otherwise a short packet may wait 40 ms for the last one's acknowledgement
   const where = `${target.Username}@${target.host.replace(/.*:.*/, "[$&]")}:${target.Port}`; // as in URLs
   let hostKey: Buffer | undefined;
   const isChanged = () => hostKey !== undefined && target.hostKey?.equals(hostKey) === false;
+  const hostVerifier = (key: Buffer) => {
+    hostKey = Buffer.from(key);
+    return !isChanged();
+  };
   const done = Promise.withResolvers<Connection>();
   const end = (reason: unknown) => {
     done.reject(reason);
@@ -1750,36 +1775,31 @@ async function connect(target: SshTarget, silence: number, signal: AbortSignal, 
   };
   const fail = (why: SshFailure["why"], text: string, problem: Problem) =>
     end(new SshFailure(why, `${where}: ${text}`, { problem }));
+  const onError = (error: SshError) => {
+    if (isChanged()) fail("host-key", "the server's host key is not the one that prepare saw", "hostKey");
+    else fail(...classifyLoginError(error));
+  };
   const onTimeout = (text: string, problem: Problem) => fail("unreachable", text, problem);
   const clearTimer = limitPhases(socket, silence, LOGIN_TIMEOUT_MS, onTimeout);
   socket.once("data", onAnswer);
   limitMemory(socket, target.toSend ?? 0);
-  client.on("ready", () => {
-    if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
-    else fail("host-key", "the server accepted the login before it sent its host key", "hostKey");
-  });
-  // This listener stays: an error event without a listener would end the process.
-  client.on("error", (error: SshError) => {
-    if (isChanged()) fail("host-key", "the server's host key is not the one that prepare saw", "hostKey");
-    else fail(...classifyLoginError(error));
-  });
-  client.on("close", () => fail("unreachable", "the server closed the connection", "noServer"));
-  try {
-    client.connect({
-      ...loginOptions(target),
-      sock: socket.connect({ host: target.host, port: target.Port }),
-      hostVerifier: (key: Buffer) => {
-        hostKey = Buffer.from(key);
-        return !isChanged();
-      },
+  const logIn = async () => {
+    await openTcp(socket, target, onError);
+    const client = await newClient(); // is loaded while the server prepares its first bytes
+    // The listener for errors stays: an error event without a listener would end the process.
+    client.on("error", onError);
+    client.on("close", () => fail("unreachable", "the server closed the connection", "noServer"));
+    client.on("ready", () => {
+      if (hostKey) done.resolve({ client, hostKey, socket, target: { ...target, hostKey, toSend: 0 } });
+      else fail("host-key", "the server accepted the login before it sent its host key", "hostKey");
     });
-    return await withAbort(signal, () => end(signal.reason), done.promise);
-  } catch (error) {
-    socket.destroy(); // also if connect itself throws, as for a key that it cannot parse
-    throw error instanceof Failure ? error : new SshFailure("login", `${where}: ${reasonOf(error)}`);
-  } finally {
-    clearTimer();
-  }
+    client.connect({ ...loginOptions(target), sock: socket, hostVerifier });
+  };
+  // If logIn throws, as for a key that ssh2 cannot parse, it is no Failure.
+  logIn().catch((error) =>
+    end(error instanceof Failure ? error : new SshFailure("login", `${where}: ${error.message}`)),
+  );
+  return withAbort(signal, () => end(signal.reason), done.promise).finally(clearTimer);
 }
 
 // Attempts overlap until the server answers one: packets to an address that is not up yet may be dropped.
