@@ -1611,7 +1611,8 @@ function sshReason(error: Error): string {
 
 // ---- Start of ssh2's internals ----
 // This block contains every use of ssh2's private parts. A test fails for any version of ssh2 but 1.17.0,
-// whose source was read for it.
+// whose source was read for it. The compiled program lacks the parts that the driver does not use, such as
+// SFTP, agents and compression (.ci/build.ts).
 
 /** Loads ssh2's client alone: the package's main module also loads its server, http and more. */
 async function newClient(): Promise<Client> {

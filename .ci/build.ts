@@ -43,8 +43,28 @@ function revision(): string {
   return head.stdout.toString().trim() + (git("diff", "--quiet", "HEAD").success ? "" : "-dirty");
 }
 
+/**
+ * Modules that ssh2 and commander load when they start, but need only for features that the driver does not use, with
+ * their replacements. Loading them would cost every stage time and memory.
+ */
+const UNUSED: Readonly<Record<string, string>> = {
+  net: "{}", // ssh2 gets a connected socket
+  dns: "{}",
+  zlib: "{ constants: {}, createInflate: () => ({ _handle: {} }) }", // `compress` is "none"
+  child_process: "{}", // ssh2's agents, commander's subcommands in programs of their own
+  "./agent.js": "{ isAgent: () => false }",
+  "./protocol/SFTP.js": "{ SFTP: class {} }",
+  "./crypto/poly1305.js": "async () => ({ _malloc() {}, cwrap() {} })", // ChaCha20 is not offered
+  "bcrypt-pbkdf": "{}", // for keys with a passphrase
+};
+/** Leaves the unused modules out of a source file. */
+const withoutUnused = (source: string) =>
+  source.replace(/\brequire\('(?:node:)?([^']+)'\)/g, (call, name) =>
+    Object.hasOwn(UNUSED, name) ? `(${UNUSED[name]})` : call,
+  );
+
 /** Determines which files are compiled in for some imports. */
-const resolver: Bun.BunPlugin = {
+export const resolver: Bun.BunPlugin = {
   name: "resolver",
   setup(build) {
     // CommonJS modules are evaluated when a stage loads them. ES modules are flattened into the program, so
@@ -56,6 +76,10 @@ const resolver: Bun.BunPlugin = {
     build.onResolve({ filter: /^cpu-features$|\.node$/ }, ({ path }) => ({ path, namespace: "none" }));
     build.onLoad({ filter: /.*/, namespace: "none" }, () => ({
       contents: 'throw new Error("native add-ons are left out");',
+      loader: "js",
+    }));
+    build.onLoad({ filter: /\/node_modules\/(ssh2|commander)\/.*\.js$/ }, async ({ path }) => ({
+      contents: withoutUnused(await Bun.file(path).text()),
       loader: "js",
     }));
   },
