@@ -1640,6 +1640,27 @@ async function ignoreGlobalRequests(): Promise<void> {
   };
 }
 
+/**
+ * Sends the signature with the first login request. ssh2 asks first whether the server accepts the key, which
+ * takes a round trip and a second check of the key. The server has proved its identity by then.
+ */
+function signAtOnce(client: Client): void {
+  type Key = { sign(data: Buffer, hash?: string): Buffer | Error };
+  type Sign = (data: Buffer, use: (signature: Buffer) => void) => void;
+  type Protocol = { authPK(user: string, key: Key, algorithm?: string, sign?: Sign): void };
+  const { _protocol: protocol } = client as unknown as { _protocol: Protocol };
+  const authPK = protocol.authPK.bind(protocol);
+  protocol.authPK = (user, key, algorithm, sign) => {
+    const hash = { "rsa-sha2-256": "sha256", "rsa-sha2-512": "sha512", "ssh-rsa": "sha1" }[algorithm ?? ""];
+    const signNow: Sign = (data, use) => {
+      const signature = key.sign(data, hash);
+      if (signature instanceof Error) authPK(user, key, algorithm);
+      else use(signature);
+    };
+    authPK(user, key, algorithm, sign ?? signNow);
+  };
+}
+
 /** The largest packet that the server accepts, in bytes. At 0, ssh2 would send for ever (its issue 1504). */
 const maxPacketSize = (channel: ClientChannel): number =>
   (channel.outgoing as { packetSize: number }).packetSize;
@@ -1795,6 +1816,7 @@ async function connect(target: SshTarget, silence: number, signal: AbortSignal, 
       else fail("host-key", "the server accepted the login before it sent its host key", "hostKey");
     });
     client.connect({ ...loginOptions(target), sock: socket, hostVerifier });
+    signAtOnce(client);
   };
   // If logIn throws, as for a key that ssh2 cannot parse, it is no Failure.
   logIn().catch((error) =>
