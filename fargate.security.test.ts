@@ -18,7 +18,6 @@ import {
   StopTaskCommand,
   type Task,
 } from "@aws-sdk/client-ecs";
-import { configureSync, getLogger, type LogRecord } from "@logtape/logtape";
 import { type AwsStub, mockClient } from "aws-sdk-client-mock";
 import fc from "fast-check";
 import { Server as SshServerOfAPacket, utils } from "ssh2";
@@ -36,7 +35,9 @@ import {
   formatSweep,
   interpreterOf,
   type Job,
+  type LogRecord,
   makeKeyPair,
+  makeLogger,
   managerId,
   parseCommandLine,
   readConfig,
@@ -95,6 +96,7 @@ import {
   describeProgram,
   directory,
   hosts,
+  log,
   never,
   nextNumber,
   prepare,
@@ -699,14 +701,7 @@ describe("arbitrary input", () => {
   const FORMATS = ["text", "text-simple", "json"] as const;
   const timeout = 60_000 * fuzzRuns;
 
-  const logRecord = (message: string, properties = {}): LogRecord => ({
-    category: ["fargate"],
-    level: "fatal",
-    message: [message],
-    rawMessage: message,
-    properties,
-    timestamp: 0,
-  });
+  const logRecord = (message: string, fields = {}): LogRecord => ({ level: "fatal", message, fields, timestamp: 0 });
   /** Expects a Failure whose message is short and fit for an operator. */
   function expectClear(failure: unknown, kind: Failure["kind"] = "system"): string {
     if (!(failure instanceof Failure)) throw new Error(`no Failure: ${failure}`, { cause: failure });
@@ -727,9 +722,6 @@ describe("arbitrary input", () => {
   };
   const discard = () => new Writable({ write: (_chunk, _encoding, done) => done() });
 
-  /** Log lines, by the name of the case. */
-  const logs = new Map<string, string[]>();
-  let cases = 0;
   /** A stage of a new job, with the clock `now`. */
   function stageOf(records: string, now: () => number, change: (config: Config) => void = () => {}) {
     const { config } = readConfig(configFile("guide"), "guide", {}, {});
@@ -737,31 +729,16 @@ describe("arbitrary input", () => {
     config.Fargate.EnablePublicIP = false;
     config.SSH.Port = 1;
     change(config);
-    const name = `case-${cases++}`;
     const lines: string[] = [];
-    logs.set(name, lines);
     const hash = "0123456789abcdef".repeat(4);
     const job: Job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 };
-    const log = getLogger(["fargate", name]);
+    const log = makeLogger("info", (record) => lines.push(formatRecord(record, "text-simple").trimEnd()));
     const context: Context = { config, job, jobOverrides: [], log, env: {}, signal: never, now, wallTime: Date.now };
     return { context, lines, record: join(records, `${job.stem}.json`) };
   }
   const ownStartedBy = /^fargate-[0-9a-f]{12}-0123456789abcdef0123456789abcdef$/;
 
   beforeAll(() => console.log(fuzzBanner));
-  beforeEach(() => {
-    logs.clear();
-    configureSync({
-      reset: true,
-      sinks: {
-        test: (record) => void logs.get(record.category[1] ?? "")?.push(formatRecord(record, "text-simple").trimEnd()),
-      },
-      loggers: [
-        { category: "fargate", sinks: ["test"], lowestLevel: "info" },
-        { category: ["logtape", "meta"], sinks: [] },
-      ],
-    });
-  });
 
   // --- Configuration ---
 
@@ -1232,9 +1209,10 @@ describe("arbitrary input", () => {
       }
     });
 
+    let clusters = 0;
     /** A new cluster. Each operation gets these answers in turn, and then the last one again and again. */
     function clusterOf(lists: Partial<Record<Operation, readonly Answer[]>>) {
-      const cluster = `cluster-${cases}`;
+      const cluster = `cluster-${clusters++}`;
       const at: Partial<Record<Operation, number>> = {};
       const scenario: Scenario = {
         asked: [],
@@ -1466,7 +1444,7 @@ describe("arbitrary input", () => {
                   connection,
                   bytes,
                   { interpreter: "bash", loginShell: "bash" },
-                  { signal: never, log: getLogger("fargate"), stdout: out.sink, stderr: discard() },
+                  { signal: never, log, stdout: out.sink, stderr: discard() },
                 ),
               );
               if ("failure" in outcome) {

@@ -31,7 +31,6 @@ import {
   StopTaskCommand,
   type Task,
 } from "@aws-sdk/client-ecs";
-import { configureSync, getLogger, type LogRecord } from "@logtape/logtape";
 import { type AwsStub, mockClient } from "aws-sdk-client-mock";
 import fc from "fast-check";
 import { Server as SshServerOfAPacket, utils } from "ssh2";
@@ -58,7 +57,9 @@ import {
   interpreterOf,
   judgeTask,
   keyPairOf,
+  type LogRecord,
   makeKeyPair,
+  makeLogger,
   managerId,
   type Outcome,
   Preamble,
@@ -100,6 +101,7 @@ import {
   describeProgram,
   directory,
   hosts,
+  log,
   never,
   nextAddress,
   PACKAGES,
@@ -929,17 +931,15 @@ describe("configuration", () => {
 // ---------------------------------------------------------------------------------------------------------
 
 describe("logging", () => {
-  const record = (level: LogRecord["level"], message: unknown[], properties = {}): LogRecord => ({
-    category: ["fargate"],
+  const record = (level: LogRecord["level"], message: string, fields = {}): LogRecord => ({
     level,
     message,
-    rawMessage: "",
-    properties,
+    fields,
     timestamp: Date.UTC(2026, 0, 2, 3, 4, 5, 678),
   });
 
   test("formatRecord writes the formats text, text-simple and json", () => {
-    const info = record("info", ["the task is ", "RUNNING", ""], { status: "RUNNING" });
+    const info = record("info", "the task is RUNNING", { status: "RUNNING" });
     expect(formatRecord(info, "text")).toBe("2026-01-02T03:04:05Z the task is RUNNING\n");
     expect(formatRecord(info, "text-simple")).toBe("the task is RUNNING\n");
     expect(JSON.parse(formatRecord(info, "json"))).toEqual({
@@ -948,8 +948,8 @@ describe("logging", () => {
       msg: "the task is RUNNING",
       status: "RUNNING",
     });
-    expect(formatRecord(record("warning", ["x"]), "text-simple")).toBe("warning: x\n");
-    expect(formatRecord(record("fatal", ["x"]), "text-simple")).toBe("error: x\n");
+    expect(formatRecord(record("warning", "x"), "text-simple")).toBe("warning: x\n");
+    expect(formatRecord(record("fatal", "x"), "text-simple")).toBe("error: x\n");
   });
 
   // Line ends, cursor movements, direction marks, invisible characters, and a lone surrogate.
@@ -958,7 +958,7 @@ describe("logging", () => {
 
   test("formatRecord keeps text from outside on one harmless line", () => {
     for (const format of ["text", "text-simple", "json"] as const) {
-      const line = formatRecord(record("info", ["", hostile, ""], { hostile }), format);
+      const line = formatRecord(record("info", hostile, { hostile }), format);
       expect(line.endsWith("\n")).toBe(true);
       expect(line.slice(0, -1)).not.toMatch(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/u);
       if (format === "json") {
@@ -980,7 +980,7 @@ describe("logging", () => {
     expect(failure.message.replaceAll("\n", "")).not.toMatch(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/u);
     expect(new Failure("build", "x".repeat(1_000_000)).message.length).toBeLessThan(5_000);
     const long = "y".repeat(1_000_000);
-    expect(formatRecord(record("info", ["", long, ""], { long }), "json").length).toBeLessThan(10_000);
+    expect(formatRecord(record("info", long, { long }), "json").length).toBeLessThan(10_000);
   });
 });
 
@@ -1594,19 +1594,6 @@ describe("stages with ECS mocked", () => {
     stop = new AbortController();
     records = join(directory(), "records");
     server = undefined;
-    configureSync({
-      reset: true,
-      sinks: {
-        test: (record) => {
-          searchRecord(record);
-          if (record.level !== "debug") logged.push(formatRecord(record, "text-simple").trimEnd());
-        },
-      },
-      loggers: [
-        { category: "fargate", sinks: ["test"], lowestLevel: "debug" },
-        { category: ["logtape", "meta"], sinks: [] },
-      ],
-    });
     ecs.on(StopTaskCommand).resolves({});
     ecs.on(ListTasksCommand).resolves({ taskArns: [] });
     ecs.on(DescribeTasksCommand).resolves({ tasks: [] });
@@ -1633,7 +1620,10 @@ describe("stages with ECS mocked", () => {
       config,
       job,
       jobOverrides: [],
-      log: getLogger("fargate"),
+      log: makeLogger("debug", (record) => {
+        searchRecord(record);
+        if (record.level !== "debug") logged.push(formatRecord(record, "text-simple").trimEnd());
+      }),
       env: {},
       signal: stop.signal,
       now: Date.now,
@@ -2715,7 +2705,7 @@ test("runScript keeps the order of lines of both streams", async () => {
     connection,
     Buffer.from("true"),
     { interpreter: "bash", loginShell: "bash" },
-    { signal: never, log: getLogger("fargate"), stdout: both(), stderr: both() },
+    { signal: never, log, stdout: both(), stderr: both() },
   );
   expect(outcome).toEqual({ ended: "exited", code: 0 });
   expect(written.join("")).toBe(lines.join(""));
@@ -2760,7 +2750,7 @@ test.each([
     CancelGracePeriod: 1,
   };
   const warnings: string[] = [];
-  const log = { ...getLogger("fargate"), warn: (text: string) => warnings.push(text) } as unknown as Context["log"];
+  const warner = { ...log, warn: (text: string) => void warnings.push(text) };
   let out = "";
   const stdout = new Writable({
     write(chunk: Buffer, _, done) {
@@ -2772,7 +2762,7 @@ test.each([
     await connect(target, 3_000, never),
     Buffer.from("true"),
     { interpreter: "bash", loginShell: "bash" },
-    { signal: never, log, stdout, stderr: new PassThrough() },
+    { signal: never, log: warner, stdout, stderr: new PassThrough() },
   );
   expect(outcome).toEqual({ ended: "exited", code: 0 });
   expect(out).toBe("first\n");
@@ -2834,7 +2824,7 @@ test.each(["garbage", "a disconnect"])(
       connection,
       Buffer.from("sleep 600"),
       { interpreter: "bash", loginShell: "bash" },
-      { signal, log: getLogger("fargate"), stdout: sink(), stderr: sink() },
+      { signal, log, stdout: sink(), stderr: sink() },
     );
     expect(outcome).toMatchObject({ ended: "lost", begun: true });
     for (const socket of sockets) socket.destroy();
@@ -2864,14 +2854,6 @@ describe("scripts over SSH", () => {
   let task: Awaited<ReturnType<typeof startTask>>;
   beforeAll(async () => {
     task = await startTask();
-    configureSync({
-      reset: true,
-      sinks: { searchRecord },
-      loggers: [
-        { category: "fargate", sinks: ["searchRecord"], lowestLevel: "debug" },
-        { category: ["logtape", "meta"], sinks: [] },
-      ],
-    });
   });
   afterAll(() => task?.host.stop(0));
 
@@ -2888,7 +2870,7 @@ describe("scripts over SSH", () => {
       { interpreter, loginShell },
       {
         signal,
-        log: getLogger("fargate"),
+        log,
         stdout: out.sink,
         stderr: err.sink,
       },
@@ -2950,7 +2932,7 @@ describe("scripts over SSH", () => {
         connection,
         Buffer.from(`head -c 3000000 /dev/zero ${redirect}; exit 7`),
         { interpreter: "bash", loginShell: "bash" },
-        { signal: never, log: getLogger("fargate"), stdout: redirect ? rest : slow, stderr: redirect ? slow : rest },
+        { signal: never, log, stdout: redirect ? rest : slow, stderr: redirect ? slow : rest },
       );
       expect(outcome).toEqual(exited(7));
       expect(Buffer.concat(received).length).toBe(3_000_000);
@@ -2972,7 +2954,7 @@ describe("scripts over SSH", () => {
       connection,
       Buffer.from("sleep 300 & head -c 3000000 /dev/zero; exit 7"),
       { interpreter: "bash", loginShell: "bash" },
-      { signal: never, log: getLogger("fargate"), stdout: slow, stderr: collect().sink },
+      { signal: never, log, stdout: slow, stderr: collect().sink },
     );
     connection.client.end();
     expect(outcome).toEqual(exited(7));
@@ -3176,13 +3158,13 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
   taskTest("runScript waits at most 10 s for a filter that does not end", async () => {
     const connection = await task.logIn();
     const warnings: string[] = [];
-    const log = { ...getLogger("fargate"), warn: (text: string) => warnings.push(text) } as unknown as Context["log"];
+    const warner = { ...log, warn: (text: string) => void warnings.push(text) };
     const out = collect();
     const outcome = await runScript(
       connection,
       Buffer.from("tail -f /dev/null | sleep 300 & echo done"),
       { interpreter: "bash", loginShell: "bash" },
-      { signal: never, log, stdout: out.sink, stderr: collect().sink },
+      { signal: never, log: warner, stdout: out.sink, stderr: collect().sink },
     );
     connection.client.end();
     expect(outcome).toEqual(exited(0));
@@ -3225,7 +3207,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         await task.logIn(),
         Buffer.from(`${plant(secret)}\necho ready; sleep 600`),
         { interpreter: "bash", loginShell: "bash" },
-        { signal: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+        { signal: stop.signal, log, stdout: out.sink, stderr: collect().sink },
       );
       await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
       expected(await found(secret));
@@ -3351,7 +3333,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       connection,
       Buffer.from("head -c 200000000 /dev/zero"),
       { interpreter: "bash", loginShell: "bash" },
-      { signal: new AbortController().signal, log: getLogger("fargate"), stdout: slow, stderr: new PassThrough() },
+      { signal: new AbortController().signal, log, stdout: slow, stderr: new PassThrough() },
     );
     connection.client.end();
     expect(outcome).toEqual(exited(0));
@@ -3375,7 +3357,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         connection,
         Buffer.from(`export FARGATE_TEST=${id}; echo ready; ${script}`),
         { interpreter: "bash", loginShell: "bash" },
-        { signal: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+        { signal: stop.signal, log, stdout: out.sink, stderr: collect().sink },
       );
       const marked = `grep -lz '^FARGATE_TEST=${id}$' /proc/[0-9]*/environ 2>/dev/null | wc -l`;
       await expect
@@ -3394,7 +3376,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       await task.logIn(),
       Buffer.from("echo ready; sleep 600"),
       { interpreter: "bash", loginShell: "bash" },
-      { signal: stop.signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+      { signal: stop.signal, log, stdout: out.sink, stderr: collect().sink },
     );
     await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
     stop.abort(new Failure("system", "stopped"));
@@ -3456,7 +3438,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       connection,
       Buffer.from("echo ready; sleep 600"),
       { interpreter: "bash", loginShell: "bash" },
-      { signal: new AbortController().signal, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+      { signal: new AbortController().signal, log, stdout: out.sink, stderr: collect().sink },
     );
     await expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toBe("ready\n");
     proxy.cut();
@@ -3485,7 +3467,7 @@ describe("worker image", () => {
         connection,
         Buffer.from(script),
         { interpreter: "bash", loginShell: "bash" },
-        { signal: never, log: getLogger("fargate"), stdout: out.sink, stderr: collect().sink },
+        { signal: never, log, stdout: out.sink, stderr: collect().sink },
       );
       connection.client.end();
       await host.stop(0);
@@ -3654,7 +3636,7 @@ describe("container environment of a plain sshd under tini", () => {
       connection,
       Buffer.from(`${script}\nexec env -0`),
       { interpreter, loginShell },
-      { signal: never, log: getLogger("fargate"), stdout: out.sink, stderr: err.sink },
+      { signal: never, log, stdout: out.sink, stderr: err.sink },
     );
     connection.client.end();
     expect(outcome).toEqual({ ended: "exited", code: 0 });

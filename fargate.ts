@@ -51,7 +51,6 @@ import type { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
 import type { ECS, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
-import { configureSync, getLogger, type Logger, type LogLevel, type LogRecord } from "@logtape/logtape";
 import { Command, CommanderError, InvalidArgumentError } from "commander";
 import { distance } from "fastest-levenshtein";
 import { parse as parseToml, TomlError } from "smol-toml";
@@ -589,12 +588,39 @@ function readConfig(file: string, path: string, options: Options, env: Environme
 // One logger, which writes to standard error or to LogFile. Uses failures and configuration. Must not write
 // to standard output, which carries the job's own output.
 
+const LOG_LEVELS = ["trace", "debug", "info", "warning", "error", "fatal"] as const; // in order of severity
+type LogLevel = (typeof LOG_LEVELS)[number];
+type LogFields = Readonly<Record<string, unknown>>;
+interface LogRecord {
+  readonly level: LogLevel;
+  readonly message: string;
+  readonly fields: LogFields; // properties of a line of JSON
+  readonly timestamp: number; // ms since the epoch
+}
+/** Logs a message, in which `{name}` stands for the field of that name. */
+type Log = (message: string, fields?: LogFields) => void;
+type Logger = Readonly<Record<"debug" | "info" | "warn" | "error" | "fatal", Log>>;
+
+/** Makes a logger that passes records of `lowest` and more severe levels to `sink`. */
+function makeLogger(lowest: LogLevel, sink: (record: LogRecord) => void): Logger {
+  const at = (level: LogLevel): Log => {
+    if (LOG_LEVELS.indexOf(level) < LOG_LEVELS.indexOf(lowest)) return () => {};
+    return (text, fields = {}) => {
+      const fill = (placeholder: string, name: string) =>
+        Object.hasOwn(fields, name) ? String(fields[name]) : placeholder;
+      sink({ level, message: text.replace(/\{(\w+)\}/g, fill), fields, timestamp: Date.now() });
+    };
+  };
+  const [debug, info, warn] = [at("debug"), at("info"), at("warning")];
+  return { debug, info, warn, error: at("error"), fatal: at("fatal") };
+}
+
 /** A log record as one line of text or JSON, with its line break. */
 function formatRecord(record: LogRecord, format: Config["LogFormat"]): string {
-  const message = printable(record.message.join(""));
+  const message = printable(record.message);
   const time = `${new Date(record.timestamp).toISOString().slice(0, 19)}Z`;
   if (format === "json") {
-    const object = { time, level: record.level, msg: message, ...record.properties };
+    const object = { time, level: record.level, msg: message, ...record.fields };
     const shorten = (_: string, value: unknown) =>
       typeof value === "string" ? value.slice(0, MAX_TEXT_LENGTH) : value;
     return `${JSON.stringify(object, shorten).replace(UNPRINTABLE, escaped)}\n`;
@@ -648,20 +674,14 @@ function openLog({
     openError = error;
   }
   const sink = (record: LogRecord) => {
-    const line = formatRecord(record, LogFormat);
     try {
+      const line = formatRecord(record, LogFormat);
       writeWhole(file, line);
       if (file !== 2 && record.level === "fatal") writeWhole(2, line); // for the job log
     } catch {} // No reader (EPIPE) or a full disk is no reason to leave a task running.
   };
   const fromLogrus: Record<string, LogLevel> = { warn: "warning", panic: "fatal" }; // the official driver's
-  const lowestLevel = fromLogrus[LogLevel] ?? (LogLevel as LogLevel);
-  const loggers = [
-    { category: "fargate", sinks: ["sink"], lowestLevel },
-    { category: ["logtape", "meta"], sinks: [], lowestLevel: "fatal" as const },
-  ];
-  configureSync({ reset: true, sinks: { sink }, loggers });
-  const log = getLogger("fargate");
+  const log = makeLogger(fromLogrus[LogLevel] ?? (LogLevel as LogLevel), sink);
   const fields = { file: LogFile, reason: reasonOf(openError) };
   if (openError) log.warn("LogFile {file} cannot be opened: {reason}; logging to standard error", fields);
   return log;
@@ -3540,7 +3560,7 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
     const advice = adviceFor(failure.cause);
     const lines = [...failure.message.split("\n"), ...(advice ? [`what to do: ${advice}`] : [])];
-    for (const line of lines) log.fatal(line.replace(/[{}]/g, "$&$&")); // not as placeholders
+    for (const line of lines) log.fatal(line);
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     return exitCode(failure.kind, env);
   }
@@ -3617,7 +3637,19 @@ if (import.meta.main) {
 }
 
 // Exports for tests and fixtures only.
-export type { Cause, Config, Connection, Context, Job, Outcome, Problem, SshTarget, SweepReport, TaskRecord };
+export type {
+  Cause,
+  Config,
+  Connection,
+  Context,
+  Job,
+  LogRecord,
+  Outcome,
+  Problem,
+  SshTarget,
+  SweepReport,
+  TaskRecord,
+};
 export {
   Aws,
   adviceFor,
@@ -3642,6 +3674,7 @@ export {
   judgeTask,
   keyPairOf,
   makeKeyPair,
+  makeLogger,
   managerId,
   Preamble,
   parseCommandLine,

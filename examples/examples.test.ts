@@ -16,7 +16,6 @@ import {
   OSFamily,
   TransportProtocol,
 } from "@aws-sdk/client-ecs";
-import { getLogger } from "@logtape/logtape";
 import { mockClient } from "aws-sdk-client-mock";
 import { parse as parseToml } from "smol-toml";
 import * as v from "valibot";
@@ -27,6 +26,7 @@ import {
   ConfigSchema,
   type Context,
   cleanup,
+  makeLogger,
   parseCommandLine,
   prepare,
   readConfig,
@@ -268,7 +268,8 @@ describe("IAM policies", () => {
     const ecs = mockClient(ECSClient).onAnyCommand().resolves({ tasks: [], taskArns: [], failures: [] });
     const ec2 = mockClient(EC2Client).onAnyCommand().resolves({});
     const limits = { until: 0 };
-    const operator = { log: getLogger("fargate"), now: () => 0, env: {} };
+    const log = makeLogger("fatal", () => {});
+    const operator = { log, now: () => 0, env: {} };
     const aws = new Aws(config.Fargate, operator);
     const identity = { startedBy: "fargate", clientToken: "token" };
     const calls: Record<Exclude<keyof Aws, "throttled">, () => Promise<unknown>> = {
@@ -324,7 +325,7 @@ describe("whole job", () => {
       },
       job: { stem: `job-1-${hash}`, hash, title: "job 1 of project 2", timeout: 3600 },
       jobOverrides: [],
-      log: getLogger("fargate"),
+      log: makeLogger("fatal", () => {}),
       env: {},
       signal: new AbortController().signal,
       now: () => Math.floor(performance.now()),
