@@ -19,6 +19,7 @@ import {
   type Task,
 } from "@aws-sdk/client-ecs";
 import { type AwsStub, mockClient } from "aws-sdk-client-mock";
+import * as commander from "commander";
 import fc from "fast-check";
 import { Server as SshServerOfAPacket, utils } from "ssh2";
 import * as v from "valibot";
@@ -1587,7 +1588,7 @@ describe("arbitrary input", () => {
   test("parseCommandLine lists the valid choices when it refuses arbitrary words", () =>
     forAny(
       fc.property(commandLine, (words) => {
-        const parsed = attempt(() => parseCommandLine(words));
+        const parsed = attempt(() => parseCommandLine(words, commander));
         if ("failure" in parsed)
           return void expect(expectClear(parsed.failure)).toMatch(
             /^fargate.*; (valid options|valid commands|expected|usage): /s,

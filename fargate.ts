@@ -51,7 +51,7 @@ import type { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
 import type { ECS, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
-import { Command, CommanderError, InvalidArgumentError } from "commander";
+import type { Command } from "commander";
 import { distance } from "fastest-levenshtein";
 import { parse as parseToml, TomlError } from "smol-toml";
 import type { Client, ClientChannel, ConnectConfig } from "ssh2";
@@ -3448,23 +3448,38 @@ const withErrors = (command: Command): Command =>
     throw new Failure("system", `${what}; ${hint ? `valid ${hint}` : `usage: ${path} ${command.usage()}`}`);
   });
 
-/** Accepts an option's value. `expected` describes the valid ones. */
-const accept = (expected: string, isValid: (value: string) => boolean) => (value: string) => {
-  if (isValid(value)) return value;
-  throw new InvalidArgumentError(`expected: ${expected}`);
-};
-const oneOfWords = (words: readonly string[]) =>
-  accept(words.join(", "), (value) => words.includes(value.trim().toLowerCase()));
-const managerIdOf = accept("12 hex digits, as in a task's startedBy: fargate-<id>-<job>", (id) =>
-  MANAGER_ID.test(id),
-);
-
 const OPTION_RULES = `Options may appear before or after the command. They override the job's
 variables; variables override the configuration file.`;
 
+type Commander = typeof import("commander");
+
+/** Functions that accept an option's value, or throw an error with the valid ones. */
+function validators({ InvalidArgumentError }: Commander) {
+  const accept = (expected: string, isValid: (value: string) => boolean) => (value: string) => {
+    if (isValid(value)) return value;
+    throw new InvalidArgumentError(`expected: ${expected}`);
+  };
+  const managerIds = "12 hex digits, as in a task's startedBy: fargate-<id>-<job>";
+  return {
+    oneOfWords: (words: readonly string[]) =>
+      accept(words.join(", "), (value) => words.includes(value.trim().toLowerCase())),
+    managerId: accept(managerIds, (id) => MANAGER_ID.test(id)),
+  };
+}
+
+const [width, colours] = [() => 80, () => false];
+/** The format of a help. commander would ask process.stdout, which takes longer to load than all else. */
+const PLAIN = {
+  getOutHelpWidth: width,
+  getErrHelpWidth: width,
+  getOutHasColors: colours,
+  getErrHasColors: colours,
+};
+
 /** The commands and options of the program. `choose` is called with the command that the arguments name. */
-function defineProgram(choose: (command: Command) => void): Command {
-  const program = withErrors(new Command("fargate"))
+function defineProgram(commander: Commander, choose: (command: Command) => void): Command {
+  const { oneOfWords, managerId } = validators(commander);
+  const program = withErrors(new commander.Command("fargate"))
     .description("Runs each GitLab CI job in its own AWS ECS task on Fargate.")
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
     .helpOption("-h, --help", "print this help")
@@ -3479,7 +3494,7 @@ function defineProgram(choose: (command: Command) => void): Command {
     .helpCommand("help [command]", "print the help of a command")
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
-    .configureOutput({ outputError: () => {} })
+    .configureOutput({ outputError: () => {}, ...PLAIN })
     .showSuggestionAfterError(false);
   const add = (parent: Command, name: string, description: string) =>
     withErrors(parent.command(name).description(description)).action((...args) => choose(args.at(-1)));
@@ -3497,23 +3512,49 @@ function defineProgram(choose: (command: Command) => void): Command {
   add(program, "sweep", "stop orphaned tasks; for cron or a systemd timer")
     .option("--dry-run", "only print what would be done")
     .option("--json", "print the report as one JSON object")
-    .option("--manager <id>", "also stop orphaned tasks of this manager, whose host is gone", managerIdOf);
+    .option("--manager <id>", "also stop orphaned tasks of this manager, whose host is gone", managerId);
   return program;
 }
 
-/** Parses the arguments. @returns undefined if it has printed the help or the version */
-function parseCommandLine(argv: readonly string[]) {
-  let chosen = new Command();
-  const program = defineProgram((command) => {
+/** Arguments, parsed. */
+interface Invocation {
+  readonly command: "config" | "prepare" | "run" | "cleanup" | "sweep";
+  readonly operands: readonly string[];
+  readonly config: string; // the configuration file's path
+  readonly options: Options;
+  readonly sweep?: SweepOptions;
+}
+
+const OPERANDS: Record<string, number> = { config: 0, prepare: 0, run: 2, cleanup: 0 };
+/**
+ * Parses `[--config PATH] custom STAGE ...`, as GitLab Runner calls a stage. Loading commander and defining
+ * the program would take longer than the start of bun.
+ * @returns undefined for any other arguments
+ */
+function parseStage(argv: readonly string[]): Invocation | undefined {
+  const hasConfig = argv[0] === "--config";
+  const words = argv.slice(hasConfig ? 1 : 0);
+  const config = hasConfig ? words.shift() : "config.toml";
+  const [custom, command = "", ...operands] = words;
+  const isStage = custom === "custom" && Object.hasOwn(OPERANDS, command);
+  if (!isStage || operands.length !== OPERANDS[command]) return undefined;
+  if (!config || [config, ...operands].some((word) => word.startsWith("-"))) return undefined;
+  return { command: command as Invocation["command"], operands, config, options: {} };
+}
+
+/** Parses any arguments. @returns undefined if it has printed the help or the version */
+function parseCommandLine(argv: readonly string[], commander: Commander): Invocation | undefined {
+  let chosen = new commander.Command();
+  const program = defineProgram(commander, (command) => {
     chosen = command;
   });
   try {
     program.parse(argv, { from: "user" });
   } catch (error) {
-    if (!(error instanceof CommanderError)) throw error;
+    if (!(error instanceof commander.CommanderError)) throw error;
     return undefined;
   }
-  const command = chosen.name() as "config" | "prepare" | "run" | "cleanup" | "sweep";
+  const command = chosen.name() as Invocation["command"];
   const sweep: SweepOptions = { dryRun: false, json: false, ...chosen.opts<Partial<SweepOptions>>() };
   const { config = "", debug, ...flags } = program.opts<Record<string, string | undefined>>();
   const options: Options = {
@@ -3541,7 +3582,7 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
   };
   process.on("uncaughtException", crash).on("unhandledRejection", crash);
   try {
-    const invocation = parseCommandLine(argv);
+    const invocation = parseStage(argv) ?? parseCommandLine(argv, await import("commander"));
     if (!invocation) return 0;
     if (invocation.command === "config") {
       writeWhole(1, `${configAnswer(readJob(env))}\n`);
@@ -3593,7 +3634,6 @@ function openSink(file: Bun.BunFile, onError: (error: unknown) => void): OutputS
   };
 }
 
-type Invocation = NonNullable<ReturnType<typeof parseCommandLine>>;
 /** Runs a stage that works on a task: prepare, run or cleanup. @returns the exit code */
 async function runStage(
   base: BaseContext,
@@ -3678,6 +3718,7 @@ export {
   managerId,
   Preamble,
   parseCommandLine,
+  parseStage,
   pollPause,
   prepare,
   readConfig,

@@ -7,6 +7,7 @@ import { spawnSync } from "node:child_process";
 import { existsSync, globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, extname, join, normalize } from "node:path";
+import * as commander from "commander";
 import { parse as parseToml, stringify as stringifyToml } from "smol-toml";
 import * as v from "valibot";
 import { describe, expect, test } from "vitest";
@@ -186,7 +187,7 @@ function overridesOf(table: string, key: string): string[] {
     if (name === "--help" || name === "--version") return []; // they print
     for (const example of value ? ["debug", "text", "x"] : [undefined])
       try {
-        const parsed = parseCommandLine([name, ...(example ? [example] : []), "custom", "prepare"]);
+        const parsed = parseCommandLine([name, ...(example ? [example] : []), "custom", "prepare"], commander);
         return parsed?.options[key as keyof typeof parsed.options] === undefined ? [] : [name];
       } catch {}
     return [];
@@ -363,7 +364,7 @@ describe("commands", () => {
     expect(calls.length).toBeGreaterThan(8);
     for (const { path, line } of calls.filter(({ line }) => !/--(help|version)$/.test(line)))
       expect(
-        () => parseCommandLine(line.replace(/ ID$/, " 0123456789ab").split(" ")),
+        () => parseCommandLine(line.replace(/ ID$/, " 0123456789ab").split(" "), commander),
         `${path}: the driver refuses the command line ${line}`,
       ).not.toThrow();
   });
@@ -376,11 +377,13 @@ describe("commands", () => {
     );
     for (const [, command = ""] of text.matchAll(/^\| `fargate ([\w ]+?)(?: SCRIPT STAGE)?` \|/gm)) {
       const operands = command.endsWith("run") ? ["SCRIPT", "STAGE"] : [];
-      expect(parseCommandLine([...command.split(" "), ...operands])?.command).toBe(command.split(" ").at(-1));
+      expect(parseCommandLine([...command.split(" "), ...operands], commander)?.command).toBe(
+        command.split(" ").at(-1),
+      );
     }
     for (const [, command = "", short = ""] of text.matchAll(/^\| `fargate custom (\w+)[\w ]*` \| `([\w ]+)` \|/gm)) {
       const operands = command === "run" ? ["SCRIPT", "STAGE"] : [];
-      expect(parseCommandLine([...short.split(" "), ...operands])?.command).toBe(command);
+      expect(parseCommandLine([...short.split(" "), ...operands], commander)?.command).toBe(command);
     }
   });
 

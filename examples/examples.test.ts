@@ -17,6 +17,7 @@ import {
   TransportProtocol,
 } from "@aws-sdk/client-ecs";
 import { mockClient } from "aws-sdk-client-mock";
+import * as commander from "commander";
 import { parse as parseToml } from "smol-toml";
 import * as v from "valibot";
 import { afterEach, describe, expect, test, vi } from "vitest";
@@ -128,7 +129,7 @@ describe("GitLab Runner's configuration", () => {
       expect(runner.custom[`${stage}_exec`]).toBe(DRIVER);
       // The runner appends these.
       const appended = stage === "run" ? ["/tmp/script", "build_script"] : [];
-      expect(parseCommandLine([...runner.custom[`${stage}_args`], ...appended])).toMatchObject({
+      expect(parseCommandLine([...runner.custom[`${stage}_args`], ...appended], commander)).toMatchObject({
         command: stage,
         operands: appended,
         config: CONFIG_FILE,
@@ -386,7 +387,7 @@ function parseUnit(name: string): Record<string, Record<string, string>> {
 describe("services", () => {
   const expectSweep = ([program, ...args]: string[]) => {
     expect(program).toBe(DRIVER);
-    expect(parseCommandLine(args)).toMatchObject({
+    expect(parseCommandLine(args, commander)).toMatchObject({
       command: "sweep",
       config: CONFIG_FILE,
       sweep: { dryRun: false, json: false },
