@@ -1442,11 +1442,11 @@ describe("calls to AWS", () => {
   });
 
   test("pollPause grows with time and once the address is known", () => {
-    expect(pollPause(0, false, 0.5)).toBe(500);
-    expect(pollPause(20, false, 0.5)).toBe(2_000);
-    expect(pollPause(60, false, 0.5)).toBe(5_000);
-    expect(pollPause(0, true, 0.5)).toBe(5_000);
-    expect([pollPause(60, true, 0), pollPause(60, true, 1)]).toEqual([3_750, 6_250]);
+    const pauses = (addressKnown: boolean) =>
+      [0, 500, 20_000, 60_001, 600_000].map((waited) => pollPause(waited, addressKnown, 0.5));
+    expect(pauses(false)).toEqual([500, 2_000, 2_000, 5_000, 5_000]);
+    expect(pauses(true)).toEqual([5_000, 5_000, 8_000, 15_000, 15_000]);
+    expect([pollPause(0, true, 0), pollPause(0, true, 1)]).toEqual([3_750, 6_250]);
     // Each throttled call lengthens the pause, up to a limit.
     expect([pollPause(0, false, 0.5, 1), pollPause(0, false, 0.5, 100)]).toEqual([1_000, 10_000]);
     expect([pollPause(0, true, 0.5, 1), pollPause(0, true, 0.5, 100)]).toEqual([10_000, 30_000]);

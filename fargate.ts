@@ -1558,12 +1558,15 @@ function stopCause({ stopCode, stoppedReason = "", containers = [] }: Task): Cau
 }
 
 /**
- * The pause before the next DescribeTasks, in ms, with jitter: 0.5 to 2 s until the task's address is known
- * or 30 polls were made, then 5 s. All jobs of an account share 20 such calls per second, so each throttled
- * call lengthens the pauses, up to 10 s before the address is known and 30 s after.
+ * The pause before the next DescribeTasks, in ms, with jitter. Until the task's address is known: 0.5 s, then
+ * 2 s, and 5 s after a minute. After that, polls only watch for the task's end: 5 s to 15 s, longer the
+ * longer the task has taken. All jobs of an account share 20 such calls per second, so each throttled call
+ * lengthens the pauses, up to 10 s before the address is known and 30 s after.
+ * @param waited ms since the start of the task
  */
-function pollPause(polls: number, addressKnown: boolean, random: number, throttled = 0): number {
-  const pause = addressKnown || polls > 30 ? 5_000 : Math.min(500 * 1.3 ** polls, 2_000);
+function pollPause(waited: number, addressKnown: boolean, random: number, throttled = 0): number {
+  const forAddress = waited < 500 ? 500 : waited <= 60_000 ? 2_000 : 5_000;
+  const pause = addressKnown ? Math.min(Math.max(waited / 2.5, 5_000), 15_000) : forAddress;
   return Math.min(pause * (1 + throttled), addressKnown ? 30_000 : 10_000) * (0.75 + random / 2);
 }
 
@@ -2808,6 +2811,7 @@ function timeoutFailure({ Fargate: f, SSH }: Config, startup: Startup, now: numb
  */
 async function waitUntilReady(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
   const { config, now } = context;
+  const started = now();
   const deadline = begun + config.Fargate.StartTimeout * 1000;
   const times = { begun, deadline, usableSince: Infinity, lastSeen: -Infinity, refusals: [] };
   const startup: Startup = { ...times, health: "UNKNOWN" };
@@ -2815,13 +2819,16 @@ async function waitUntilReady(context: Context, aws: Aws, record: TaskRecord, ke
   const signal = AbortSignal.any([context.signal, finished.signal]);
   const ready = Promise.withResolvers<Awaited<ReturnType<typeof logInToTask>>>();
   const watch = async (): Promise<never> => {
-    for (let polls = 0; ; polls++) {
-      const { host } = startup;
+    for (;;) {
+      const { host, usableSince } = startup;
+      // A running task accepts a login soon, or fails: it is polled as often as a new one.
+      const waited = host && usableSince < Infinity ? 0 : now() - started;
+      const pause = pollPause(waited, host !== undefined, Math.random(), aws.throttled);
+      await sleep(Math.min(pause, Math.max(deadline - now(), 0) + 1), signal);
       await pollTask(context, aws, record, startup, signal);
       if (!host && startup.host) ready.resolve(logInToTask(context, key, startup.host, startup, signal));
       const failure = timeoutFailure(config, startup, now());
       if (failure) throw failure;
-      await sleep(pollPause(polls, startup.host !== undefined, Math.random(), aws.throttled), signal);
     }
   };
   try {
