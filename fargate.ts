@@ -1736,18 +1736,20 @@ const ALGORITHMS: ConnectConfig["algorithms"] = {
   ],
   compress: ["none"], // a few bytes from a server could expand without limit
 };
-const CONNECT_TIMEOUT_MS = 3_000; // for the TCP connection; a new attempt is faster than TCP's retransmission
+const CONNECT_TIMEOUT_MS = 3_000; // for the TCP connection
+// The same while prepare waits for a task. Linux repeats an unanswered packet after 1 s and then, before 6.5,
+// after 2 s more; a new attempt is faster.
+const SHORT_CONNECT_TIMEOUT_MS = 1_000;
 const MAX_SILENCE_MS = 15_000; // from the TCP connection to the server's first bytes
 const LOGIN_TIMEOUT_MS = 30_000; // from the first bytes to the login; busy hosts, DNS and PAM take long
 
 /**
- * Limits the time for each phase of a login: TCP connection, the server's first bytes, login.
+ * Limits the time, in ms, for each phase of a login: TCP connection, the server's first bytes, login.
  * @returns a function that removes the limits
  */
 function limitPhases(
   socket: Socket,
-  maxSilence: number,
-  loginTimeout: number,
+  { tcp, silence, login }: Readonly<Record<"tcp" | "silence" | "login", number>>,
   onTimeout: (text: string, problem: Problem) => void,
 ): () => void {
   let timer: NodeJS.Timeout | undefined;
@@ -1756,10 +1758,10 @@ function limitPhases(
     timer = setTimeout(() => onTimeout(text, problem), ms);
   };
   const limitSilence = (ms: number) => limit(ms, `nothing answered for ${ms / 1000} s`, "silent");
-  const late = `login did not complete within ${loginTimeout / 1000} s`;
-  limitSilence(Math.min(maxSilence, CONNECT_TIMEOUT_MS));
-  socket.once("connect", () => limitSilence(maxSilence));
-  socket.once("data", () => limit(loginTimeout, late, "noServer"));
+  const late = `login did not complete within ${login / 1000} s`;
+  limitSilence(Math.min(tcp, silence));
+  socket.once("connect", () => limitSilence(silence));
+  socket.once("data", () => limit(login, late, "noServer"));
   return () => clearTimeout(timer);
 }
 
@@ -1802,8 +1804,14 @@ const loginOptions = ({ Username, privateKey, KeepAliveInterval }: SshTarget): C
 /**
  * Logs in once. @throws {SshFailure}, or the reason of `signal`
  * @param silence max ms from the TCP connection to the server's first bytes, which `onAnswer` reports
+ * @param tcp max ms for the TCP connection
  */
-async function connect(target: SshTarget, silence: number, signal: AbortSignal, onAnswer = () => {}) {
+async function connect(
+  target: SshTarget,
+  silence: number,
+  signal: AbortSignal,
+  { onAnswer = () => {}, tcp = CONNECT_TIMEOUT_MS } = {},
+) {
   const socket = await newSocket();
   signal.throwIfAborted();
   const where = `${target.Username}@${target.host.replace(/.*:.*/, "[$&]")}:${target.Port}`; // as in URLs
@@ -1825,8 +1833,8 @@ async function connect(target: SshTarget, silence: number, signal: AbortSignal, 
     if (isChanged()) fail("host-key", "the server's host key is not the one that prepare saw", "hostKey");
     else fail(...classifyLoginError(error));
   };
-  const onTimeout = (text: string, problem: Problem) => fail("unreachable", text, problem);
-  const clearTimer = limitPhases(socket, silence, LOGIN_TIMEOUT_MS, onTimeout);
+  const limits = { tcp, silence, login: LOGIN_TIMEOUT_MS };
+  const clearTimer = limitPhases(socket, limits, (text, problem) => fail("unreachable", text, problem));
   socket.once("data", onAnswer);
   limitMemory(socket, target.toSend ?? 0);
   const logIn = async () => {
@@ -1863,14 +1871,15 @@ function logIn(target: SshTarget, signal: AbortSignal, onFailure: (failure: SshF
   const limited = AbortSignal.any([signal, finished.signal]);
   const open = new Map<symbol, boolean>(); // attempts, and whether the server has answered them
   let pause = 0; // intervals
-  let silence = CONNECT_TIMEOUT_MS;
+  let silence = 3_000; // ms
   const attempt = async () => {
     if (--pause > 0 || open.size >= MAX_OPEN_LOGINS || [...open.values()].includes(true)) return;
     const id = Symbol();
     open.set(id, false);
     const begun = performance.now();
     try {
-      const connection = await connect(target, silence, limited, () => open.set(id, true));
+      const options = { onAnswer: () => void open.set(id, true), tcp: SHORT_CONNECT_TIMEOUT_MS };
+      const connection = await connect(target, silence, limited, options);
       if (limited.aborted) return void connection.client.destroy();
       finished.abort();
       won.resolve(connection);
