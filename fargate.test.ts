@@ -87,6 +87,7 @@ import {
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
+import { type Loaded, recordingProgram, recordLoads } from "./fixtures/loaded-modules.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
 import { driver, fargate, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
@@ -4740,11 +4741,117 @@ describe("command line", () => {
     expect(stderr.replace(/^\S+Z error: /, "")).toBe(`${message}\n`);
   });
 
-  test("fargate.ts imports no heavy package at start", () => {
-    const source = fs.readFileSync(join(projectRoot, "fargate.ts"), "utf8");
-    const atStart = [...source.matchAll(/^import (?!type )[^;]*? from "([^"]+)"/gm)].map(([, name]) => name as string);
-    expect(atStart).toContain("smol-toml");
-    for (const name of atStart) expect(name).not.toMatch(/^(@aws-sdk|@smithy|ssh2)/);
+  describe("loaded modules", () => {
+    type Stage = "config" | "prepare" | "run" | "cleanup";
+    const stages = {} as Record<Stage, Loaded>;
+
+    /** Packages that are not CommonJS: the bundler puts their text into the driver's own. */
+    const ALWAYS = ["fastest-levenshtein", "smol-toml", "valibot"];
+    const SSH2 = ["asn1", "safer-buffer", "ssh2"];
+    const SDK = [
+      "@aws-sdk/client-ecs",
+      "@aws-sdk/core",
+      "@aws-sdk/credential-provider-env",
+      "@aws-sdk/credential-provider-node",
+      "@aws-sdk/xml-builder",
+      "@aws/lambda-invoke-store",
+      "@smithy/core",
+      "@smithy/fetch-http-handler",
+      "@smithy/node-http-handler",
+      "@smithy/signature-v4",
+      "@smithy/types",
+    ];
+
+    beforeAll(async () => {
+      const { command, loads, close } = await recordingProgram();
+      const world = await makeWorld({ embedded: true });
+      try {
+        const scene = makeScene(world, {}, forever);
+        const script = join(directory(), "script");
+        fs.writeFileSync(script, "echo from the script");
+        const run = async (stage: Stage, ...operands: string[]) => {
+          const words = [...command, "--config", scene.config, "custom", stage, ...operands];
+          const finished = await start(words, { env: scene.env }).finished;
+          ended(finished, 0);
+          stages[stage] = loads().at(-1) as Loaded;
+          return finished.stdout.toString();
+        };
+        expect(JSON.parse(await run("config"))).toHaveProperty("driver");
+        await run("prepare");
+        expect(world.aws.running().length).toBe(1);
+        expect(await run("run", script, "build_script")).toBe("from the script\n");
+        await run("cleanup");
+        expect(world.aws.running()).toEqual([]);
+        expect(loads().length).toBe(4);
+      } finally {
+        await world.close();
+        close();
+      }
+    }, 120_000);
+
+    test("config loads only the modules that it needs", () => {
+      const { packages, builtins } = stages.config;
+      expect(packages).not.toContain("ssh2");
+      expect(packages).not.toContain("commander");
+      expect(packages.join("\n")).not.toMatch(/@aws|@smithy/);
+      for (const name of ["crypto", "net", "http", "https", "tls", "stream"]) expect(builtins).not.toContain(name);
+      expect(packages).toEqual(ALWAYS);
+      expect(builtins).toEqual(["fs", "os", "path", "timers/promises"]);
+    });
+
+    test("prepare loads only the modules that it needs", () => {
+      const { packages, builtins } = stages.prepare;
+      expect(packages).not.toContain("commander");
+      expect(packages).not.toContain("@aws-sdk/client-ec2"); // only for tasks with public addresses
+      expect(packages).toEqual([...SDK, ...SSH2, ...ALWAYS].sort());
+      for (const name of ["dns", "child_process"]) expect(builtins).not.toContain(name);
+      expect(builtins).toEqual([
+        ..."assert buffer crypto events fs fs/promises http http2 https net os path process stream".split(" "),
+        ..."timers/promises tls util zlib".split(" "),
+      ]);
+    });
+
+    test("run loads only the modules that it needs", () => {
+      const { packages, files, builtins } = stages.run;
+      expect(packages.join("\n")).not.toMatch(/@aws|@smithy|commander/);
+      for (const name of ["http", "https", "http2", "tls", "zlib", "child_process", "dns"])
+        expect(builtins).not.toContain(name);
+      expect(packages).toEqual([...SSH2, ...ALWAYS].sort());
+      expect(builtins).toEqual("assert buffer crypto events fs net os path stream timers/promises util".split(" "));
+      const ssh2 = files.filter((file) => file.startsWith("ssh2/")).join("\n");
+      expect(ssh2).not.toMatch(/server|agent|SFTP|keygen|index/);
+      expect(ssh2).toBe(
+        [
+          "ssh2/lib/Channel.js",
+          "ssh2/lib/client.js",
+          "ssh2/lib/protocol/Protocol.js",
+          "ssh2/lib/protocol/constants.js",
+          "ssh2/lib/protocol/crypto.js",
+          "ssh2/lib/protocol/handlers.js",
+          "ssh2/lib/protocol/handlers.misc.js",
+          "ssh2/lib/protocol/kex.js",
+          "ssh2/lib/protocol/keyParser.js",
+          "ssh2/lib/protocol/utils.js",
+          "ssh2/lib/protocol/zlib.js",
+          "ssh2/lib/utils.js",
+          "ssh2/package.json",
+        ].join("\n"),
+      );
+    });
+
+    test("cleanup loads only the modules that it needs", () => {
+      const { packages, builtins } = stages.cleanup;
+      for (const name of ["ssh2", "commander", "@aws-sdk/client-ec2"]) expect(packages).not.toContain(name);
+      for (const name of ["net", "child_process"]) expect(builtins).not.toContain(name);
+      expect(packages).toEqual([...SDK, ...ALWAYS].sort());
+      expect(builtins).toEqual(
+        "crypto fs fs/promises http2 https os path process stream timers/promises zlib".split(" "),
+      );
+    });
+
+    test("fixtures/loaded-modules.ts refuses a program in an unknown format", () => {
+      expect(() => recordLoads("console.log(1)", "log")).toThrow("has no body of @aws-sdk/client-ec2");
+    });
   });
 });
 
