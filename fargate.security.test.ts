@@ -41,6 +41,7 @@ import {
   makeLogger,
   managerId,
   parseCommandLine,
+  parseStage,
   readConfig,
   readJob,
   readRecord,
@@ -1600,6 +1601,37 @@ describe("arbitrary input", () => {
       }),
       { runs: 600 },
     ));
+
+  test("parseStage parses arbitrary words as parseCommandLine does or leaves them to it", async () => {
+    // Command lines of stages, in which a word may have been replaced, removed or added.
+    const someWord = fc.oneof(
+      commandLine.map(([word = ""]) => word),
+      fc.string(),
+    );
+    const stageLine = fc
+      .record({
+        config: fc.option(someWord, { nil: undefined }),
+        stage: fc.constantFrom(["config"], ["prepare"], ["run", "script", "stage"], ["cleanup"]),
+        at: fc.nat({ max: 6 }),
+        removed: fc.nat({ max: 1 }),
+        added: fc.array(someWord, { maxLength: 1 }),
+      })
+      .map(({ config, stage, at, removed, added }) =>
+        [...(config === undefined ? [] : ["--config", config]), "custom", ...stage].toSpliced(at, removed, ...added),
+      );
+    let recognised = 0;
+    await forAny(
+      fc.property(fc.oneof(commandLine, stageLine), (words) => {
+        const stage = parseStage(words);
+        if (stage === undefined) return;
+        recognised++;
+        const parsed = attempt(() => parseCommandLine(words, commander));
+        expect(JSON.stringify("value" in parsed && parsed.value)).toBe(JSON.stringify(stage));
+      }),
+      { runs: 2_000 },
+    );
+    expect(recognised).toBeGreaterThan(100);
+  });
 
   test("formatRecord turns any text into one harmless line", () =>
     forAny(

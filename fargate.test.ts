@@ -34,6 +34,7 @@ import {
 import { type AwsStub, mockClient } from "aws-sdk-client-mock";
 import * as commander from "commander";
 import fc from "fast-check";
+import { parse } from "smol-toml";
 import { Server as SshServerOfAPacket, utils } from "ssh2";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from "vitest";
 import {
@@ -66,6 +67,7 @@ import {
   Preamble,
   type Problem,
   parseCommandLine,
+  parseStage,
   pollPause,
   prepare as prepareStage,
   readConfig,
@@ -4650,6 +4652,46 @@ describe("command line", () => {
     expect(parseCommandLine(["custom", "prepare", "--debug", "--log-level", "warn"], commander)?.options).toEqual({
       LogLevel: "debug",
     });
+  });
+
+  test("parseStage recognises the command lines in examples/config.toml", () => {
+    const example = fs.readFileSync(join(projectRoot, "examples", "config.toml"), "utf8");
+    const { runners } = parse(example) as unknown as { runners: { custom: Record<string, string[]> }[] };
+    for (const command of ["config", "prepare", "run", "cleanup"]) {
+      const operands = command === "run" ? ["/tmp/script 1", "build_script"] : [];
+      const words = [...(runners[0]?.custom[`${command}_args`] ?? []), ...operands];
+      const stage = { command, operands, options: {} };
+      expect(parseStage(words)).toEqual({ ...stage, config: "/etc/gitlab-runner/fargate.toml" });
+      expect(words.shift()).toBe("--config");
+      expect(words.shift()).toBe("/etc/gitlab-runner/fargate.toml");
+      expect(parseStage(words)).toEqual({ ...stage, config: "config.toml" });
+    }
+  });
+
+  test.each([
+    ["no words", []],
+    ["only --config", ["--config"]],
+    ["an empty path", ["--config", "", "custom", "config"]],
+    ["a path that begins with a dash", ["--config", "-x", "custom", "config"]],
+    ["--config=PATH", ["--config=x.toml", "custom", "config"]],
+    ["--config after the command", ["custom", "config", "--config", "x.toml"]],
+    ["two paths", ["--config", "x.toml", "--config", "y.toml", "custom", "config"]],
+    ["other options", ["--debug", "custom", "prepare"]],
+    ["options after the command", ["custom", "run", "script", "stage", "--debug"]],
+    ["--help", ["custom", "config", "--help"]],
+    ["--version", ["--version"]],
+    ["the help command", ["custom", "help", "run"]],
+    ["aliases", ["c", "config"]],
+    ["aliases of stages", ["custom", "r", "script", "stage"]],
+    ["sweep", ["sweep"]],
+    ["no stage", ["custom"]],
+    ["an unknown stage", ["custom", "toString"]],
+    ["too few operands", ["custom", "run", "script"]],
+    ["too many operands", ["custom", "cleanup", "script"]],
+    ["operands that begin with a dash", ["custom", "run", "script", "-stage"]],
+    ["the end of options", ["custom", "run", "--", "script", "stage"]],
+  ])("parseStage leaves %s to parseCommandLine", (_, words) => {
+    expect(parseStage(words)).toBeUndefined();
   });
 
   testProgram("fargate prints help and version at every level", async () => {
