@@ -956,6 +956,60 @@ describe("logging", () => {
     expect(formatRecord(record("fatal", "x"), "text-simple")).toBe("error: x\n");
   });
 
+  /** Logs one message at level info and returns its text. */
+  const logged = (message: string, fields?: Record<string, unknown>) => {
+    const records: LogRecord[] = [];
+    makeLogger("debug", (record) => records.push(record)).info(message, fields);
+    expect(records.length).toBe(1);
+    return records[0]?.message;
+  };
+
+  test("makeLogger replaces the names of fields by their values", () => {
+    expect(logged("{a} and {b}, {a}", { a: "$&", b: 1 })).toBe("$& and 1, $&");
+    expect(logged("{zero} {none} {no}", { zero: 0, none: undefined, no: false })).toBe("0 undefined false");
+    expect(logged("{a}{b}", { a: "{b}", b: "{a}" })).toBe("{b}{a}"); // values are not messages
+    expect(logged("{{a}}", { a: "x" })).toBe("{x}");
+  });
+
+  test("makeLogger leaves all other braces alone", () => {
+    for (const text of ["{", "}{", "{}", "{{}}", "{other}", "{ a }", "{a.b}", "{a", "a}", "${b}{a-b}"]) {
+      expect(logged(text)).toBe(text);
+      expect(logged(text, { a: "x" })).toBe(text);
+    }
+    for (const name of ["constructor", "__proto__", "toString", "hasOwnProperty"])
+      expect(logged(`{${name}}`, { a: "x" })).toBe(`{${name}}`);
+    expect(logged("{toString}", { toString: "x" })).toBe("x");
+  });
+
+  test("makeLogger passes only records of the lowest level and more severe ones", () => {
+    const levels = ["trace", "debug", "info", "warning", "error", "fatal"] as const;
+    for (const lowest of levels) {
+      const records: LogRecord[] = [];
+      const logger = makeLogger(lowest, (record) => records.push(record));
+      for (const method of ["debug", "info", "warn", "error", "fatal"] as const) logger[method](method);
+      const passed = levels.slice(levels.indexOf(lowest)).filter((level) => level !== "trace");
+      expect(records.map(({ level }) => level)).toEqual(passed);
+      expect(records.map(({ message }) => message)).toEqual(passed.map((level) => level.replace("warning", "warn")));
+    }
+  });
+
+  test("makeLogger passes the fields and the time of a record", () => {
+    const records: LogRecord[] = [];
+    const fields = { status: "RUNNING", unused: [1] };
+    const before = Date.now();
+    const logger = makeLogger("info", (each) => records.push(each));
+    logger.info("it is {status}", fields);
+    logger.fatal("no fields");
+    expect(records).toEqual([
+      { level: "info", message: "it is RUNNING", fields, timestamp: expect.any(Number) },
+      { level: "fatal", message: "no fields", fields: {}, timestamp: expect.any(Number) },
+    ]);
+    for (const { timestamp } of records) {
+      expect(timestamp).toBeGreaterThanOrEqual(before);
+      expect(timestamp).toBeLessThanOrEqual(Date.now());
+    }
+  });
+
   // Line ends, cursor movements, direction marks, invisible characters, and a lone surrogate.
   const hostile =
     'a\nb\r\u001b[0Ksection_start:1:x\u0085\u2028\u202e\u200b\u{e0041}\ud800"}\n{"level":"fatal","msg":"forged"}';
