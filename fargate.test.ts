@@ -95,7 +95,7 @@ import { driver, fargate, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
 import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
 import { tagsOf, wholeRun } from "./fixtures/secrets.ts";
-import { type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
+import { parseKey, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import { type ContainerHostsOptions, containerHosts, type TaskHosts } from "./fixtures/tasks.ts";
 import {
   cleanup,
@@ -2906,6 +2906,88 @@ test("connect rejects a key that cannot be read", async () => {
   await expect(connect(target, 200, new AbortController().signal)).rejects.toThrow(/Cannot parse privateKey/);
   await new Promise((later) => setTimeout(later, 400)); // a timer left behind would by now have caused an unhandled rejection
   server.close();
+});
+
+describe("login", () => {
+  /** A request of the client, with the result of checking its signature. */
+  interface LoginRequest {
+    readonly method: string;
+    readonly algorithm?: string;
+    readonly hash?: string | undefined;
+    readonly verified?: boolean;
+  }
+  /**
+   * Logs in to a server. Returns the client's requests.
+   *
+   * @param accepts whether the server accepts a key with the right signature
+   * @param algorithms what the server lists in place of rsa-sha2-256
+   */
+  async function loginRequests(type: "ed25519" | "rsa", { accepts = true, algorithms = "rsa-sha2-256" } = {}) {
+    const { privateKey, publicKey } = await makeKeyPair(type);
+    const { privateKey: hostKey } = await makeKeyPair("ed25519");
+    const allowed = parseKey(publicKey);
+    const requests: LoginRequest[] = [];
+    const server = new SshServerOfAPacket({ hostKeys: [hostKey] }, (client) => {
+      // ssh2 replaces its writer of packets once both sides have agreed on the algorithms.
+      type Writer = { finalize(packet: Buffer, force?: boolean): Buffer };
+      const { _packetRW: packets } = (client as unknown as { _protocol: { _packetRW: { write: Writer } } })._protocol;
+      let { write } = packets;
+      const set = (writer: Writer) => {
+        write = writer;
+        const finalize = writer.finalize.bind(writer);
+        writer.finalize = (packet, force) => {
+          const at = packet.includes("server-sig-algs") ? packet.indexOf("rsa-sha2-256") : -1;
+          if (at >= 0) packet.write(algorithms, at, "latin1");
+          return finalize(packet, force);
+        };
+      };
+      Object.defineProperty(packets, "write", { get: () => write, set });
+      client
+        .on("error", () => {})
+        .on("authentication", (attempt) => {
+          const { method } = attempt;
+          if (method !== "publickey") {
+            requests.push({ method });
+            return attempt.reject(["publickey"]);
+          }
+          const { key, signature, blob, hashAlgo } = attempt;
+          const verified = signature && blob ? allowed.verify(blob, signature, hashAlgo) === true : false;
+          requests.push({ method, algorithm: key.algo, hash: hashAlgo, verified });
+          if (accepts && key.data.equals(allowed.getPublicSSH())) attempt.accept();
+          else attempt.reject(["publickey"]);
+        });
+    }).listen(0, "127.0.0.1");
+    await new Promise((listening) => server.once("listening", listening));
+    try {
+      const { port } = server.address() as { port: number };
+      const target = { host: "127.0.0.1", Port: port, Username: "root", privateKey, KeepAliveInterval: 0 };
+      const failure = await connect({ ...target, CancelGracePeriod: 1 }, 3_000, never).then(
+        ({ client }) => void client.destroy(),
+        (error: Error) => error,
+      );
+      return { requests, failure };
+    } finally {
+      server.close();
+    }
+  }
+
+  test.each([
+    ["ed25519", "rsa-sha2-256", { algorithm: "ssh-ed25519", hash: undefined }],
+    ["rsa", "rsa-sha2-256", { algorithm: "ssh-rsa", hash: "sha256" }],
+    ["rsa", "rsa-sha2-512", { algorithm: "ssh-rsa", hash: "sha512" }],
+    ["rsa", "other-sha234", { algorithm: "ssh-rsa", hash: undefined }], // SHA-1
+  ] as const)("connect logs in with one signed request (%s, %s)", async (type, algorithms, request) => {
+    const { requests, failure } = await loginRequests(type, { algorithms });
+    expect(failure).toBeUndefined();
+    expect(requests).toEqual([{ method: "publickey", ...request, verified: true }]);
+  });
+
+  test.each(["ed25519", "rsa"] as const)("connect fails when the server refuses a key of type %s", async (type) => {
+    const { requests, failure } = await loginRequests(type, { accepts: false });
+    expect(failure).toMatchObject({ why: "login", cause: { problem: "key" } });
+    expect(failure?.message).toMatch(/^root@127\.0\.0\.1:\d+: the server refused the key$/);
+    expect(requests).toMatchObject([{ method: "publickey", verified: true }]);
+  });
 });
 
 describe("scripts over SSH", () => {
