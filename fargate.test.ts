@@ -4358,6 +4358,80 @@ describeProgram("compiled program", () => {
     nothingLeft();
   });
 
+  taskTest("run fails when its output cannot be written", async () => {
+    const env = byHand();
+    const config = world.configure();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    const runWith = async (script: string, stdio: ["ignore", number | "pipe", number | "pipe"]) => {
+      // Debug lines would be written to standard error as well.
+      const words = ["--config", config, "--log-level", "warn", "custom", "run", scriptFile(script), "x"];
+      const child = spawn(driver, words, { env, stdio });
+      const [out, err] = [collect(), collect()];
+      child.stdout?.pipe(out.sink);
+      child.stderr?.pipe(err.sink);
+      const code = await new Promise((done) => child.on("close", done));
+      return { code, stdout: out.bytes().toString(), stderr: err.bytes().toString() };
+    };
+    if (process.platform === "linux") {
+      const full = fs.openSync("/dev/full", "w");
+      onTestFinished(() => fs.closeSync(full));
+      const failed = / error: the job's output cannot be written: ENOSPC: .*\n$/;
+      // Whether the script goes on or has ended.
+      for (const script of ["echo line; sleep 600", "echo line"]) {
+        const out = await runWith(script, ["ignore", full, "pipe"]);
+        expect(out).toEqual({ code: 2, stdout: "", stderr: expect.stringMatching(failed) });
+        const err = await runWith(`echo first; { ${script}; } >&2`, ["ignore", "pipe", full]);
+        expect(err).toEqual({ code: 2, stdout: "first\n", stderr: "" });
+      }
+      expect(await runWith("exit 0", ["ignore", full, full])).toMatchObject({ code: 0 });
+    }
+    // Nobody reads standard error any more.
+    const script = scriptFile("while :; do echo line >&2; done");
+    const child = spawn(driver, ["--config", config, "custom", "run", script, "x"], {
+      env,
+      stdio: ["ignore", "ignore", "pipe"],
+    });
+    await new Promise((shown) => child.stderr.once("data", shown));
+    child.stderr.destroy();
+    expect(await new Promise((done) => child.on("close", done))).toBe(2);
+    await fargate(["--config", config, "custom", "cleanup"], { env });
+    nothingLeft();
+  });
+
+  taskTest("run writes both streams to one file after its earlier content", async () => {
+    const env = byHand();
+    const config = world.configure();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    const path = join(directory(), "log");
+    fs.writeFileSync(path, "earlier\n");
+    const size = 5_000_000; // bytes; more than the driver writes at once
+    const scripts = [
+      "for i in 1 2 3; do echo out $i; sleep 0.1; echo err $i >&2; sleep 0.1; done",
+      `head -c ${size} /dev/zero; sleep 0.1; head -c ${size} /dev/zero >&2`,
+      "echo last",
+    ];
+    // Either the system appends, or all processes share one position in the file.
+    for (const flag of ["a", "r+"]) {
+      fs.truncateSync(path, "earlier\n".length);
+      const file = fs.openSync(path, flag);
+      if (flag === "r+") fs.readSync(file, Buffer.alloc(100)); // moves the position
+      try {
+        for (const script of scripts) {
+          const words = ["--config", config, "--log-level", "warn", "custom", "run", scriptFile(script), "x"];
+          const child = spawn(driver, words, { env, stdio: ["ignore", file, file] });
+          expect(await new Promise((done) => child.on("close", done))).toBe(0);
+        }
+      } finally {
+        fs.closeSync(file);
+      }
+      const text = fs.readFileSync(path, "latin1");
+      expect(text.length).toBe("earlier\n".length + 36 + 2 * size + 5);
+      expect(text.replace(/\0+/, "\0")).toBe("earlier\nout 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\n\0last\n");
+    }
+    await fargate(["--config", config, "custom", "cleanup"], { env });
+    nothingLeft();
+  });
+
   test("fargate ignores .env, bunfig.toml and node_modules in the working directory", async () => {
     const hostile = directory();
     const marker = join(hostile, "executed");
