@@ -2830,7 +2830,7 @@ async function waitUntilReady(context: Context, aws: Aws, record: TaskRecord, ke
   const watch = async (): Promise<never> => {
     for (;;) {
       const { host, usableSince } = startup;
-      // A running task accepts a login soon, or fails: it is polled as often as a new one.
+      // While a running task accepts no login, the pause stays at 5 s.
       const waited = host && usableSince < Infinity ? 0 : now() - started;
       const pause = pollPause(waited, host !== undefined, Math.random(), aws.throttled);
       await sleep(Math.min(pause, Math.max(deadline - now(), 0) + 1), signal);
