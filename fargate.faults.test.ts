@@ -2595,7 +2595,7 @@ describe.concurrent("unwritable records", () => {
       const path = directory();
       if (!mount(options, path)) throw new SkipFault("mount(8) is not permitted");
       try {
-        if (fill) managerId(path);
+        if (fill) managerId(path, {});
         if (fill) spawnSync("dd", ["if=/dev/zero", `of=${join(path, "fill")}`], { stdio: "ignore" });
         scene.configure({ TaskMetadata: { Directory: path } });
         const finished = await scene.stage("prepare");

@@ -1025,7 +1025,7 @@ describe("arbitrary input", () => {
             } = stageOf(records, hasty(), (config) => {
               config.SSH.ConnectTimeout = 1;
             });
-            managerId(records);
+            managerId(records, {});
             fs.writeFileSync(path, text, { encoding: "latin1", mode: 0o600 });
             const script = join(records, "script");
             fs.writeFileSync(script, "true");

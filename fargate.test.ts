@@ -1285,16 +1285,16 @@ describe("task record", () => {
 
   test("managerId gives concurrent callers one identity", async () => {
     const where = directory();
-    const script = `import {managerId} from ${JSON.stringify(join(projectRoot, "fargate.ts"))}; console.log(managerId(process.argv[1]))`;
+    const script = `import {managerId} from ${JSON.stringify(join(projectRoot, "fargate.ts"))}; console.log(managerId(process.argv[1], {}))`;
     const asked = Array.from({ length: 8 }, () => start([process.execPath, "-e", script, where]).finished);
     const ids = (await Promise.all(asked)).map(({ stdout }) => stdout.toString().trim());
     expect(new Set(ids).size).toBe(1);
     expect(ids[0]).toMatch(/^[0-9a-f]{12}$/);
-    expect(managerId(where)).toBe(ids[0]);
-    expect(managerId(directory())).not.toBe(ids[0]);
+    expect(managerId(where, {})).toBe(ids[0]);
+    expect(managerId(directory(), {})).not.toBe(ids[0]);
     expect(fs.readdirSync(where)).toEqual([".manager-id"]);
     fs.writeFileSync(join(where, ".manager-id"), "../x\n");
-    expect(thrown(() => managerId(where)).message).toContain("12 hex digits");
+    expect(thrown(() => managerId(where, {})).message).toContain("12 hex digits");
   });
 });
 
@@ -1582,7 +1582,7 @@ describe("judgeTask", () => {
   const live = { ...lock, isAlive: true };
   const dead = { ...lock, isAlive: false };
   const snapshot = { time: now, uptime: 100_000, records: [record], processes: [] };
-  const rules = { MaxTaskAge: 86_400, AbandonedAfter: 900, managers: [id], canLock: true };
+  const rules = { MaxTaskAge: 86_400, AbandonedAfter: 900, managers: [id], stoppedManagers: [], canLock: true };
   const task = (age: number, deadline?: number, manager = id): Task => ({
     taskArn: "arn",
     startedBy: `fargate-${manager}-${job}`,
@@ -2215,7 +2215,7 @@ describe("stages with ECS mocked", () => {
   // The second cleanup makes no calls.
   test("cleanup stops the task in the cluster that the record names", async () => {
     createDirectory(records);
-    managerId(records);
+    managerId(records, {});
     writeRecord(recordFile(), { ...someRecord, Cluster: "the-cluster-of-then" });
     await cleanup(contextOf());
     expect(inputs(StopTaskCommand)).toEqual([
@@ -2229,7 +2229,7 @@ describe("stages with ECS mocked", () => {
 
   test("cleanup stops every task with its startedBy when there is no record", async () => {
     createDirectory(records);
-    const startedBy = `fargate-${managerId(records)}-0123456789abcdef0123456789abcdef`;
+    const startedBy = `fargate-${managerId(records, {})}-0123456789abcdef0123456789abcdef`;
     ecs
       .on(ListTasksCommand)
       .resolvesOnce({ taskArns: ["one"], nextToken: "more" })
@@ -2250,7 +2250,7 @@ describe("stages with ECS mocked", () => {
       expect.stringMatching(/^warning: TaskMetadata.Directory \S+ does not exist: no task was started/),
     ]);
     createDirectory(records);
-    managerId(records);
+    managerId(records, {});
     ecs.on(ListTasksCommand).rejects(awsError("AccessDeniedException", "no"));
     await cleanup(contextOf());
     expect(logged).toEqual([

@@ -401,6 +401,10 @@ const ConfigSchema = v.object({
   }),
 });
 
+const { LogLevel, LogFormat, LogFile } = ConfigSchema.entries;
+/** The settings of the log, for commands without a configuration file. */
+const LogSchema = v.object({ LogLevel, LogFormat, LogFile });
+
 type Config = v.InferOutput<typeof ConfigSchema>;
 /** Settings that a job may choose by a variable, which the runner passes as `CUSTOM_ENV_<name>`. */
 const JOB_VARIABLES = {
@@ -487,9 +491,9 @@ function formatValue(value: unknown): string {
 }
 
 /** One error of the schema: the setting's path, its value, and the valid values. */
-function describeIssue(issue: v.BaseIssue<unknown>): string {
+function describeIssue(issue: v.BaseIssue<unknown>, root: v.GenericSchema = ConfigSchema): string {
   if (issue.type === "raw_check") return issue.message;
-  let schema: v.GenericSchema = ConfigSchema;
+  let schema = root;
   let expected = "a table";
   for (const { key: step } of issue.path ?? []) {
     schema = entriesOf(schema)?.[String(step)] ?? schema;
@@ -570,7 +574,7 @@ function readConfig(file: string, path: string, options: Options, env: Environme
   }
   const result = v.safeParse(ConfigSchema, merged);
   if (!result.success) {
-    const problems = [...new Set(result.issues.map(describeIssue))];
+    const problems = [...new Set(result.issues.map((issue) => describeIssue(issue)))];
     if (problems.length > 30) problems.splice(29, Infinity, `and ${problems.length - 29} more`);
     throw new Failure("system", `${path} cannot be used:`, {}, problems);
   }
@@ -792,8 +796,9 @@ function readJob(env: Environment): Job | undefined {
 // files, or trust files that others could have written.
 
 const RECORD_VERSION = 1;
-const MANAGER_ID = /^[0-9a-f]{12}$/;
-const STARTED_BY = /^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/; // of this driver's tasks: fargate-<manager>-<job>
+const MANAGER_ID = /^([0-9a-f]{12}|[0-9a-f]{32})$/; // random; or on ECS, the id of the manager's own task
+/** `startedBy` of this driver's tasks: fargate-<manager>-<job>. */
+const STARTED_BY = /^fargate-([0-9a-f]{12}|[0-9a-f]{32})-[0-9a-f]{32}$/;
 const epochSeconds = v.pipe(v.number(), v.minValue(0), v.maxValue(8.64e12)); // within the range of Date
 
 /** The file that prepare leaves for the later stages: the official driver's fields and this driver's own. */
@@ -898,7 +903,7 @@ function writeRecord(path: string, record: TaskRecord): void {
 
 /** Whether a text contains a `startedBy` of a job other than the one in the record's file name. */
 const isOfAnotherJob = (path: string, text: string): boolean =>
-  !path.includes(/fargate-[0-9a-f]{12}(-[0-9a-f]{32})/.exec(text)?.[1] ?? "");
+  !path.includes(/fargate-(?:[0-9a-f]{12}|[0-9a-f]{32})(-[0-9a-f]{32})/.exec(text)?.[1] ?? "");
 
 /** @returns undefined if there is no record. @throws {Failure} if it cannot be parsed or trusted */
 function readRecord(path: string): TaskRecord | undefined {
@@ -989,13 +994,62 @@ function readLocks({ Directory }: Config["TaskMetadata"], wallTime: number) {
   });
 }
 
+/** A manager that is itself an ECS task. Cluster: name or ARN */
+type ManagerTask = Readonly<Record<"id" | "Cluster" | "Region", string>>;
+const METADATA_TIMEOUT_MS = 2_000;
+const MetadataSchema = v.object({
+  Cluster: v.string(),
+  TaskARN: v.pipe(v.string(), v.regex(/^arn:aws[\w-]*:ecs:[\w-]+:\d{12}:task\/([\w-]+\/)?[0-9a-f]{32}$/)),
+});
+/** The ECS task that this process runs in, from the task metadata endpoint, version 4. */
+async function readOwnTask(endpoint: string): Promise<ManagerTask> {
+  // Not by `fetch`, which would ask a proxy for this link-local address.
+  const { get } = await import("node:http");
+  const signal = AbortSignal.timeout(METADATA_TIMEOUT_MS);
+  const text = await new Promise<string>((resolve, reject) => {
+    const onAnswer = (answer: Readable) => answer.toArray().then((parts) => resolve(parts.join("")), reject);
+    get(`${endpoint}/task`, { signal }, onAnswer).on("error", reject);
+  });
+  const { Cluster, TaskARN } = readJson(text, MetadataSchema);
+  return { id: TaskARN.slice(-32), Cluster, Region: TaskARN.split(":")[3] ?? "" };
+}
+
+const managerTaskPath = (directory: string) => join(directory, ".manager-task");
+/** The manager's own task as last written: "", if it is unknown; undefined, if the file is of another container. */
+function readManagerTask(directory: string, endpoint: string): string | undefined {
+  const path = managerTaskPath(directory);
+  const [, container, id] = fs.existsSync(path)
+    ? (/^([0-9a-f]{12}) ([0-9a-f]{32})?\n$/.exec(readPrivateFile(path)) ?? [])
+    : [];
+  return container === sha256(endpoint).slice(0, 12) ? (id ?? "") : undefined;
+}
+
 /**
- * The id that tells this manager from others on the same cluster. It depends on the host's name, so that a
- * copy of the directory on another host has another id.
+ * On ECS, finds out the manager's own task, once for each container. If the metadata endpoint does not answer,
+ * that stays so: a manager must not change its id between the stages of a job.
  */
-function managerId(directory: string): string {
+async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment) {
+  if (!endpoint || readManagerTask(directory, endpoint) !== undefined) return;
+  const task = await readOwnTask(endpoint).catch(() => undefined);
+  const path = managerTaskPath(directory);
+  const write = () => {
+    const content = `${sha256(endpoint).slice(0, 12)} ${task?.id ?? ""}\n`;
+    // Another process of this container may have written it meanwhile; the first one counts.
+    if (readManagerTask(directory, endpoint) === undefined) writeDurably(path, content, fs.renameSync);
+  };
+  withContext(`the manager's id file ${path} cannot be written`, write, "disk");
+}
+
+/**
+ * The id that tells this manager from others on the same cluster: the manager's own ECS task, if
+ * `identifyManager` has found it. Else a random id, which depends on the host's name as well, so that a copy of
+ * the directory on another host has another id.
+ */
+function managerId(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment): string {
   const path = join(directory, ".manager-id");
-  return withContext(`the manager's id file ${path} cannot be used`, () => {
+  return withContext(`the manager's id file in ${directory} cannot be used`, () => {
+    const task = endpoint && readManagerTask(directory, endpoint);
+    if (task) return task;
     try {
       // link(2) is atomic, and fails if the file exists.
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
@@ -1003,10 +1057,14 @@ function managerId(directory: string): string {
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
     const id = readPrivateFile(path).trim();
-    if (!MANAGER_ID.test(id)) throw new Error("it does not contain 12 hex digits; remove it");
+    if (!/^[0-9a-f]{12}$/.test(id)) throw new Error(`${path} does not contain 12 hex digits; remove it`);
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
 }
+
+/** Whether a job has been prepared with this directory. */
+const hasManagerId = (directory: string): boolean =>
+  [".manager-id", ".manager-task"].some((name) => fs.existsSync(join(directory, name)));
 
 // 7. Keys -----------------------------------------------------------------------------------------------
 // The SSH key pair of a job. Uses failures and configuration. Must not store a key: only the record does.
@@ -2429,8 +2487,8 @@ async function runScript(
 
 const recordPath = ({ config, job }: Context): string =>
   join(config.TaskMetadata.Directory, `${job.stem}.json`);
-const startedBy = ({ config, job }: Context): string =>
-  `fargate-${managerId(config.TaskMetadata.Directory)}-${job.hash.slice(0, 32)}`;
+const startedBy = ({ config, job, env }: Context): string =>
+  `fargate-${managerId(config.TaskMetadata.Directory, env)}-${job.hash.slice(0, 32)}`;
 
 /** The output of the `config` stage. It leaves builds_dir and cache_dir to the runner's config.toml. */
 function configAnswer(job: Job | undefined, host = hostname()): string {
@@ -2492,7 +2550,7 @@ function checkJob(context: Context): void {
 
 /** The `prepare` stage: starts the job's task, and returns once a login has succeeded. */
 async function prepare(context: Context): Promise<void> {
-  const { config, job, log, now, signal, refusal } = context;
+  const { config, job, log, now, signal, refusal, env } = context;
   if (refusal) throw new Failure("build", refusal);
   checkJob(context);
   const warning = createDirectory(config.TaskMetadata.Directory);
@@ -2509,6 +2567,7 @@ async function prepare(context: Context): Promise<void> {
     const own = await readOperatorKey(context); // never copied to the record
     const key = own ?? (await makeKeyPair(config.SSH.KeyType));
     const aws = new Aws(config.Fargate, context);
+    await identifyManager(config.TaskMetadata.Directory, env);
     const record = newRecord(context, own ? "" : key.privateKey);
     writeRecord(recordPath(context), record);
     const begun = now();
@@ -3074,7 +3133,7 @@ async function cleanup(caller: Context): Promise<void> {
   }
   const isKnown = await releaseTask(context);
   // Meanwhile, a prepare may have written a record and sent RunTask.
-  if ((first || !isKnown) && fs.existsSync(join(Directory, ".manager-id")))
+  if ((first || !isKnown) && hasManagerId(Directory))
     await stopTasksStartedBy(context, new Aws(config.Fargate, context), startedBy(context), { until: now() });
   readLocks(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
   // Files that a killed process was writing may contain a key.
@@ -3088,6 +3147,9 @@ type TaskReference = Pick<
   TaskRecord,
   "TaskARN" | "Cluster" | "Region" | "StartedBy" | "Unanswered" | "UpdatedAt"
 >;
+/** What stopping a task needs. `title`: the reason that ECS shows for it */
+type StopContext = Pick<Context, "now" | "wallTime" | "log" | "warned"> & { job: Pick<Job, "title"> };
+
 /**
  * Stops the task of this job's record, then removes the record. If that fails, the record stays.
  * @param signal aborts it: prepare, which begins with this, must obey SIGTERM
@@ -3136,7 +3198,7 @@ async function stopNamedTask(context: Context, path: string, signal?: AbortSigna
 
 /** Stops a record's task and that of an unanswered RunTask. @returns as `stopTasksStartedBy` */
 async function stopRecordedTask(
-  context: Context,
+  context: StopContext,
   aws: Aws,
   record: TaskReference,
   signal?: AbortSignal,
@@ -3154,7 +3216,7 @@ async function stopRecordedTask(
  * Stops every task with this `startedBy`. While there is none, looks again until `until`.
  * @returns false, with a warning, if ecs:ListTasks is not allowed, as with the official driver's permissions
  */
-async function stopTasksStartedBy(context: Context, aws: Aws, name: string, { until, signal }: Limits) {
+async function stopTasksStartedBy(context: StopContext, aws: Aws, name: string, { until, signal }: Limits) {
   const { job, log, now, warned } = context;
   const latest = Math.min(until, now() + LIST_LAG_MS); // also when the clock has been set back
   for (;;) {
@@ -3185,6 +3247,7 @@ const ORPHANED = {
   lost: "its record is gone",
   overdue: "it is past its deadline",
   abandoned: "its job is abandoned",
+  unmanaged: "its manager's own task has stopped",
 } as const;
 /** `manager`: the id of another manager, whose host is gone; sweep treats its tasks as its own. */
 type SweepOptions = Readonly<{ dryRun: boolean; json: boolean; manager?: string | undefined }>;
@@ -3201,6 +3264,10 @@ interface SweepReport extends Readonly<Record<"stopped" | "left", SweptTask[]>> 
   readonly removedRecords: string[]; // file names
   readonly problems: string[];
 }
+
+/** An error and what to do about it, as one text. */
+const describeFailure = (error: unknown): string =>
+  [reasonOf(error), adviceFor(causeOf(error))].filter(Boolean).join("; what to do: ");
 
 /** The readable parts of all records. `job`: as in `startedBy`; `mtimeMs`: when the last stage ended */
 function readRecords(directory: string) {
@@ -3231,6 +3298,7 @@ interface Snapshot {
 /** The rules by which sweep judges a task. */
 interface SweepRules extends Pick<Config["Fargate"], "MaxTaskAge" | "AbandonedAfter"> {
   readonly managers: readonly string[]; // ids of the managers whose tasks count as this host's
+  readonly stoppedManagers: readonly string[]; // ids of managers on ECS whose own tasks have stopped
   readonly canLock: boolean; // if not (full disk), live jobs have no locks, and none counts as abandoned
 }
 
@@ -3243,7 +3311,9 @@ const isInUse = (snapshot: Snapshot, job: string) =>
 function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Snapshot, rules: SweepRules) {
   const { time } = snapshot;
   const job = startedBy.slice(-32);
-  const isOwn = rules.managers.includes(startedBy.split("-")[1] ?? "");
+  const manager = startedBy.split("-")[1] ?? "";
+  const isUnmanaged = rules.stoppedManagers.includes(manager);
+  const isOwn = isUnmanaged || rules.managers.includes(manager);
   const record = isOwn ? snapshot.records.find((record) => record.job === job) : undefined;
   const createdAt = Math.floor(task.createdAt ? task.createdAt.getTime() / 1000 : time);
   const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
@@ -3256,6 +3326,7 @@ function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Sn
   const isLost = isOwn && !record && time > createdAt + SWEEP_TASKS_AFTER;
   let cause: keyof typeof ORPHANED | undefined;
   if (isOwn && isInUse(snapshot, job)) cause = undefined;
+  else if (isUnmanaged) cause = "unmanaged";
   else if (isLost) cause = "lost";
   else if (time > deadline) cause = "overdue";
   else if (isIdle) cause = "abandoned";
@@ -3286,13 +3357,14 @@ interface Sweep {
  * Stops orphaned tasks in the cluster:
  *  - of any manager: tasks past their deadline;
  *  - of this manager: tasks whose record is gone, and tasks whose job has had no live process for
- *    AbandonedAfter or since the last boot.
+ *    AbandonedAfter or since the last boot;
+ *  - of other managers on ECS: tasks whose manager's own task has stopped.
  * Then removes old records whose tasks are gone. Never touches other programs' tasks, or jobs with a live
  * stage.
  * @throws {Failure} if the cluster cannot be listed; any other failure is one of the report's problems
  */
 async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
-  const { config, log, now, wallTime, signal } = context;
+  const { config, log, now, wallTime, signal, env } = context;
   const { MaxTaskAge, AbandonedAfter } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
@@ -3303,18 +3375,19 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
     signal.throwIfAborted();
     await action().catch((error) => {
       signal.throwIfAborted();
-      report.problems.push(
-        [reasonOf(error), adviceFor(causeOf(error))].filter(Boolean).join("; what to do: "),
-      );
+      report.problems.push(describeFailure(error));
     });
   };
   // Reads the records after the tasks: prepare writes the record first, so a task without one has lost it.
   const listed = await aws.describeTasks(await aws.listTasks(undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const hasDirectory = fs.existsSync(Directory);
-  const hasIdentity = hasDirectory && fs.existsSync(join(Directory, ".manager-id"));
-  const ids = [manager, hasIdentity ? managerId(Directory) : undefined];
+  const ids = [manager, hasDirectory && hasManagerId(Directory) ? managerId(Directory, env) : undefined];
   const managers = ids.filter((id) => id !== undefined);
+  const stoppedManagers: string[] = [];
+  await attempt(async () => {
+    stoppedManagers.push(...(await findStoppedManagers(context, tasks, managers, limits())));
+  });
   const takeSnapshot = (): Snapshot => ({
     time: wallTime() / 1000,
     uptime: uptime(),
@@ -3325,7 +3398,7 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   await attempt(async () => {
     canLock = hasDirectory && AbandonedAfter > 0 && probeLock(Directory);
   });
-  const rules = { MaxTaskAge, AbandonedAfter, managers, canLock };
+  const rules = { MaxTaskAge, AbandonedAfter, managers, stoppedManagers, canLock };
   const shared: Sweep = { context, aws, tasks, rules, report, hasDirectory, takeSnapshot, limits, attempt };
   await sweepTasks(shared);
   await sweepRecords(shared);
@@ -3333,6 +3406,26 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   takeSnapshot(); // removes the locks of dead processes
   log.debug("sweep leaves {left} tasks running", { left: report.left.length });
   return report;
+}
+
+/**
+ * On ECS, the other managers of these tasks whose own tasks have stopped. A manager of another cluster, or one
+ * that ECS no longer knows, is none of them: its tasks end at their deadline.
+ */
+async function findStoppedManagers(
+  context: BaseContext,
+  tasks: readonly Task[],
+  known: readonly string[],
+  limits: Limits,
+): Promise<string[]> {
+  const { ECS_CONTAINER_METADATA_URI_V4: endpoint } = context.env;
+  const ids = new Set(tasks.map(({ startedBy = "" }) => startedBy.split("-")[1] ?? ""));
+  const others = [...ids].filter((id) => id.length === 32 && !known.includes(id));
+  if (!endpoint || others.length === 0) return [];
+  const own = await readOwnTask(endpoint);
+  const described = await new Aws(own, context).describeTasks(others, limits);
+  const stopped = described.filter(({ lastStatus }) => lastStatus === "STOPPED");
+  return stopped.map(({ taskArn = "" }) => taskArn.slice(-32)).filter((id) => others.includes(id));
 }
 
 /** Whether a lock can be created. @throws {Failure} if not */
@@ -3417,7 +3510,8 @@ async function sweepRecords(shared: Sweep): Promise<void> {
 function sweepTemporaryFiles({ context, hasDirectory, report }: Sweep): void {
   const { Directory } = context.config.TaskMetadata;
   for (const name of hasDirectory && !report.dryRun ? fs.readdirSync(Directory) : []) {
-    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-id)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)) continue;
+    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-(id|task))\.[0-9a-f]{12}\.(tmp|swept)$/.test(name))
+      continue;
     const { mtimeMs = Infinity } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     if (context.wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
   }
@@ -3437,6 +3531,811 @@ function formatSweep(report: SweepReport, json: boolean): string {
       `records: ${report.removedRecords.length} ${would}removed; problems: ${report.problems.length}`,
   ];
   return lines.map((line) => `${printable(line)}\n`).join("");
+}
+
+// runners: writes the configuration of GitLab Runner and of the driver for many runners.
+
+const MANAGER_CANCEL_GRACE = 8; // seconds: CancelGracePeriod + 10 is the default of SHUTDOWN_TIMEOUT
+
+const runnerName = v.pipe(
+  v.string(),
+  v.regex(/^[A-Za-z0-9_.-]{1,100}$/),
+  v.description("1 to 100 of A-Z, a-z, 0-9, _, . and -"),
+);
+const number = (fallback: string, min: number, what: string) => {
+  const text = v.pipe(v.string(), v.trim(), v.regex(/^\d{1,9}$/), v.transform(Number));
+  return v.optional(v.pipe(v.union([text, v.number()]), whole(min, 999_999, what)), fallback);
+};
+const driverKeys = v.pipe(
+  v.custom<Table>(isTable),
+  v.description("a JSON object with keys of the driver's configuration file"),
+);
+const webAddress = v.pipe(
+  v.string(),
+  v.trim(),
+  v.regex(/^https?:\/\/[^@?#\s]+$/),
+  v.transform((url) => url.replace(/\/+$/, "")),
+  v.description("the address of GitLab, such as https://gitlab.com"),
+);
+
+/** The variables of `runners` and `manager`, besides tokens and managers. Times are in seconds. */
+const FleetSchema = v.object({
+  GITLAB_URL: v.optional(webAddress, "https://gitlab.com"),
+  RUNNER_NAME_PREFIX: v.optional(runnerName, "fargate"),
+  RUNNER_CONCURRENCY: number("1", 1, "the number of jobs that run at once"),
+  SHUTDOWN_TIMEOUT: number("18", 1, "seconds that cancelled jobs have to end"),
+  STOP_TIMEOUT: number("0", 0, "seconds that jobs have to finish before they are cancelled"),
+  SWEEP_INTERVAL: number("600", 0, "seconds between sweeps, 0 for none"),
+  CA_CERTIFICATES_PATH: v.optional(v.string()),
+  DRIVER_SETTINGS: v.optional(v.pipe(v.string(), v.parseJson(), driverKeys, driverKeys), "{}"),
+});
+
+/** Settings of the driver by their fields in MANAGERS_CONFIGS, and variables FARGATE_* or WORKER_*. */
+const WORKER_FIELDS = [
+  ["Fargate", "Cluster", "worker_ecs_cluster_arn", "CLUSTER"],
+  ["Fargate", "Region", "worker_aws_region", "REGION"],
+  ["Fargate", "Subnet", "worker_subnet_id", "SUBNET"],
+  ["Fargate", "SecurityGroup", "worker_security_group_id", "SECURITY_GROUP"],
+  ["Fargate", "TaskDefinition", "worker_task_definition_arn", "TASK_DEFINITION"],
+  ["SSH", "Username", "worker_ssh_user", "SSH_USER"],
+] as const;
+/** The field of a manager that sets one of the driver's settings, for messages. */
+const fieldOf = (path: string): string =>
+  WORKER_FIELDS.flatMap(([table, key, field]) => (path === `${table}.${key}` ? `${field}: ` : [])).join("");
+const tagList = v.pipe(
+  v.union([
+    v.pipe(
+      v.string(),
+      v.transform((tags) => tags.split(",")),
+    ),
+    v.array(v.string()),
+  ]),
+  v.transform((tags) => tags.map((tag) => tag.trim()).filter(Boolean)),
+  v.description("tags: a list, or a text with commas between them"),
+);
+const workerField = v.optional(v.pipe(v.string(), v.description("a text")));
+const terraformField = v.optional(v.unknown()); // accepted, and not used
+/** The fields of a manager in MANAGERS_CONFIGS. */
+const ManagerSchema = v.object({
+  manager_name: runnerName,
+  tag_list: v.optional(tagList),
+  tags: v.optional(tagList),
+  limit: number("0", 0, "the number of jobs that this manager runs at once, 0 for no limit"),
+  worker_ecs_cluster_arn: workerField,
+  worker_aws_region: workerField,
+  worker_subnet_id: workerField,
+  worker_security_group_id: workerField,
+  worker_task_definition_arn: workerField,
+  worker_ssh_user: workerField,
+  worker_docker_image: terraformField,
+  worker_cpu: terraformField,
+  worker_memory: terraformField,
+  worker_task_role_arn: terraformField,
+  driver_settings: v.optional(driverKeys, {}),
+});
+type Manager = v.InferOutput<typeof ManagerSchema>;
+
+/** A runner that shall have a section in config.toml. */
+interface PlannedRunner {
+  readonly label: string; // for messages: "manager w1" or "line 3 of tokens.txt"
+  readonly name: string; // the manager's, or the one in the list of tokens; may be empty
+  readonly token: string;
+  readonly isRegistration: boolean; // a registration token; otherwise the runner's authentication token
+  readonly tags: readonly string[];
+  readonly limit: number; // 0: none
+  readonly driverFile: string; // the driver's configuration file
+}
+
+/** All that `runners` reads and checks before it changes anything. */
+interface Fleet {
+  readonly variables: v.InferOutput<typeof FleetSchema>;
+  readonly gitlab: GitLab;
+  readonly caFile: string; // of a private certificate authority; empty if there is none
+  readonly configFile: string; // GitLab Runner's config.toml
+  readonly runners: readonly PlannedRunner[];
+  readonly managers: readonly Readonly<{ name: string; path: string; config: Config; settings: Table }>[];
+}
+
+/** What `runners` and `manager` get from outside. */
+interface FleetContext extends Omit<BaseContext, "config"> {
+  readonly program: string; // path of this program
+  readonly driverFile: string; // the file of --config, for runners without managers
+  readonly readInput: () => string; // reads standard input
+}
+
+/** Options of `runners`. In place of a file, "-" is standard input. */
+type RunnersOptions = { readonly [Key in "managers" | "tokens" | "url" | "runnerConfig"]?: string };
+
+/** Tokens must not get into messages, wherever somebody has put them. */
+const TOKEN_LIKE = /([\w-]*gl[a-z]{2,6}-|GR1348941)[\w.-]+/g;
+/** Collects the problems of all fields, to report them at once. */
+class Problems {
+  readonly #found = new Set<string>();
+  add(problem: string): void {
+    this.#found.add(problem.replace(TOKEN_LIKE, "[token]"));
+  }
+  /** @param label names the source of a value, in addition to its path in the schema */
+  check<T extends v.GenericSchema>(
+    schema: T,
+    value: unknown,
+    where = "",
+    label: (path: string) => string = () => "",
+  ): v.InferOutput<T> | undefined {
+    const result = v.safeParse(schema, value);
+    if (result.success) return result.output;
+    for (const issue of result.issues)
+      this.add(where + label(v.getDotPath(issue) ?? "") + describeIssue(issue, schema));
+    return undefined;
+  }
+  throwIfAny(): void {
+    const what = "the runners cannot be configured:";
+    if (this.#found.size > 0) throw new Failure("system", what, {}, [...this.#found]);
+  }
+}
+
+/** The managers in MANAGERS_CONFIGS: a list, or an object whose keys are names. */
+function parseManagers(text: string, source: string, problems: Problems): Table[] {
+  const { output: json } = v.safeParse(v.pipe(v.string(), v.parseJson()), text);
+  const isList = Array.isArray(json);
+  if (!isTable(json) && !isList) problems.add(`${source} is not a JSON object or list`);
+  return Object.entries(isTable(json) || isList ? json : {}).flatMap(([key, manager]) => {
+    if (!isTable(manager)) problems.add(`${source}: ${key} is not an object`);
+    return isTable(manager) ? [isList ? manager : { manager_name: key, ...manager }] : [];
+  });
+}
+
+/** The manager that the variables FARGATE_* or WORKER_* describe, if any is set. */
+function singleManager(env: Environment): Table[] {
+  const fields = WORKER_FIELDS.flatMap(([, , field, variable]) => {
+    const value = env[`FARGATE_${variable}`] || env[`WORKER_${variable}`];
+    return value ? [[field, value]] : [];
+  });
+  const manager = { manager_name: "default", tag_list: env.RUNNER_TAG_LIST, ...Object.fromEntries(fields) };
+  return fields.length > 0 ? [manager] : [];
+}
+
+/** Merges a manager's settings of the driver: defaults, DRIVER_SETTINGS, worker_* fields, driver_settings. */
+function driverSettings(manager: Manager, common: Table, warnings: string[]): Table {
+  const worker = WORKER_FIELDS.map(([table, key, field]) => ({ [table]: { [key]: manager[field] ?? "" } }));
+  const layers = [
+    { Fargate: {}, TaskMetadata: { Directory: "/opt/gitlab-runner/metadata" } },
+    { SSH: { Username: "root", CancelGracePeriod: MANAGER_CANCEL_GRACE } },
+    ...[common, ...worker, manager.driver_settings],
+  ].map((layer) => normalizeKeys(layer, ConfigSchema, "", warnings) as Table);
+  const merged: Table = {};
+  for (const [key, value] of layers.flatMap((layer) => Object.entries(layer))) {
+    const before = isTable(merged[key]) ? { ...merged[key] } : {};
+    // A list replaces the single value before it, and the reverse.
+    for (const one of ["Subnet", "SecurityGroup"])
+      if (isTable(value) && (one in value || `${one}s` in value)) {
+        delete before[one];
+        delete before[`${one}s`];
+      }
+    merged[key] = isTable(value) ? { ...before, ...value } : value;
+  }
+  return merged;
+}
+
+/** Checks the managers and their settings of the driver. */
+function planManagers(
+  tables: readonly Table[],
+  { common, directory }: { common: Table; directory: string },
+  problems: Problems,
+  log: Logger,
+) {
+  const names = new Set<unknown>();
+  return tables.flatMap((table) => {
+    const where = `manager ${formatValue(table.manager_name)}: `;
+    const set = Object.entries(table).filter(([, value]) => value !== null && value !== "");
+    for (const [key] of set.filter(([key]) => !Object.hasOwn(ManagerSchema.entries, key)))
+      if (/token/i.test(key)) problems.add(`${where}${key} must not be here; set ${TOKEN_VARIABLE}<NAME>`);
+      else log.warn("{where}{key} is not a known field, and has no effect", { where, key });
+    if (names.has(table.manager_name)) problems.add(`${where}the name occurs twice`);
+    names.add(table.manager_name);
+    const manager = problems.check(ManagerSchema, Object.fromEntries(set), where);
+    if (!manager) return [];
+    const warnings: string[] = [];
+    const settings = driverSettings(manager, common, warnings);
+    for (const warning of warnings) log.warn("{where}{warning}", { where, warning });
+    const config = problems.check(ConfigSchema, settings, where, fieldOf);
+    const path = join(directory, `fargate-${manager.manager_name}.toml`);
+    return config ? [{ manager, name: manager.manager_name, path, config, settings }] : [];
+  });
+}
+
+const TOKEN_VARIABLE = "GITLAB_RUNNER_TOKEN_";
+const tokenVariable = (name: string): string =>
+  `${TOKEN_VARIABLE}${name.toUpperCase().replace(/[^A-Z0-9]/g, "_")}`;
+/** Authentication tokens begin with glrt-, or with the instance's own prefix before it. */
+const isAuthenticationToken = (token: string): boolean => /^([\w-]+-)?glrtr?-/.test(token);
+
+/** The tokens in a list: one per line, or a name and a token. Lines that begin with # are comments. */
+function parseTokens(text: string, source: string, problems: Problems) {
+  const seen = new Map<string, string>();
+  return text.split(/\r?\n/).flatMap((line, index) => {
+    const words = line.split(/[\s=]+/).filter(Boolean);
+    if (words.length === 0 || line.trimStart().startsWith("#")) return [];
+    const label = `line ${index + 1} of ${source}`;
+    const [token = "", name = ""] = words.reverse();
+    const isValid = words.length <= 2 && /^[\w.-]+$/.test(token);
+    if (!isValid) problems.add(`${label} is invalid; expected: a token, or a name and a token`);
+    if (name) problems.check(runnerName, name, `${label}: the name `);
+    for (const [what, value] of [
+      ["token", token],
+      ["name", name],
+    ] as const) {
+      const first = value && seen.get(`${what} ${value}`);
+      if (first) problems.add(`${label} has the same ${what} as ${first}`);
+      seen.set(`${what} ${value}`, label);
+    }
+    return [{ label, name, token, isRegistration: !isAuthenticationToken(token) }];
+  });
+}
+
+/** Finds each manager's token: in the list, in the variable with its name, or in one for all managers. */
+function assignTokens(
+  names: readonly string[],
+  listed: ReturnType<typeof parseTokens>,
+  problems: Problems,
+  env: Environment,
+) {
+  const variables = Object.keys(env).filter((key) => key.startsWith(TOKEN_VARIABLE) && env[key]);
+  for (const key of variables)
+    if (!names.some((name) => tokenVariable(name) === key)) problems.add(`${key} is for no manager`);
+  for (const { label, name } of listed) if (!names.includes(name)) problems.add(`${label} is for no manager`);
+  const owners = new Map<string, string>();
+  return names.map((name) => {
+    const variable = tokenVariable(name);
+    const twin = names.find((other) => other !== name && tokenVariable(other) === variable);
+    if (twin && env[variable])
+      problems.add(`${variable} is for both ${twin} and ${name}; use a list of tokens`);
+    const own = listed.find((line) => line.name === name)?.token || env[variable] || env.GITLAB_RUNNER_TOKEN;
+    const token = (own || env.GITLAB_REGISTRATION_TOKEN || "").trim();
+    const isRegistration = !own && !isAuthenticationToken(token);
+    const owner = owners.get(token);
+    if (!token) problems.add(`manager ${name} has no token; set ${variable}`);
+    else if (owner && owner !== name && !isRegistration)
+      problems.add(
+        `managers ${owner} and ${name} have the same authentication token, so either would get jobs for the other; ` +
+          `create a runner for each in GitLab, and set ${tokenVariable(owner)} and ${variable}`,
+      );
+    owners.set(token, name);
+    return { token, isRegistration };
+  });
+}
+
+/** GitLab Runner's default for the path of its configuration file. */
+const defaultConfigFile = ({ HOME = "." }: Environment): string =>
+  process.geteuid?.() === 0 ? "/etc/gitlab-runner/config.toml" : join(HOME, ".gitlab-runner/config.toml");
+const DEFAULT_CA_FILE = "/etc/gitlab-runner/certs/ca.crt"; // as in GitLab Runner's own image
+
+/** Reads and checks all that `runners` needs. Changes nothing. @throws {Failure} that lists every problem */
+async function planFleet(context: FleetContext, options: RunnersOptions): Promise<Fleet> {
+  const { env, log, signal, driverFile } = context;
+  const problems = new Problems();
+  const read = (path: string, what: string) =>
+    path === "-" ? context.readInput() : readFile(path, `${what} ${path}`).toString();
+  const given = Object.fromEntries(Object.entries(env).filter(([, value]) => value?.trim()));
+  const variables = problems.check(FleetSchema, {
+    ...given,
+    ...(options.url && { GITLAB_URL: options.url }),
+  });
+  const json = options.managers ? read(options.managers, "the list of managers") : given.MANAGERS_CONFIGS;
+  const source = options.managers === "-" ? "standard input" : (options.managers ?? "MANAGERS_CONFIGS");
+  const tables = json ? parseManagers(json, source, problems) : singleManager(env);
+  const tokensFile = options.tokens ?? given.RUNNER_TOKENS_FILE;
+  const list = tokensFile ? read(tokensFile, "the list of tokens") : "";
+  const listed = parseTokens(list, tokensFile === "-" ? "standard input" : `${tokensFile}`, problems);
+  if (!json && tables.length + listed.length === 0)
+    problems.add("there are no runners; set MANAGERS_CONFIGS, or give --tokens");
+  const path = resolve(options.runnerConfig ?? given.CONFIG_FILE ?? defaultConfigFile(env));
+  const configFile = fs.existsSync(path) ? fs.realpathSync(path) : path;
+  const place = { common: variables?.DRIVER_SETTINGS ?? {}, directory: dirname(configFile) };
+  const managers = planManagers(tables, place, problems, log);
+  const names = managers.map(({ name }) => name);
+  const tokens = tables.length > 0 ? assignTokens(names, listed, problems, given) : [];
+  const runners = managers.map(({ manager, name, path }, index): PlannedRunner => {
+    const { tag_list, tags = [], limit } = manager;
+    const token = tokens[index] as (typeof tokens)[number];
+    return { label: `manager ${name}`, name, tags: tag_list ?? tags, limit, driverFile: path, ...token };
+  });
+  if (tables.length === 0) {
+    if (listed.length > 0)
+      readConfig(readFile(driverFile, `the configuration file ${driverFile}`).toString(), driverFile, {}, {});
+    runners.push(...listed.map((line) => ({ ...line, tags: [], limit: 0, driverFile })));
+  }
+  problems.throwIfAny();
+  const checked = variables as Fleet["variables"];
+  const caFile = checked.CA_CERTIFICATES_PATH ?? (fs.existsSync(DEFAULT_CA_FILE) ? DEFAULT_CA_FILE : "");
+  const gitlab = { url: checked.GITLAB_URL, ca: caFile ? await trustedCas(caFile) : undefined, signal };
+  return { variables: checked, gitlab, caFile, configFile, runners, managers };
+}
+
+/** GitLab's runner API. */
+interface GitLab {
+  readonly url: string; // of GitLab itself
+  readonly ca: readonly string[] | undefined; // certificates to trust; undefined: the default ones
+  readonly signal: AbortSignal;
+}
+const GITLAB_TIMEOUT_MS = 30_000;
+const GITLAB_RETRY_MS = 60_000; // how long to repeat requests while GitLab does not answer
+/** What GitLab's answers to requests of runners mean. */
+const GITLAB_STATUS: Readonly<Record<number, string>> = {
+  403: "GitLab refuses the token",
+  404: "this is no GitLab, or its address has a path",
+  410: "GitLab does not allow registration tokens; create the runner in GitLab, and use its token (glrt-...)",
+  429: "too many requests",
+};
+
+/** A request to GitLab that failed. */
+class GitLabFailure extends Failure {
+  constructor(
+    message: string,
+    readonly status: number, // 0 if there was no answer
+    readonly mayHaveTakenEffect: boolean,
+    isRetryable: boolean,
+  ) {
+    super("system", message, { isRetryable });
+  }
+  /** GitLab refuses this token; others may be valid. */
+  get isRefusal(): boolean {
+    return this.status >= 400 && this.status < 429;
+  }
+}
+
+const RunnerAnswerSchema = v.object({
+  id: v.optional(v.number()),
+  token: v.optional(v.string(), ""),
+  token_expires_at: v.nullish(v.pipe(v.string(), v.isoTimestamp())),
+});
+type RunnerAnswer = v.InferOutput<typeof RunnerAnswerSchema>;
+
+/** Sends one request. @param path below /api/v4/runners. @throws {GitLabFailure} */
+async function askGitLab(gitlab: GitLab, method: string, path: string, body: Table): Promise<RunnerAnswer> {
+  const { url, ca, signal } = gitlab;
+  const init: BunFetchRequestInit = {
+    method,
+    headers: { "Content-Type": "application/json", "User-Agent": `fargate ${VERSION}` },
+    body: JSON.stringify(body),
+    redirect: "manual",
+    keepalive: false, // bun repeats a request if a kept connection breaks, and a registration must not be
+    signal: AbortSignal.any([signal, AbortSignal.timeout(GITLAB_TIMEOUT_MS)]),
+    ...(ca && { tls: { ca: [...ca] } }),
+  };
+  try {
+    const answer = await fetch(`${url}/api/v4/runners${path}`, init);
+    const { status, ok } = answer;
+    const text = await answer.text();
+    const target = answer.headers.get("location");
+    const meaning = target ? `it redirects to ${target}; set GITLAB_URL to that` : GITLAB_STATUS[status];
+    const isServerError = status >= 500;
+    const what = `${url} answers ${status}${meaning ? `: ${meaning}` : ""}`;
+    if (!ok) throw new GitLabFailure(what, status, isServerError, isServerError || status === 429);
+    const { success, output } = v.safeParse(v.pipe(v.string(), v.parseJson(), RunnerAnswerSchema), text);
+    return success ? (output as RunnerAnswer) : { token: "" }; // older versions answer some requests with text
+  } catch (error) {
+    if (error instanceof GitLabFailure) throw error;
+    const { code = "" } = error as NodeJS.ErrnoException;
+    const notSent = firstMatch(NOT_SENT, code);
+    const isCertificate = notSent === "certificate";
+    const reason = reasonOf(signal.aborted ? signal.reason : error).replace(HINTS, "");
+    const hint = isCertificate ? "; for a private certificate authority, set CA_CERTIFICATES_PATH" : "";
+    const what = `${url} cannot be reached: ${reason}${hint}`;
+    throw new GitLabFailure(what, 0, !notSent, !signal.aborted && !isCertificate);
+  }
+}
+
+/** What `runners` has done. */
+interface FleetReport {
+  readonly added: string[]; // names of sections
+  readonly present: string[];
+  readonly problems: string[];
+}
+
+type Section = Readonly<Partial<Record<"name" | "url" | "token", unknown>>>;
+/** The text and the runners' sections of config.toml. Read before each change: GitLab Runner changes it too. */
+function readRunnerConfig(path: string): { text: string; sections: Section[] } {
+  return withContext(`${path} cannot be used`, () => {
+    const text = fs.existsSync(path) ? fs.readFileSync(path, "utf8") : "";
+    const { runners = [] } = parseToml(text);
+    if (!Array.isArray(runners)) throw new Error("runners is not a list of tables");
+    return { text, sections: (runners as unknown[]).filter(isTable) };
+  });
+}
+
+/** Replaces config.toml's text. The file keeps its owner, and has mode 0600. */
+function writeRunnerConfig(path: string, text: string): void {
+  const publish = (temporary: string) => {
+    const { uid, gid } = fs.statSync(path, { throwIfNoEntry: false }) ?? fs.statSync(temporary);
+    if (uid !== process.geteuid?.()) fs.chownSync(temporary, uid, gid);
+    fs.renameSync(temporary, path);
+  };
+  withContext(`${path} cannot be written`, () => writeDurably(path, text, publish), "disk");
+}
+
+/** The text of config.toml without the section of this token. All other sections stay as they are. */
+function withoutSection(text: string, token: string): string {
+  const hasToken = (part: string) => {
+    const { runners } = parseToml(part);
+    return Array.isArray(runners) && runners.some((runner) => isTable(runner) && runner.token === token);
+  };
+  const parts = text.split(/^(?=\[\[runners\]\])/m);
+  return parts.filter((part) => !part.startsWith("[[runners]]") || !hasToken(part)).join("");
+}
+
+/** GitLab Runner's id of this manager, which it reads from this file as well. */
+function readSystemId(directory: string): string {
+  const path = join(directory, ".runner_system_id");
+  return withContext(`the runner's system id ${path} cannot be used`, () => {
+    const id = fs.existsSync(path) ? fs.readFileSync(path, "utf8").trim() : "";
+    if (/^[sr]_[0-9a-zA-Z]{12}$/.test(id)) return id;
+    const made = `r_${randomBytes(6).toString("hex")}`;
+    writeDurably(path, made, fs.renameSync);
+    return made;
+  });
+}
+
+/** The file with the name of a registration that has been sent, until its token is in config.toml. */
+const pendingPath = (configFile: string): string => join(dirname(configFile), ".fargate-runners.pending");
+
+/** Reports a registration whose answer an earlier process did not get or store. */
+function reportPending({ configFile }: Fleet, log: Logger): void {
+  const path = pendingPath(configFile);
+  const name = fs.existsSync(path) ? readPrivateFile(path).trim() : "";
+  if (name && !readRunnerConfig(configFile).sections.some((section) => section.name === name))
+    log.warn("an earlier registration as {name} was not completed; {hint}", { name, hint: REMOVE_BY_HAND });
+  removeQuietly(path);
+}
+const REMOVE_BY_HAND = "if GitLab lists a runner of this name that was never used, remove it there";
+
+/** Registers a runner. The request is repeated only if it certainly had no effect. */
+async function register(
+  { gitlab, configFile }: Fleet,
+  runner: PlannedRunner,
+  name: string,
+  now: () => number,
+) {
+  const pending = pendingPath(configFile);
+  writeDurably(pending, `${name}\n`, fs.renameSync);
+  const shouldRetry = (error: unknown) =>
+    error instanceof GitLabFailure && !error.mayHaveTakenEffect && isRetryable(error);
+  const body = { token: runner.token, description: name, tag_list: runner.tags.join(",") };
+  try {
+    const limits = { until: now() + GITLAB_RETRY_MS, signal: gitlab.signal, now, shouldRetry };
+    const answer = await retry(() => askGitLab(gitlab, "POST", "", body), limits);
+    if (!answer.token) throw new GitLabFailure(`${gitlab.url} answers without a token`, 201, true, false);
+    return answer;
+  } catch (error) {
+    if (error instanceof GitLabFailure && error.mayHaveTakenEffect)
+      throw new Failure("system", `${error.message}; it may have registered ${name}; ${REMOVE_BY_HAND}`);
+    removeQuietly(pending);
+    throw error;
+  }
+}
+
+/** Checks an authentication token. GitLab then lists this manager. */
+async function verify({ gitlab }: Fleet, token: string, systemId: string, now: () => number) {
+  const limits = { until: now() + GITLAB_RETRY_MS, signal: gitlab.signal, now };
+  return retry(() => askGitLab(gitlab, "POST", "/verify", { token, system_id: systemId }), limits);
+}
+
+/** The section of a runner, with the driver's commands. */
+async function formatSection(
+  fleet: Fleet,
+  runner: PlannedRunner,
+  { name, token, id, token_expires_at }: RunnerAnswer & { name: string },
+  program: string,
+): Promise<string> {
+  const { stringify } = await import("smol-toml");
+  const commands = ["config", "prepare", "run", "cleanup"].map((stage) => ({
+    [`${stage}_exec`]: program,
+    [`${stage}_args`]: ["--config", runner.driverFile, "custom", stage],
+  }));
+  // A renewed token would be lost with the container, and the one in its environment would then be invalid.
+  const renews = runner.isRegistration || fleet.managers.length === 0;
+  const section = {
+    name,
+    url: fleet.gitlab.url,
+    ...(id !== undefined && { id }),
+    token,
+    // With these two, GitLab Runner renews the token before it expires.
+    ...(renews &&
+      token_expires_at && { token_obtained_at: new Date(), token_expires_at: new Date(token_expires_at) }),
+    ...(fleet.caFile && { "tls-ca-file": fleet.caFile }),
+    executor: "custom",
+    ...(runner.limit > 0 && { limit: runner.limit }),
+    builds_dir: "/opt/gitlab-runner/builds", // in the task
+    cache_dir: "/opt/gitlab-runner/cache",
+    custom: Object.assign({}, ...commands),
+  };
+  return stringify({ runners: [section] });
+}
+
+/** Adds a runner's section to config.toml, unless it is there. @throws {Failure} */
+async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRunner, report: FleetReport) {
+  const { configFile, managers, variables, gitlab } = fleet;
+  const { isRegistration, label } = runner;
+  const { log, now, program } = context;
+  const systemId = readSystemId(dirname(configFile));
+  const known = sectionName(fleet, runner, systemId);
+  const present = readRunnerConfig(configFile).sections.find((section) =>
+    isRegistration ? section.name === known : section.token === runner.token,
+  );
+  if (present) {
+    // A manager that was stopped may have unregistered its runner, but not removed the section.
+    const isRefused = async () =>
+      verify(fleet, String(present.token), systemId, now).then(
+        () => false,
+        (error) => error instanceof GitLabFailure && error.isRefusal,
+      );
+    const isGone = isRegistration && managers.length > 0 && (await isRefused());
+    if (!isGone) return void report.present.push(String(present.name));
+    writeRunnerConfig(configFile, withoutSection(readRunnerConfig(configFile).text, String(present.token)));
+    log.info("GitLab no longer knows the runner {name}; registering it again", { name: present.name });
+  }
+  const answer = isRegistration
+    ? await register(fleet, runner, known, now)
+    : await verify(fleet, runner.token, systemId, now);
+  const name = known || `${variables.RUNNER_NAME_PREFIX}-${answer.id ?? sha256(runner.token).slice(0, 8)}`;
+  const token = answer.token || runner.token;
+  const section = await formatSection(fleet, runner, { ...answer, name, token }, program);
+  const { text } = readRunnerConfig(configFile);
+  const before = text === "" || text.endsWith("\n") ? text : `${text}\n`;
+  writeRunnerConfig(configFile, `${before}\n${section}`);
+  removeQuietly(pendingPath(configFile));
+  report.added.push(name);
+  const fields = { name, id: answer.id ?? "unknown", url: gitlab.url, label };
+  log.info(`${isRegistration ? "registered" : "added"} {name} at {url} (runner {id}, {label})`, fields);
+}
+
+/** The name of a runner's section, and of a registered runner in GitLab; empty if its id shall be in it. */
+function sectionName(
+  { variables, gitlab, managers }: Fleet,
+  runner: PlannedRunner,
+  systemId: string,
+): string {
+  const prefix = variables.RUNNER_NAME_PREFIX;
+  if (managers.length > 0) return `${prefix}_${runner.name}_${systemId.slice(2)}`;
+  if (runner.name || !runner.isRegistration) return runner.name;
+  return `${prefix}-${sha256(`${gitlab.url} ${runner.token}`).slice(0, 8)}`;
+}
+
+/** Creates GitLab Runner's config.toml and the driver's configuration files, unless they exist. */
+async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: Logger): Promise<void> {
+  const { stringify } = await import("smol-toml");
+  for (const { name, path, settings } of managers) {
+    const text = `# The driver's configuration for the manager ${name}, written by fargate runners.\n\n${stringify(settings)}`;
+    const present = fs.existsSync(path)
+      ? readFile(path, `the driver's configuration ${path}`).toString()
+      : "";
+    if (!present)
+      withContext(`${path} cannot be written`, () => writeDurably(path, text, fs.renameSync), "disk");
+    else if (present !== text)
+      log.warn("{path} differs from the manager's settings, and is left as it is; to renew it, remove it", {
+        path,
+      });
+  }
+  if (readRunnerConfig(configFile).text.trim() !== "") return;
+  const global = {
+    concurrent: variables.RUNNER_CONCURRENCY,
+    check_interval: 0, // GitLab Runner's default
+    shutdown_timeout: variables.SHUTDOWN_TIMEOUT,
+    session_server: { session_timeout: 1800 }, // GitLab Runner's default
+  };
+  writeRunnerConfig(configFile, `# Written by fargate runners.\n\n${stringify(global)}`);
+}
+
+/** Locks the directory of config.toml against other processes of `runners`. @returns a function that unlocks */
+function lockRunnerConfig({ configFile }: Fleet, wallTime: number): () => void {
+  const place = { Directory: dirname(configFile) };
+  const stem = `runners-${sha256(configFile)}`;
+  const unlock = createLock(place, stem, "runners");
+  const isOther = ({ pid, identity }: { pid: number; identity: string }) =>
+    pid !== process.pid || identity !== identityOf("self");
+  const other = readLocks(place, wallTime).find(
+    (lock) => lock.stem === stem && lock.isAlive && isOther(lock),
+  );
+  if (!other) return unlock;
+  unlock();
+  throw new Failure("system", `another process (${other.pid}) is changing ${configFile}`);
+}
+
+/**
+ * The `runners` command: writes what is missing, and changes nothing that is there. The token of each runner
+ * is on disk before the next one is registered.
+ * @returns what it has done; `problems` are about single runners, or the one that ended it
+ * @throws {Failure} if nothing could be done
+ */
+async function configureRunners(context: FleetContext, fleet: Fleet): Promise<FleetReport> {
+  const { configFile, runners } = fleet;
+  const directory = dirname(configFile);
+  const make = () => fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
+  withContext(`the directory ${directory} cannot be created`, make, "disk");
+  const unlock = lockRunnerConfig(fleet, context.wallTime());
+  const report: FleetReport = { added: [], present: [], problems: [] };
+  try {
+    for (const name of fs.readdirSync(directory).filter((name) => LEFT_BEHIND.test(name)))
+      removeQuietly(join(directory, name));
+    reportPending(fleet, context.log);
+    await writeBaseFiles(fleet, context.log);
+    for (const [index, runner] of runners.entries())
+      try {
+        context.signal.throwIfAborted();
+        await addRunner(context, fleet, runner, report);
+      } catch (error) {
+        report.problems.push(`${runner.label}: ${reasonOf(error)}`);
+        if (error instanceof GitLabFailure && error.isRefusal) continue;
+        // All others would fail as well: GitLab or the disk is at fault, or a signal has come.
+        const left = runners.length - index - 1;
+        if (left > 0) report.problems.push(`${left} more runners were not looked at; run this again`);
+        break;
+      }
+  } finally {
+    unlock();
+  }
+  return report;
+}
+/** Temporary files of killed processes. They may contain tokens. */
+const LEFT_BEHIND =
+  /^(config\.toml|fargate-.+\.toml|\.runner_system_id|\.fargate-runners\.pending)\.[0-9a-f]{12}\.tmp$/;
+
+// manager: runs GitLab Runner in a container, from its start to its end.
+
+const UNREGISTER_MS = 5_000; // for the last step, so that all steps fit in the 30 s that ECS gives by default
+const RUNNER_EXIT_MS = 2_000; // that GitLab Runner may take longer than its own shutdown_timeout
+/** Variables that GitLab Runner, and so the stages of jobs, must not get. */
+const FLEET_SECRET = /^(GITLAB_REGISTRATION_TOKEN|GITLAB_RUNNER_TOKEN.*)$/;
+
+/**
+ * The `manager` command: configures the runners, runs GitLab Runner and regular sweeps, and unregisters the
+ * runners at the end. TERM gives jobs STOP_TIMEOUT to finish, then cancels them; QUIT lets them finish.
+ * @param args GitLab Runner's arguments
+ * @returns the exit code. @throws {Failure} if no runner can be used
+ */
+async function manage(context: FleetContext, fleet: Fleet, args: readonly string[], quit: AbortSignal) {
+  const { log, env } = context;
+  const ended = new AbortController();
+  try {
+    for (const { TaskMetadata } of fleet.managers.map(({ config }) => config)) {
+      createDirectory(TaskMetadata.Directory);
+      await identifyManager(TaskMetadata.Directory, env);
+    }
+    const { added, present, problems } = await configureRunners(context, fleet);
+    if (added.length + present.length === 0)
+      throw new Failure("system", "no runner can be used:", {}, problems);
+    for (const reason of problems) log.error("{reason}", { reason });
+    const signal = AbortSignal.any([context.signal, quit, ended.signal]);
+    void sweepRegularly({ ...context, signal }, fleet);
+    return await superviseRunner(context, fleet, args, quit);
+  } finally {
+    ended.abort();
+    const signal = AbortSignal.timeout(UNREGISTER_MS);
+    const leave = { ...context, signal };
+    await Promise.all([stopAllTasks(leave, fleet), unregisterRunners(leave, fleet)]);
+  }
+}
+
+const whenAborted = (signal: AbortSignal): Promise<unknown> =>
+  new Promise((done) => (signal.aborted ? done(0) : signal.addEventListener("abort", done)));
+
+/** Runs GitLab Runner until it ends, or until this process is to end. @returns the exit code */
+async function superviseRunner(
+  { env, signal, log }: FleetContext,
+  { configFile, variables }: Fleet,
+  args: readonly string[],
+  quit: AbortSignal,
+): Promise<number> {
+  const kept = Object.entries(env).filter(([key]) => !FLEET_SECRET.test(key));
+  const options = { stdin: "ignore", stdout: "inherit", stderr: "inherit" } as const;
+  const environment = { ...Object.fromEntries(kept), CONFIG_FILE: configFile };
+  const start = () => Bun.spawn(["gitlab-runner", ...args], { ...options, env: environment });
+  const child = withContext("gitlab-runner cannot be started", start);
+  const endsWithin = (seconds: number) =>
+    Promise.race([child.exited.then(() => true), sleep(seconds * 1000).then(() => false)]);
+  await Promise.race([child.exited, whenAborted(signal), whenAborted(quit)]);
+  if (!signal.aborted && !quit.aborted) {
+    const how = child.signalCode ?? `exit code ${child.exitCode}`;
+    log.error("gitlab-runner has ended by itself ({how})", { how });
+    return child.exitCode || 1;
+  }
+  const { STOP_TIMEOUT, SHUTDOWN_TIMEOUT } = variables;
+  // Not QUIT and TERM at once: GitLab Runner receives signals without a queue, and could lose the second.
+  if (quit.aborted || STOP_TIMEOUT > 0) {
+    const limit = signal.aborted ? `for ${STOP_TIMEOUT} s` : "until they have finished";
+    log.info("stopping: no new jobs; running ones go on {limit}", { limit });
+    child.kill("SIGQUIT");
+    await Promise.race([child.exited, whenAborted(signal)]);
+    if (await endsWithin(STOP_TIMEOUT)) return 0;
+  }
+  log.info("stopping: cancelling jobs, which have {seconds} s to end", { seconds: SHUTDOWN_TIMEOUT });
+  child.kill("SIGTERM");
+  if (!(await endsWithin(SHUTDOWN_TIMEOUT + RUNNER_EXIT_MS / 1000))) {
+    log.warn("gitlab-runner has not ended in time, and is killed");
+    child.kill("SIGKILL");
+  }
+  return 0;
+}
+
+/** One configuration of the driver for each cluster of the managers. */
+const clustersOf = ({ managers }: Fleet): Config[] => {
+  const keyOf = ({ Fargate, TaskMetadata }: Config) =>
+    JSON.stringify([Fargate.Region, Fargate.Cluster, TaskMetadata.Directory]);
+  return [...new Map(managers.map(({ config }) => [keyOf(config), config])).values()];
+};
+
+/** Sweeps each cluster at once, and then every SWEEP_INTERVAL. Logs each problem once. */
+async function sweepRegularly(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
+  const { log, signal } = context;
+  const interval = fleet.variables.SWEEP_INTERVAL * 1000;
+  const known = new Set<string>();
+  while (interval > 0 && !signal.aborted) {
+    for (const config of clustersOf(fleet)) {
+      const options = { dryRun: false, json: false };
+      const failed = (error: unknown) => ({ stopped: [], problems: [describeFailure(error)] });
+      const { stopped, problems } = await sweep({ ...context, config }, options).catch(failed);
+      for (const { taskArn, why } of stopped) log.info("sweep stopped {taskArn}: {why}", { taskArn, why });
+      for (const problem of problems.filter((problem) => !signal.aborted && !known.has(problem)))
+        log.warn("sweep of {cluster}: {problem}", { cluster: config.Fargate.Cluster, problem });
+      for (const problem of problems) known.add(problem);
+    }
+    await sleep(interval, signal).catch(() => {});
+  }
+}
+
+/** Stops the tasks of all records, when no stage is left that would. */
+async function stopAllTasks(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
+  const { log, signal } = context;
+  const directories = new Map(clustersOf(fleet).map((config) => [config.TaskMetadata.Directory, config]));
+  for (const [directory, config] of directories)
+    for (const record of fs.existsSync(directory) ? readRecords(directory) : []) {
+      const { TaskARN = "", StartedBy = "", Unanswered = false, UpdatedAt = 0 } = record;
+      const reference = { ...config.Fargate, ...record, TaskARN, StartedBy, Unanswered, UpdatedAt };
+      const aws = new Aws(reference, context);
+      const job = { title: "its manager was stopped" };
+      try {
+        if (await stopRecordedTask({ ...context, job }, aws, reference, signal))
+          removeQuietly(join(directory, record.name));
+      } catch (error) {
+        log.error("{name}: {reason}", { name: record.name, reason: reasonOf(error) });
+      }
+    }
+}
+
+/**
+ * Unregisters the runners that this manager has registered. A runner with an authentication token belongs to
+ * whoever created it: GitLab only forgets this manager.
+ */
+async function unregisterRunners(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
+  const { log, signal, now } = context;
+  const { configFile, runners } = fleet;
+  const systemId = readSystemId(dirname(configFile));
+  const gitlab = { ...fleet.gitlab, signal };
+  const { sections } = readRunnerConfig(configFile);
+  const unregister = async ({ isRegistration, label, ...runner }: PlannedRunner) => {
+    const name = sectionName(fleet, { isRegistration, label, ...runner }, systemId);
+    const section = sections.find((section) => section.name === name);
+    if (typeof section?.token !== "string") return;
+    const { token } = section;
+    const [path, body] = isRegistration ? ["", { token }] : ["/managers", { token, system_id: systemId }];
+    try {
+      await retry(() => askGitLab(gitlab, "DELETE", path, body), {
+        until: now() + UNREGISTER_MS,
+        now,
+        signal,
+      });
+    } catch (error) {
+      if (!(error instanceof GitLabFailure && error.isRefusal))
+        // refused: already unregistered
+        return log.error("{name} could not be unregistered: {reason}; remove it in GitLab", {
+          name,
+          reason: reasonOf(error),
+        });
+    }
+    log.info("unregistered {name}", { name });
+    if (isRegistration)
+      writeRunnerConfig(configFile, withoutSection(readRunnerConfig(configFile).text, token));
+  };
+  await Promise.all(runners.map(unregister));
 }
 
 // 12. Command line --------------------------------------------------------------------------------------
@@ -3475,7 +4374,7 @@ function validators({ InvalidArgumentError }: Commander) {
     if (isValid(value)) return value;
     throw new InvalidArgumentError(`expected: ${expected}`);
   };
-  const managerIds = "12 hex digits, as in a task's startedBy: fargate-<id>-<job>";
+  const managerIds = "12 or 32 hex digits, as in a task's startedBy: fargate-<id>-<job>";
   return {
     oneOfWords: (words: readonly string[]) =>
       accept(words.join(", "), (value) => words.includes(value.trim().toLowerCase())),
@@ -3525,6 +4424,15 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
     .argument("<script>", "the script's path")
     .argument("<stage>", "the runner's name for the script, such as build_script");
   add(custom, "cleanup", "stop the job's task").alias("cl");
+  add(program, "runners", "configure many runners, and register them")
+    .option("--managers <file>", "MANAGERS_CONFIGS: managers as JSON; - for standard input")
+    .option("--tokens <file>", "runner tokens, one per line; - for standard input")
+    .option("--url <url>", "GITLAB_URL: the address of GitLab")
+    .option("--runner-config <file>", "CONFIG_FILE: GitLab Runner's configuration file");
+  add(program, "manager", "run GitLab Runner in a container, with runners and sweep").argument(
+    "[arguments...]",
+    "of gitlab-runner, after --; default: run",
+  );
   add(program, "sweep", "stop orphaned tasks; for cron or a systemd timer")
     .option("--dry-run", "only print what would be done")
     .option("--json", "print the report as one JSON object")
@@ -3534,11 +4442,12 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
 
 /** Arguments, parsed. */
 interface Invocation {
-  readonly command: "config" | "prepare" | "run" | "cleanup" | "sweep";
+  readonly command: "config" | "prepare" | "run" | "cleanup" | "sweep" | "runners" | "manager";
   readonly operands: readonly string[];
   readonly config: string; // the configuration file's path
   readonly options: Options;
   readonly sweep?: SweepOptions;
+  readonly runners?: RunnersOptions; // also of manager, which has none of them
 }
 
 const OPERANDS: Record<string, number> = { config: 0, prepare: 0, run: 2, cleanup: 0 };
@@ -3580,7 +4489,10 @@ function parseCommandLine(argv: readonly string[], commander: Commander): Invoca
     TaskDefinition: flags.taskDef,
     PlatformVersion: flags.platformVersion,
   };
-  return { command, operands: chosen.args, config, options, ...(command === "sweep" && { sweep }) };
+  const parsed = { command, operands: chosen.args, config, options };
+  if (command === "runners" || command === "manager")
+    return { ...parsed, runners: chosen.opts<RunnersOptions>() };
+  return { ...parsed, ...(command === "sweep" && { sweep }) };
 }
 
 /** Runs one invocation. @returns the process's exit code */
@@ -3589,7 +4501,8 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
   const controller = new AbortController();
   const abort = (why: string) => controller.abort(new Failure("system", why));
   for (const name of ["SIGTERM", "SIGINT", "SIGHUP"]) process.on(name, () => abort(`stopped by ${name}`));
-  process.on("SIGQUIT", () => {}); // meant for the runner; systemd sends it to the stages as well
+  const quit = new AbortController(); // stages ignore SIGQUIT, which systemd sends to them and the runner alike
+  process.on("SIGQUIT", () => quit.abort());
   const crash = (error: unknown) => {
     // bun would exit with 1, which the runner would report as the job's own failure.
     log.fatal("{reason}", { reason: `a bug in the driver: ${reasonOf(error)}` });
@@ -3603,6 +4516,10 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
     if (invocation.command === "config") {
       writeWhole(1, `${configAnswer(readJob(env))}\n`);
       return 0;
+    }
+    if (invocation.runners) {
+      log = openLog(v.parse(LogSchema, invocation.options));
+      return await runFleet(invocation, { log, signal: controller.signal, env }, quit.signal);
     }
     const path = resolve(invocation.config);
     const file = readFile(path, `the configuration file ${path}`);
@@ -3621,6 +4538,37 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     return exitCode(failure.kind, env);
   }
+}
+
+/** The `runners` and `manager` commands. @returns the exit code */
+async function runFleet(
+  { command, operands, config, runners = {} }: Invocation,
+  outside: Pick<FleetContext, "log" | "signal" | "env">,
+  quit: AbortSignal,
+): Promise<number> {
+  const context: FleetContext = {
+    ...outside,
+    now: () => Math.floor(performance.now()),
+    wallTime: Date.now,
+    program: typeof BUILD === "string" ? process.execPath : import.meta.path,
+    driverFile: resolve(config),
+    readInput: () => fs.readFileSync(0, "utf8"),
+  };
+  const { log, env } = context;
+  const fleet = await planFleet(context, runners);
+  const named = fleet.runners.filter(({ isRegistration, tags }) => !isRegistration && tags.length > 0);
+  const labels = named.map(({ label }) => label).join(", ");
+  if (labels) log.warn("the tags of {labels} have no effect: those set in GitLab count", { labels });
+  if (command === "manager") return manage(context, fleet, operands.length > 0 ? operands : ["run"], quit);
+  const { added, present, problems } = await configureRunners(context, fleet);
+  const counts = { added: added.length, present: present.length, problems: problems.length };
+  const path = fleet.configFile;
+  log.info("{path}: {added} runners added, {present} already there, {problems} problems", {
+    path,
+    ...counts,
+  });
+  for (const reason of problems) log.fatal("{reason}", { reason });
+  return problems.length > 0 ? exitCode("system", env) : 0;
 }
 
 /** The `sweep` command. @returns the exit code */
