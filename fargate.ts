@@ -1015,7 +1015,7 @@ async function readOwnTask(endpoint: string): Promise<ManagerTask> {
 }
 
 const managerTaskPath = (directory: string) => join(directory, ".manager-task");
-/** The manager's own task as last written: "", if it is unknown; undefined, if the file is of another container. */
+/** The manager's own task as last written: "" if unknown; undefined if the file is of another container. */
 function readManagerTask(directory: string, endpoint: string): string | undefined {
   const path = managerTaskPath(directory);
   const [, container, id] = fs.existsSync(path)
@@ -1025,8 +1025,8 @@ function readManagerTask(directory: string, endpoint: string): string | undefine
 }
 
 /**
- * On ECS, finds out the manager's own task, once for each container. If the metadata endpoint does not answer,
- * that stays so: a manager must not change its id between the stages of a job.
+ * On ECS, finds out the manager's own task, once for each container. If the metadata endpoint does not
+ * answer, that stays so: a manager must not change its id between the stages of a job.
  */
 async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment) {
   if (!endpoint || readManagerTask(directory, endpoint) !== undefined) return;
@@ -1042,8 +1042,8 @@ async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V
 
 /**
  * The id that tells this manager from others on the same cluster: the manager's own ECS task, if
- * `identifyManager` has found it. Else a random id, which depends on the host's name as well, so that a copy of
- * the directory on another host has another id.
+ * `identifyManager` has found it. Otherwise a random id, which depends on the host's name as well, so that a
+ * copy of the directory on another host has another id.
  */
 function managerId(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment): string {
   const path = join(directory, ".manager-id");
@@ -3409,8 +3409,8 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
 }
 
 /**
- * On ECS, the other managers of these tasks whose own tasks have stopped. A manager of another cluster, or one
- * that ECS no longer knows, is none of them: its tasks end at their deadline.
+ * On ECS, the other managers of these tasks whose own tasks have stopped. A manager of another cluster, or
+ * one that ECS no longer knows, is none of them: its tasks end at their deadline.
  */
 async function findStoppedManagers(
   context: BaseContext,
@@ -3796,8 +3796,8 @@ function assignTokens(
     if (!token) problems.add(`manager ${name} has no token; set ${variable}`);
     else if (owner && owner !== name && !isRegistration)
       problems.add(
-        `managers ${owner} and ${name} have the same authentication token, so either would get jobs for the other; ` +
-          `create a runner for each in GitLab, and set ${tokenVariable(owner)} and ${variable}`,
+        `managers ${owner} and ${name} have the same authentication token, so either could get the other's ` +
+          `jobs; create a runner for each in GitLab, and set ${tokenVariable(owner)} and ${variable}`,
       );
     owners.set(token, name);
     return { token, isRegistration };
@@ -3912,7 +3912,7 @@ async function askGitLab(gitlab: GitLab, method: string, path: string, body: Tab
     const what = `${url} answers ${status}${meaning ? `: ${meaning}` : ""}`;
     if (!ok) throw new GitLabFailure(what, status, isServerError, isServerError || status === 429);
     const { success, output } = v.safeParse(v.pipe(v.string(), v.parseJson(), RunnerAnswerSchema), text);
-    return success ? (output as RunnerAnswer) : { token: "" }; // older versions answer some requests with text
+    return success ? (output as RunnerAnswer) : { token: "" }; // some versions answer with text
   } catch (error) {
     if (error instanceof GitLabFailure) throw error;
     const { code = "" } = error as NodeJS.ErrnoException;
@@ -3933,7 +3933,7 @@ interface FleetReport {
 }
 
 type Section = Readonly<Partial<Record<"name" | "url" | "token", unknown>>>;
-/** The text and the runners' sections of config.toml. Read before each change: GitLab Runner changes it too. */
+/** The text and the runners of config.toml. Read before each change, as GitLab Runner changes it too. */
 function readRunnerConfig(path: string): { text: string; sections: Section[] } {
   return withContext(`${path} cannot be used`, () => {
     const text = fs.existsSync(path) ? fs.readFileSync(path, "utf8") : "";
@@ -3953,14 +3953,15 @@ function writeRunnerConfig(path: string, text: string): void {
   withContext(`${path} cannot be written`, () => writeDurably(path, text, publish), "disk");
 }
 
-/** The text of config.toml without the section of this token. All other sections stay as they are. */
-function withoutSection(text: string, token: string): string {
+/** Removes the section of this token from config.toml. All others stay as they are, byte for byte. */
+function removeSection(path: string, token: string): void {
   const hasToken = (part: string) => {
     const { runners } = parseToml(part);
     return Array.isArray(runners) && runners.some((runner) => isTable(runner) && runner.token === token);
   };
-  const parts = text.split(/^(?=\[\[runners\]\])/m);
-  return parts.filter((part) => !part.startsWith("[[runners]]") || !hasToken(part)).join("");
+  const parts = readRunnerConfig(path).text.split(/^(?=\[\[runners\]\])/m);
+  const kept = parts.filter((part) => !part.startsWith("[[runners]]") || !hasToken(part));
+  writeRunnerConfig(path, kept.join(""));
 }
 
 /** GitLab Runner's id of this manager, which it reads from this file as well. */
@@ -4070,7 +4071,7 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
       );
     const isGone = isRegistration && managers.length > 0 && (await isRefused());
     if (!isGone) return void report.present.push(String(present.name));
-    writeRunnerConfig(configFile, withoutSection(readRunnerConfig(configFile).text, String(present.token)));
+    removeSection(configFile, String(present.token));
     log.info("GitLab no longer knows the runner {name}; registering it again", { name: present.name });
   }
   const answer = isRegistration
@@ -4104,7 +4105,8 @@ function sectionName(
 async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: Logger): Promise<void> {
   const { stringify } = await import("smol-toml");
   for (const { name, path, settings } of managers) {
-    const text = `# The driver's configuration for the manager ${name}, written by fargate runners.\n\n${stringify(settings)}`;
+    const comment = `# The driver's configuration for the manager ${name}, written by fargate runners.`;
+    const text = `${comment}\n\n${stringify(settings)}`;
     const present = fs.existsSync(path)
       ? readFile(path, `the driver's configuration ${path}`).toString()
       : "";
@@ -4125,7 +4127,7 @@ async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: L
   writeRunnerConfig(configFile, `# Written by fargate runners.\n\n${stringify(global)}`);
 }
 
-/** Locks the directory of config.toml against other processes of `runners`. @returns a function that unlocks */
+/** Locks config.toml against other processes of `runners`. @returns a function that unlocks it */
 function lockRunnerConfig({ configFile }: Fleet, wallTime: number): () => void {
   const place = { Directory: dirname(configFile) };
   const stem = `runners-${sha256(configFile)}`;
@@ -4139,6 +4141,10 @@ function lockRunnerConfig({ configFile }: Fleet, wallTime: number): () => void {
   unlock();
   throw new Failure("system", `another process (${other.pid}) is changing ${configFile}`);
 }
+
+/** Temporary files of killed processes. They may contain tokens. */
+const LEFT_BEHIND =
+  /^(config\.toml|fargate-.+\.toml|\.runner_system_id|\.fargate-runners\.pending)\.[0-9a-f]{12}\.tmp$/;
 
 /**
  * The `runners` command: writes what is missing, and changes nothing that is there. The token of each runner
@@ -4175,9 +4181,6 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
   }
   return report;
 }
-/** Temporary files of killed processes. They may contain tokens. */
-const LEFT_BEHIND =
-  /^(config\.toml|fargate-.+\.toml|\.runner_system_id|\.fargate-runners\.pending)\.[0-9a-f]{12}\.tmp$/;
 
 // manager: runs GitLab Runner in a container, from its start to its end.
 
@@ -4194,24 +4197,27 @@ const FLEET_SECRET = /^(GITLAB_REGISTRATION_TOKEN|GITLAB_RUNNER_TOKEN.*)$/;
  */
 async function manage(context: FleetContext, fleet: Fleet, args: readonly string[], quit: AbortSignal) {
   const { log, env } = context;
+  if (fleet.managers.length === 0) throw new Failure("system", "there are no managers; set MANAGERS_CONFIGS");
+  if (!Bun.which("gitlab-runner", { PATH: env.PATH ?? "" }))
+    throw new Failure("system", "gitlab-runner is not in PATH");
+  for (const { TaskMetadata } of fleet.managers.map(({ config }) => config)) {
+    const warning = createDirectory(TaskMetadata.Directory);
+    if (warning) log.warn("{warning}", { warning });
+    await identifyManager(TaskMetadata.Directory, env);
+  }
   const ended = new AbortController();
+  const { added, present, problems } = await configureRunners(context, fleet);
+  const usable = [...added, ...present];
   try {
-    for (const { TaskMetadata } of fleet.managers.map(({ config }) => config)) {
-      createDirectory(TaskMetadata.Directory);
-      await identifyManager(TaskMetadata.Directory, env);
-    }
-    const { added, present, problems } = await configureRunners(context, fleet);
-    if (added.length + present.length === 0)
-      throw new Failure("system", "no runner can be used:", {}, problems);
     for (const reason of problems) log.error("{reason}", { reason });
-    const signal = AbortSignal.any([context.signal, quit, ended.signal]);
-    void sweepRegularly({ ...context, signal }, fleet);
+    context.signal.throwIfAborted();
+    if (usable.length === 0) throw new Failure("system", "no runner can be used");
+    void sweepRegularly({ ...context, signal: AbortSignal.any([context.signal, quit, ended.signal]) }, fleet);
     return await superviseRunner(context, fleet, args, quit);
   } finally {
     ended.abort();
-    const signal = AbortSignal.timeout(UNREGISTER_MS);
-    const leave = { ...context, signal };
-    await Promise.all([stopAllTasks(leave, fleet), unregisterRunners(leave, fleet)]);
+    const leave = { ...context, signal: AbortSignal.timeout(UNREGISTER_MS) };
+    await Promise.all([stopRemainingTasks(leave, fleet), unregisterRunners(leave, fleet, usable)]);
   }
 }
 
@@ -4282,41 +4288,43 @@ async function sweepRegularly(context: Omit<BaseContext, "config">, fleet: Fleet
   }
 }
 
-/** Stops the tasks of all records, when no stage is left that would. */
-async function stopAllTasks(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
-  const { log, signal } = context;
-  const directories = new Map(clustersOf(fleet).map((config) => [config.TaskMetadata.Directory, config]));
-  for (const [directory, config] of directories)
-    for (const record of fs.existsSync(directory) ? readRecords(directory) : []) {
-      const { TaskARN = "", StartedBy = "", Unanswered = false, UpdatedAt = 0 } = record;
-      const reference = { ...config.Fargate, ...record, TaskARN, StartedBy, Unanswered, UpdatedAt };
-      const aws = new Aws(reference, context);
-      const job = { title: "its manager was stopped" };
+/** Stops the tasks of this manager's records, when no stage is left that would. */
+async function stopRemainingTasks(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
+  const { log, signal, env } = context;
+  const job = { title: "its manager was stopped" };
+  for (const directory of new Set(clustersOf(fleet).map(({ TaskMetadata }) => TaskMetadata.Directory)))
+    for (const { name } of readRecords(directory))
       try {
-        if (await stopRecordedTask({ ...context, job }, aws, reference, signal))
-          removeQuietly(join(directory, record.name));
+        const path = join(directory, name);
+        const record = readRecord(path);
+        // The directory may be shared with other managers, whose jobs go on.
+        if (!record?.StartedBy.startsWith(`fargate-${managerId(directory, env)}-`)) continue;
+        if (await stopRecordedTask({ ...context, job }, new Aws(record, context), record, signal))
+          removeQuietly(path);
       } catch (error) {
-        log.error("{name}: {reason}", { name: record.name, reason: reasonOf(error) });
+        log.error("a task may be left running: {reason}", { reason: describeFailure(error) });
       }
-    }
 }
 
 /**
  * Unregisters the runners that this manager has registered. A runner with an authentication token belongs to
  * whoever created it: GitLab only forgets this manager.
  */
-async function unregisterRunners(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
+async function unregisterRunners(
+  context: Omit<BaseContext, "config">,
+  fleet: Fleet,
+  names: readonly string[],
+): Promise<void> {
   const { log, signal, now } = context;
-  const { configFile, runners } = fleet;
+  if (names.length === 0) return;
+  const { configFile } = fleet;
   const systemId = readSystemId(dirname(configFile));
   const gitlab = { ...fleet.gitlab, signal };
-  const { sections } = readRunnerConfig(configFile);
-  const unregister = async ({ isRegistration, label, ...runner }: PlannedRunner) => {
-    const name = sectionName(fleet, { isRegistration, label, ...runner }, systemId);
-    const section = sections.find((section) => section.name === name);
-    if (typeof section?.token !== "string") return;
-    const { token } = section;
-    const [path, body] = isRegistration ? ["", { token }] : ["/managers", { token, system_id: systemId }];
+  const unregister = async ({ name, token }: Section) => {
+    const runner = fleet.runners.find((runner) => sectionName(fleet, runner, systemId) === name);
+    const [path, body] = runner?.isRegistration
+      ? ["", { token }]
+      : ["/managers", { token, system_id: systemId }];
     try {
       await retry(() => askGitLab(gitlab, "DELETE", path, body), {
         until: now() + UNREGISTER_MS,
@@ -4324,18 +4332,16 @@ async function unregisterRunners(context: Omit<BaseContext, "config">, fleet: Fl
         signal,
       });
     } catch (error) {
+      const fields = { name, reason: reasonOf(error) };
       if (!(error instanceof GitLabFailure && error.isRefusal))
-        // refused: already unregistered
-        return log.error("{name} could not be unregistered: {reason}; remove it in GitLab", {
-          name,
-          reason: reasonOf(error),
-        });
+        return log.error("{name} could not be unregistered: {reason}; remove it in GitLab", fields);
     }
+    // Unregistered now, or before: GitLab refuses its token.
+    if (runner?.isRegistration) removeSection(configFile, String(token));
     log.info("unregistered {name}", { name });
-    if (isRegistration)
-      writeRunnerConfig(configFile, withoutSection(readRunnerConfig(configFile).text, token));
   };
-  await Promise.all(runners.map(unregister));
+  const { sections } = readRunnerConfig(configFile);
+  await Promise.all(sections.filter(({ name }) => names.includes(String(name))).map(unregister));
 }
 
 // 12. Command line --------------------------------------------------------------------------------------
@@ -4501,7 +4507,7 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
   const controller = new AbortController();
   const abort = (why: string) => controller.abort(new Failure("system", why));
   for (const name of ["SIGTERM", "SIGINT", "SIGHUP"]) process.on(name, () => abort(`stopped by ${name}`));
-  const quit = new AbortController(); // stages ignore SIGQUIT, which systemd sends to them and the runner alike
+  const quit = new AbortController(); // of manager; stages ignore SIGQUIT, which systemd also sends to them
   process.on("SIGQUIT", () => quit.abort());
   const crash = (error: unknown) => {
     // bun would exit with 1, which the runner would report as the job's own failure.
