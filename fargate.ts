@@ -3874,6 +3874,7 @@ class GitLabFailure extends Failure {
     readonly status: number, // 0 if there was no answer
     readonly mayHaveTakenEffect: boolean,
     isRetryable: boolean,
+    readonly retryAfter = 0, // seconds
   ) {
     super("system", message, { isRetryable });
   }
@@ -3908,9 +3909,11 @@ async function askGitLab(gitlab: GitLab, method: string, path: string, body: Tab
     const text = await answer.text();
     const target = answer.headers.get("location");
     const meaning = target ? `it redirects to ${target}; set GITLAB_URL to that` : GITLAB_STATUS[status];
-    const isServerError = status >= 500;
     const what = `${url} answers ${status}${meaning ? `: ${meaning}` : ""}`;
-    if (!ok) throw new GitLabFailure(what, status, isServerError, isServerError || status === 429);
+    const isServerError = status >= 500;
+    const retryAfter = Number(answer.headers.get("retry-after")) || 0;
+    if (!ok)
+      throw new GitLabFailure(what, status, isServerError, isServerError || status === 429, retryAfter);
     const { success, output } = v.safeParse(v.pipe(v.string(), v.parseJson(), RunnerAnswerSchema), text);
     return success ? (output as RunnerAnswer) : { token: "" }; // some versions answer with text
   } catch (error) {
@@ -3923,6 +3926,25 @@ async function askGitLab(gitlab: GitLab, method: string, path: string, body: Tab
     const what = `${url} cannot be reached: ${reason}${hint}`;
     throw new GitLabFailure(what, 0, !notSent, !signal.aborted && !isCertificate);
   }
+}
+
+/** Repeats a request for up to a minute if it is worth it and `mayRepeat`, with a warning at the first time. */
+async function askPatiently(
+  { log, now }: Pick<FleetContext, "log" | "now">,
+  gitlab: GitLab,
+  request: () => Promise<RunnerAnswer>,
+  mayRepeat: (failure: GitLabFailure) => boolean = () => true,
+): Promise<RunnerAnswer> {
+  let warned = false;
+  const shouldRetry = (error: unknown) => {
+    const isWorthIt = error instanceof GitLabFailure && isRetryable(error) && mayRepeat(error);
+    if (isWorthIt && !warned) log.warn("{reason}; trying again", { reason: reasonOf(error) });
+    warned = true;
+    return isWorthIt;
+  };
+  const minPause = (error: unknown) => (error instanceof GitLabFailure ? error.retryAfter * 1000 : 0);
+  const until = now() + GITLAB_RETRY_MS;
+  return retry(request, { until, signal: gitlab.signal, now, shouldRetry, minPause });
 }
 
 /** What `runners` has done. */
@@ -3990,20 +4012,13 @@ function reportPending({ configFile }: Fleet, log: Logger): void {
 const REMOVE_BY_HAND = "if GitLab lists a runner of this name that was never used, remove it there";
 
 /** Registers a runner. The request is repeated only if it certainly had no effect. */
-async function register(
-  { gitlab, configFile }: Fleet,
-  runner: PlannedRunner,
-  name: string,
-  now: () => number,
-) {
+async function register(context: FleetContext, fleet: Fleet, { token, tags }: PlannedRunner, name: string) {
+  const { gitlab, configFile } = fleet;
   const pending = pendingPath(configFile);
   writeDurably(pending, `${name}\n`, fs.renameSync);
-  const shouldRetry = (error: unknown) =>
-    error instanceof GitLabFailure && !error.mayHaveTakenEffect && isRetryable(error);
-  const body = { token: runner.token, description: name, tag_list: runner.tags.join(",") };
+  const request = () => askGitLab(gitlab, "POST", "", { token, description: name, tag_list: tags.join(",") });
   try {
-    const limits = { until: now() + GITLAB_RETRY_MS, signal: gitlab.signal, now, shouldRetry };
-    const answer = await retry(() => askGitLab(gitlab, "POST", "", body), limits);
+    const answer = await askPatiently(context, gitlab, request, (failure) => !failure.mayHaveTakenEffect);
     if (!answer.token) throw new GitLabFailure(`${gitlab.url} answers without a token`, 201, true, false);
     return answer;
   } catch (error) {
@@ -4015,10 +4030,8 @@ async function register(
 }
 
 /** Checks an authentication token. GitLab then lists this manager. */
-async function verify({ gitlab }: Fleet, token: string, systemId: string, now: () => number) {
-  const limits = { until: now() + GITLAB_RETRY_MS, signal: gitlab.signal, now };
-  return retry(() => askGitLab(gitlab, "POST", "/verify", { token, system_id: systemId }), limits);
-}
+const verify = (context: FleetContext, { gitlab }: Fleet, token: string, systemId: string) =>
+  askPatiently(context, gitlab, () => askGitLab(gitlab, "POST", "/verify", { token, system_id: systemId }));
 
 /** The section of a runner, with the driver's commands. */
 async function formatSection(
@@ -4056,7 +4069,7 @@ async function formatSection(
 async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRunner, report: FleetReport) {
   const { configFile, managers, variables, gitlab } = fleet;
   const { isRegistration, label } = runner;
-  const { log, now, program } = context;
+  const { log, program } = context;
   const systemId = readSystemId(dirname(configFile));
   const known = sectionName(fleet, runner, systemId);
   const present = readRunnerConfig(configFile).sections.find((section) =>
@@ -4065,7 +4078,7 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
   if (present) {
     // A manager that was stopped may have unregistered its runner, but not removed the section.
     const isRefused = async () =>
-      verify(fleet, String(present.token), systemId, now).then(
+      verify(context, fleet, String(present.token), systemId).then(
         () => false,
         (error) => error instanceof GitLabFailure && error.isRefusal,
       );
@@ -4075,8 +4088,8 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
     log.info("GitLab no longer knows the runner {name}; registering it again", { name: present.name });
   }
   const answer = isRegistration
-    ? await register(fleet, runner, known, now)
-    : await verify(fleet, runner.token, systemId, now);
+    ? await register(context, fleet, runner, known)
+    : await verify(context, fleet, runner.token, systemId);
   const name = known || `${variables.RUNNER_NAME_PREFIX}-${answer.id ?? sha256(runner.token).slice(0, 8)}`;
   const token = answer.token || runner.token;
   const section = await formatSection(fleet, runner, { ...answer, name, token }, program);
@@ -4315,7 +4328,7 @@ async function unregisterRunners(
   fleet: Fleet,
   names: readonly string[],
 ): Promise<void> {
-  const { log, signal, now } = context;
+  const { log, signal } = context;
   if (names.length === 0) return;
   const { configFile } = fleet;
   const systemId = readSystemId(dirname(configFile));
@@ -4326,11 +4339,7 @@ async function unregisterRunners(
       ? ["", { token }]
       : ["/managers", { token, system_id: systemId }];
     try {
-      await retry(() => askGitLab(gitlab, "DELETE", path, body), {
-        until: now() + UNREGISTER_MS,
-        now,
-        signal,
-      });
+      await askPatiently(context, gitlab, () => askGitLab(gitlab, "DELETE", path, body));
     } catch (error) {
       const fields = { name, reason: reasonOf(error) };
       if (!(error instanceof GitLabFailure && error.isRefusal))
