@@ -4944,7 +4944,7 @@ describe("command line", () => {
 
   testProgram.each([
     ["custom foo", "fargate custom: unknown command 'foo'; valid commands: config, prepare, run, cleanup"],
-    ["foo", "fargate: unknown command 'foo'; valid commands: custom, sweep"],
+    ["foo", "fargate: unknown command 'foo'; valid commands: custom, runners, manager, sweep"],
     [
       "custom run a b --colour",
       "fargate custom run: unknown option '--colour'; valid options: --version, --config, --debug, --log-level, " +
@@ -4966,7 +4966,7 @@ describe("command line", () => {
   });
 
   testProgram.each([
-    ["", "fargate: no command was given; valid commands: custom, sweep"],
+    ["", "fargate: no command was given; valid commands: custom, runners, manager, sweep"],
     ["custom", "fargate custom: no command was given; valid commands: config, prepare, run, cleanup"],
   ])("fargate prints its help when it gets only %j", async (line, message) => {
     const words = line.split(" ").filter(Boolean);

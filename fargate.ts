@@ -3928,7 +3928,7 @@ async function askGitLab(gitlab: GitLab, method: string, path: string, body: Tab
   }
 }
 
-/** Repeats a request for up to a minute if it is worth it and `mayRepeat`, with a warning at the first time. */
+/** Repeats a request for up to a minute if that may help and `mayRepeat` allows it. Warns once. */
 async function askPatiently(
   { log, now }: Pick<FleetContext, "log" | "now">,
   gitlab: GitLab,
