@@ -3546,10 +3546,8 @@ const number = (fallback: string, min: number, what: string) => {
   const text = v.pipe(v.string(), v.trim(), v.regex(/^\d{1,9}$/), v.transform(Number));
   return v.optional(v.pipe(v.union([text, v.number()]), whole(min, 999_999, what)), fallback);
 };
-const driverKeys = v.pipe(
-  v.custom<Table>(isTable),
-  v.description("a JSON object with keys of the driver's configuration file"),
-);
+const DRIVER_KEYS = "a JSON object with keys of the driver's configuration file";
+const driverKeys = v.pipe(v.custom<Table>(isTable), v.description(DRIVER_KEYS));
 const webAddress = v.pipe(
   v.string(),
   v.trim(),
@@ -3567,7 +3565,10 @@ const FleetSchema = v.object({
   STOP_TIMEOUT: number("0", 0, "seconds that jobs have to finish before they are cancelled"),
   SWEEP_INTERVAL: number("600", 0, "seconds between sweeps, 0 for none"),
   CA_CERTIFICATES_PATH: v.optional(v.string()),
-  DRIVER_SETTINGS: v.optional(v.pipe(v.string(), v.parseJson(), driverKeys, driverKeys), "{}"),
+  DRIVER_SETTINGS: v.optional(
+    v.pipe(v.string(), v.parseJson(), driverKeys, v.description(DRIVER_KEYS)),
+    "{}",
+  ),
 });
 
 /** Settings of the driver by their fields in MANAGERS_CONFIGS, and variables FARGATE_* or WORKER_*. */
@@ -3647,7 +3648,7 @@ interface FleetContext extends Omit<BaseContext, "config"> {
 type RunnersOptions = { readonly [Key in "managers" | "tokens" | "url" | "runnerConfig"]?: string };
 
 /** Tokens must not get into messages, wherever somebody has put them. */
-const TOKEN_LIKE = /([\w-]*gl[a-z]{2,6}-|GR1348941)[\w.-]+/g;
+const TOKEN_LIKE = /([\w-]*gl(rtr?|pat|dt|cbt|ptt|agent|soat|imt|ft)-|GR1348941)[\w.-]+/g;
 /** Collects the problems of all fields, to report them at once. */
 class Problems {
   readonly #found = new Set<string>();
@@ -3772,6 +3773,7 @@ function parseTokens(text: string, source: string, problems: Problems) {
   });
 }
 
+type ManagerToken = Pick<PlannedRunner, "token" | "isRegistration">;
 /** Finds each manager's token: in the list, in the variable with its name, or in one for all managers. */
 function assignTokens(
   names: readonly string[],
@@ -3784,7 +3786,8 @@ function assignTokens(
     if (!names.some((name) => tokenVariable(name) === key)) problems.add(`${key} is for no manager`);
   for (const { label, name } of listed) if (!names.includes(name)) problems.add(`${label} is for no manager`);
   const owners = new Map<string, string>();
-  return names.map((name) => {
+  const tokens = new Map<string, ManagerToken>();
+  for (const name of names) {
     const variable = tokenVariable(name);
     const twin = names.find((other) => other !== name && tokenVariable(other) === variable);
     if (twin && env[variable])
@@ -3794,14 +3797,15 @@ function assignTokens(
     const isRegistration = !own && !isAuthenticationToken(token);
     const owner = owners.get(token);
     if (!token) problems.add(`manager ${name} has no token; set ${variable}`);
-    else if (owner && owner !== name && !isRegistration)
+    else if (owner && !isRegistration)
       problems.add(
         `managers ${owner} and ${name} have the same authentication token, so either could get the other's ` +
           `jobs; create a runner for each in GitLab, and set ${tokenVariable(owner)} and ${variable}`,
       );
     owners.set(token, name);
-    return { token, isRegistration };
-  });
+    tokens.set(name, { token, isRegistration });
+  }
+  return tokens;
 }
 
 /** GitLab Runner's default for the path of its configuration file. */
@@ -3832,12 +3836,12 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
   const configFile = fs.existsSync(path) ? fs.realpathSync(path) : path;
   const place = { common: variables?.DRIVER_SETTINGS ?? {}, directory: dirname(configFile) };
   const managers = planManagers(tables, place, problems, log);
-  const names = managers.map(({ name }) => name);
-  const tokens = tables.length > 0 ? assignTokens(names, listed, problems, given) : [];
-  const runners = managers.map(({ manager, name, path }, index): PlannedRunner => {
+  const names = new Set(tables.map(({ manager_name: name }) => String(name)));
+  const tokens = tables.length > 0 ? assignTokens([...names], listed, problems, given) : new Map();
+  const runners = managers.map(({ manager, name, path }): PlannedRunner => {
     const { tag_list, tags = [], limit } = manager;
-    const token = tokens[index] as (typeof tokens)[number];
-    return { label: `manager ${name}`, name, tags: tag_list ?? tags, limit, driverFile: path, ...token };
+    const common = { label: `manager ${name}`, name, tags: tag_list ?? tags, limit, driverFile: path };
+    return { ...common, ...(tokens.get(name) as ManagerToken) };
   });
   if (tables.length === 0) {
     if (listed.length > 0)
