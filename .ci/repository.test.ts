@@ -139,7 +139,7 @@ describe("CONTRIBUTING.md", () => {
 
 describe("test names", () => {
   const COMMANDS = ["config", "prepare", "run", "cleanup", "sweep", "fargate"];
-  const SUBJECTS = ["a job", "the worker image", "the AWS stand-in", "npm run"];
+  const SUBJECTS = ["a job", "the worker image", "the manager image", "docker build", "the AWS stand-in", "npm run"];
   const exportsOf = (path: string) => {
     const text = read(path);
     const [, list = ""] = /^export \{([^}]*)\}/m.exec(text) ?? [];
