@@ -62,6 +62,6 @@ ENV CONFIG_FILE=/etc/gitlab-runner/config.toml
 # All that is written to. These stay writable if the root file system is read-only; on ECS, mount volumes here.
 VOLUME ["/etc/gitlab-runner", "/opt/gitlab-runner/metadata", "/tmp"]
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["/opt/gitlab-runner/fargate", "manager"]
+ENTRYPOINT ["/opt/gitlab-runner/fargate", "manager", "--"]
 # Arguments of gitlab-runner. Those of other images work as well, such as run --user=gitlab-runner.
 CMD ["run"]
