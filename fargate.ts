@@ -3959,13 +3959,31 @@ interface FleetReport {
 }
 
 type Section = Readonly<Partial<Record<"name" | "url" | "token", unknown>>>;
+/** The runners in a text of config.toml. @throws {Error} that quotes nothing, since the text has tokens */
+function parseSections(text: string): Section[] {
+  try {
+    const { runners = [] } = parseToml(text.replace(/^\uFEFF/, ""));
+    if (!Array.isArray(runners)) throw new Error("runners is not a list of tables");
+    return (runners as unknown[]).filter(isTable);
+  } catch (error) {
+    if (!(error instanceof TomlError)) throw error;
+    throw new Error(`line ${error.line}, column ${error.column}: ${error.message.split("\n")[0]}`);
+  }
+}
+
 /** The text and the runners of config.toml. Read before each change, as GitLab Runner changes it too. */
 function readRunnerConfig(path: string): { text: string; sections: Section[] } {
   return withContext(`${path} cannot be used`, () => {
-    const text = fs.existsSync(path) ? fs.readFileSync(path, "utf8") : "";
-    const { runners = [] } = parseToml(text);
-    if (!Array.isArray(runners)) throw new Error("runners is not a list of tables");
-    return { text, sections: (runners as unknown[]).filter(isTable) };
+    const bytes = fs.existsSync(path) ? fs.readFileSync(path) : Buffer.alloc(0);
+    const text = bytes.toString();
+    if (!Buffer.from(text).equals(bytes)) throw new Error("it is not UTF-8");
+    const sections = parseSections(text);
+    try {
+      parseSections(`${text}\n[[runners]]\n`);
+    } catch {
+      throw new Error("no section can be added to its list of runners; write each runner as [[runners]]");
+    }
+    return { text, sections };
   });
 }
 
@@ -4121,6 +4139,7 @@ function sectionName(
 /** Creates GitLab Runner's config.toml and the driver's configuration files, unless they exist. */
 async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: Logger): Promise<void> {
   const { stringify } = await import("smol-toml");
+  const { text: before } = readRunnerConfig(configFile); // a bad one fails before anything is written
   for (const { name, path, settings } of managers) {
     const comment = `# The driver's configuration for the manager ${name}, written by fargate runners.`;
     const text = `${comment}\n\n${stringify(settings)}`;
@@ -4134,7 +4153,7 @@ async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: L
         path,
       });
   }
-  if (readRunnerConfig(configFile).text.trim() !== "") return;
+  if (before.trim() !== "") return;
   const global = {
     concurrent: variables.RUNNER_CONCURRENCY,
     check_interval: 0, // GitLab Runner's default
