@@ -3537,9 +3537,12 @@ function formatSweep(report: SweepReport, json: boolean): string {
 
 const MANAGER_CANCEL_GRACE = 8; // seconds: CancelGracePeriod + 10 is the default of SHUTDOWN_TIMEOUT
 
+/** Tokens must not get into messages, wherever somebody has put them. */
+const TOKEN_LIKE = /([\w-]*gl(rtr?|pat|dt|cbt|ptt|agent|soat|imt|ft)-|GR1348941)[\w.-]+/g;
 const runnerName = v.pipe(
   v.string(),
   v.regex(/^[A-Za-z0-9_.-]{1,100}$/),
+  v.check((name) => name.search(TOKEN_LIKE) < 0),
   v.description("1 to 100 of A-Z, a-z, 0-9, _, . and -"),
 );
 const number = (fallback: string, min: number, what: string) => {
@@ -3594,7 +3597,7 @@ const tagList = v.pipe(
   v.transform((tags) => tags.map((tag) => tag.trim()).filter(Boolean)),
   v.description("tags: a list, or a text with commas between them"),
 );
-const workerField = v.optional(v.pipe(v.string(), v.description("a text")));
+const workerField = v.optional(v.unknown()); // checked as a setting of the driver
 const terraformField = v.optional(v.unknown()); // accepted, and not used
 /** The fields of a manager in MANAGERS_CONFIGS. */
 const ManagerSchema = v.object({
@@ -3614,7 +3617,6 @@ const ManagerSchema = v.object({
   worker_task_role_arn: terraformField,
   driver_settings: v.optional(driverKeys, {}),
 });
-type Manager = v.InferOutput<typeof ManagerSchema>;
 
 /** A runner that shall have a section in config.toml. */
 interface PlannedRunner {
@@ -3647,13 +3649,22 @@ interface FleetContext extends Omit<BaseContext, "config"> {
 /** Options of `runners`. In place of a file, "-" is standard input. */
 type RunnersOptions = { readonly [Key in "managers" | "tokens" | "url" | "runnerConfig"]?: string };
 
-/** Tokens must not get into messages, wherever somebody has put them. */
-const TOKEN_LIKE = /([\w-]*gl(rtr?|pat|dt|cbt|ptt|agent|soat|imt|ft)-|GR1348941)[\w.-]+/g;
+/** Replaces tokens, and the passwords of addresses. */
+const withoutSecrets = (text: string): string =>
+  text.replace(TOKEN_LIKE, "[token]").replace(/:\/\/[^/"\s]*@/g, "://[password]@");
 /** Collects the problems of all fields, to report them at once. */
 class Problems {
   readonly #found = new Set<string>();
   add(problem: string): void {
-    this.#found.add(problem.replace(TOKEN_LIKE, "[token]"));
+    this.#found.add(withoutSecrets(problem));
+  }
+  /** Adds the message of an error that `action` throws, line by line. */
+  collect(action: () => void): void {
+    try {
+      action();
+    } catch (error) {
+      for (const line of reasonOf(error).split("\n")) this.add(line.trim());
+    }
   }
   /** @param label names the source of a value, in addition to its path in the schema */
   check<T extends v.GenericSchema>(
@@ -3696,12 +3707,13 @@ function singleManager(env: Environment): Table[] {
 }
 
 /** Merges a manager's settings of the driver: defaults, DRIVER_SETTINGS, worker_* fields, driver_settings. */
-function driverSettings(manager: Manager, common: Table, warnings: string[]): Table {
+function driverSettings(manager: Table, common: Table, warnings: string[]): Table {
   const worker = WORKER_FIELDS.map(([table, key, field]) => ({ [table]: { [key]: manager[field] ?? "" } }));
+  const own = isTable(manager.driver_settings) ? manager.driver_settings : {};
   const layers = [
     { Fargate: {}, TaskMetadata: { Directory: "/opt/gitlab-runner/metadata" } },
     { SSH: { Username: "root", CancelGracePeriod: MANAGER_CANCEL_GRACE } },
-    ...[common, ...worker, manager.driver_settings],
+    ...[common, ...worker, own],
   ].map((layer) => normalizeKeys(layer, ConfigSchema, "", warnings) as Table);
   const merged: Table = {};
   for (const [key, value] of layers.flatMap((layer) => Object.entries(layer))) {
@@ -3725,22 +3737,24 @@ function planManagers(
   log: Logger,
 ) {
   const names = new Set<unknown>();
-  return tables.flatMap((table) => {
-    const where = `manager ${formatValue(table.manager_name)}: `;
+  return tables.flatMap((table, index) => {
+    const { manager_name: given } = table;
+    const where = withoutSecrets(`manager ${typeof given === "string" ? formatValue(given) : index + 1}: `);
     const set = Object.entries(table).filter(([, value]) => value !== null && value !== "");
+    const warnings: string[] = [];
     for (const [key] of set.filter(([key]) => !Object.hasOwn(ManagerSchema.entries, key)))
       if (/token/i.test(key)) problems.add(`${where}${key} must not be here; set ${TOKEN_VARIABLE}<NAME>`);
-      else log.warn("{where}{key} is not a known field, and has no effect", { where, key });
-    if (names.has(table.manager_name)) problems.add(`${where}the name occurs twice`);
-    names.add(table.manager_name);
-    const manager = problems.check(ManagerSchema, Object.fromEntries(set), where);
-    if (!manager) return [];
-    const warnings: string[] = [];
-    const settings = driverSettings(manager, common, warnings);
+      else warnings.push(`${withoutSecrets(key)} is not a known field, and has no effect`);
+    if (given && names.has(given)) problems.add(`${where}the name occurs twice`);
+    names.add(given);
+    const fields = Object.fromEntries(set);
+    const manager = problems.check(ManagerSchema, fields, where);
+    const settings = driverSettings(fields, common, warnings);
     for (const warning of warnings) log.warn("{where}{warning}", { where, warning });
     const config = problems.check(ConfigSchema, settings, where, fieldOf);
-    const path = join(directory, `fargate-${manager.manager_name}.toml`);
-    return config ? [{ manager, name: manager.manager_name, path, config, settings }] : [];
+    if (!manager || !config) return [];
+    const { manager_name: name } = manager;
+    return [{ manager, name, path: join(directory, `fargate-${name}.toml`), config, settings }];
   });
 }
 
@@ -3760,7 +3774,9 @@ function parseTokens(text: string, source: string, problems: Problems) {
     const [token = "", name = ""] = words.reverse();
     const isValid = words.length <= 2 && /^[\w.-]+$/.test(token);
     if (!isValid) problems.add(`${label} is invalid; expected: a token, or a name and a token`);
-    if (name) problems.check(runnerName, name, `${label}: the name `);
+    const expected = v.getDescription(runnerName);
+    if (name && !v.is(runnerName, name))
+      problems.add(`${label}: the name is ${formatValue(name)}; expected: ${expected}`);
     for (const [what, value] of [
       ["token", token],
       ["name", name],
@@ -3792,9 +3808,10 @@ function assignTokens(
     const twin = names.find((other) => other !== name && tokenVariable(other) === variable);
     if (twin && env[variable])
       problems.add(`${variable} is for both ${twin} and ${name}; use a list of tokens`);
-    const own = listed.find((line) => line.name === name)?.token || env[variable] || env.GITLAB_RUNNER_TOKEN;
+    const line = listed.find((line) => line.name === name);
+    const own = line?.token || env[variable] || env.GITLAB_RUNNER_TOKEN;
     const token = (own || env.GITLAB_REGISTRATION_TOKEN || "").trim();
-    const isRegistration = !own && !isAuthenticationToken(token);
+    const isRegistration = line ? line.isRegistration : !own && !isAuthenticationToken(token);
     const owner = owners.get(token);
     if (!token) problems.add(`manager ${name} has no token; set ${variable}`);
     else if (owner && !isRegistration)
@@ -3836,7 +3853,7 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
   const configFile = fs.existsSync(path) ? fs.realpathSync(path) : path;
   const place = { common: variables?.DRIVER_SETTINGS ?? {}, directory: dirname(configFile) };
   const managers = planManagers(tables, place, problems, log);
-  const names = new Set(tables.map(({ manager_name: name }) => String(name)));
+  const names = new Set(tables.map((table) => table.manager_name).filter((name) => v.is(runnerName, name)));
   const tokens = tables.length > 0 ? assignTokens([...names], listed, problems, given) : new Map();
   const runners = managers.map(({ manager, name, path }): PlannedRunner => {
     const { tag_list, tags = [], limit } = manager;
@@ -3844,8 +3861,8 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
     return { ...common, ...(tokens.get(name) as ManagerToken) };
   });
   if (tables.length === 0) {
-    if (listed.length > 0)
-      readConfig(readFile(driverFile, `the configuration file ${driverFile}`).toString(), driverFile, {}, {});
+    const readDriverFile = () => readFile(driverFile, `the configuration file ${driverFile}`).toString();
+    if (listed.length > 0) problems.collect(() => readConfig(readDriverFile(), driverFile, {}, {}));
     runners.push(...listed.map((line) => ({ ...line, tags: [], limit: 0, driverFile })));
   }
   problems.throwIfAny();
