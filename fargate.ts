@@ -3976,12 +3976,12 @@ interface FleetReport {
 }
 
 type Section = Readonly<Partial<Record<"name" | "url" | "token", unknown>>>;
-/** The runners in a text of config.toml. @throws {Error} that quotes nothing, since the text has tokens */
-function parseSections(text: string): Section[] {
+/** Parses the text of config.toml. @throws {Error} that quotes nothing, since the text has tokens */
+function parseRunnerToml(text: string): { runners: Section[]; others: Table } {
   try {
-    const { runners = [] } = parseToml(text.replace(/^\uFEFF/, ""));
+    const { runners = [], ...others } = parseToml(text.replace(/^\uFEFF/, ""));
     if (!Array.isArray(runners)) throw new Error("runners is not a list of tables");
-    return (runners as unknown[]).filter(isTable);
+    return { runners: (runners as unknown[]).filter(isTable), others };
   } catch (error) {
     if (!(error instanceof TomlError)) throw error;
     throw new Error(`line ${error.line}, column ${error.column}: ${error.message.split("\n")[0]}`);
@@ -3994,13 +3994,13 @@ function readRunnerConfig(path: string): { text: string; sections: Section[] } {
     const bytes = fs.existsSync(path) ? fs.readFileSync(path) : Buffer.alloc(0);
     const text = bytes.toString();
     if (!Buffer.from(text).equals(bytes)) throw new Error("it is not UTF-8");
-    const sections = parseSections(text);
+    const { runners } = parseRunnerToml(text);
     try {
-      parseSections(`${text}\n[[runners]]\n`);
+      parseRunnerToml(`${text}\n[[runners]]\n`);
     } catch {
       throw new Error("no section can be added to its list of runners; write each runner as [[runners]]");
     }
-    return { text, sections };
+    return { text, sections: runners };
   });
 }
 
@@ -4014,20 +4014,41 @@ function writeRunnerConfig(path: string, text: string): void {
   withContext(`${path} cannot be written`, () => writeDurably(path, text, publish), "disk");
 }
 
-/** Removes the section of this token from config.toml. All others stay as they are, byte for byte. */
+/**
+ * Removes the section of this token from config.toml. All else stays as it is, comments included.
+ * @throws {Error} if it cannot be told from the rest
+ */
 function removeSection(path: string, token: string): void {
+  const { text } = readRunnerConfig(path);
+  const isOurs = (runner: Section) => runner.token === token;
   const hasToken = (part: string) => {
-    const { runners } = parseToml(part);
-    return Array.isArray(runners) && runners.some((runner) => isTable(runner) && runner.token === token);
+    try {
+      return parseRunnerToml(part).runners.some(isOurs);
+    } catch {
+      return false; // a part of a text or a list with lines like headers
+    }
   };
-  const parts = readRunnerConfig(path).text.split(/^(?=\[\[runners\]\])/m);
-  const kept = parts.filter((part) => !part.startsWith("[[runners]]") || !hasToken(part));
-  writeRunnerConfig(path, kept.join(""));
+  let isInside = false;
+  const parts = text.split(/^(?=[ \t]*\[)/m).map((part) => {
+    const isSubtable = /^[ \t]*\[{1,2}[ \t]*runners[ \t]*\./.test(part);
+    isInside = isSubtable ? isInside : hasToken(part);
+    if (!isInside) return part;
+    const lines = part.split(/(?<=\n)/);
+    const rest = lines.slice(lines.findLastIndex((line) => /^\s*[^#\s]/.test(line)) + 1).join("");
+    return rest.includes("#") ? rest : "";
+  });
+  const left = parts.join("");
+  const [before, after] = [parseRunnerToml(text), parseRunnerToml(left)];
+  const expected = { ...before, runners: before.runners.filter((runner) => !isOurs(runner)) };
+  if (JSON.stringify(after) !== JSON.stringify(expected))
+    throw new Error("the section of a runner that GitLab refuses must be removed by hand");
+  writeRunnerConfig(path, left);
 }
 
+const systemIdPath = (directory: string): string => join(directory, ".runner_system_id");
 /** GitLab Runner's id of this manager, which it reads from this file as well. */
 function readSystemId(directory: string): string {
-  const path = join(directory, ".runner_system_id");
+  const path = systemIdPath(directory);
   return withContext(`the runner's system id ${path} cannot be used`, () => {
     const id = fs.existsSync(path) ? fs.readFileSync(path, "utf8").trim() : "";
     if (/^[sr]_[0-9a-zA-Z]{12}$/.test(id)) return id;
@@ -4043,7 +4064,8 @@ const pendingPath = (configFile: string): string => join(dirname(configFile), ".
 /** Reports a registration whose answer an earlier process did not get or store. */
 function reportPending({ configFile }: Fleet, log: Logger): void {
   const path = pendingPath(configFile);
-  const name = fs.existsSync(path) ? readPrivateFile(path).trim() : "";
+  const read = () => (fs.existsSync(path) ? readPrivateFile(path).trim() : "");
+  const name = withContext(`${path} cannot be used`, read);
   if (name && !readRunnerConfig(configFile).sections.some((section) => section.name === name))
     log.warn("an earlier registration as {name} was not completed; {hint}", { name, hint: REMOVE_BY_HAND });
   removeQuietly(path);
@@ -4133,8 +4155,8 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
   const token = answer.token || runner.token;
   const section = await formatSection(fleet, runner, { ...answer, name, token }, program);
   const { text } = readRunnerConfig(configFile);
-  const before = text === "" || text.endsWith("\n") ? text : `${text}\n`;
-  writeRunnerConfig(configFile, `${before}\n${section}`);
+  const gap = /\n\r?\n$/.test(text) ? "" : text.endsWith("\n") ? "\n" : "\n\n";
+  writeRunnerConfig(configFile, text + gap + section);
   removeQuietly(pendingPath(configFile));
   report.added.push(name);
   const fields = { name, id: answer.id ?? "unknown", url: gitlab.url, label };
@@ -4195,9 +4217,15 @@ function lockRunnerConfig({ configFile }: Fleet, wallTime: number): () => void {
   throw new Failure("system", `another process (${other.pid}) is changing ${configFile}`);
 }
 
-/** Temporary files of killed processes. They may contain tokens. */
-const LEFT_BEHIND =
-  /^(config\.toml|fargate-.+\.toml|\.runner_system_id|\.fargate-runners\.pending)\.[0-9a-f]{12}\.tmp$/;
+/** Removes temporary files of killed processes. They may contain tokens. */
+function removeTemporaryFiles(configFile: string): void {
+  const directory = dirname(configFile);
+  const ours = [configFile, pendingPath(configFile), systemIdPath(directory)].map((path) => basename(path));
+  for (const name of fs.readdirSync(directory)) {
+    const [, file = ""] = /^(.+)\.[0-9a-f]{12}\.tmp$/.exec(name) ?? [];
+    if (ours.includes(file) || /^fargate-.+\.toml$/.test(file)) removeQuietly(join(directory, name));
+  }
+}
 
 /**
  * The `runners` command: writes what is missing, and changes nothing that is there. The token of each runner
@@ -4213,8 +4241,7 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
   const unlock = lockRunnerConfig(fleet, context.wallTime());
   const report: FleetReport = { added: [], present: [], problems: [] };
   try {
-    for (const name of fs.readdirSync(directory).filter((name) => LEFT_BEHIND.test(name)))
-      removeQuietly(join(directory, name));
+    removeTemporaryFiles(configFile);
     reportPending(fleet, context.log);
     await writeBaseFiles(fleet, context.log);
     for (const [index, runner] of runners.entries())
