@@ -4154,9 +4154,14 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
   const name = known || `${variables.RUNNER_NAME_PREFIX}-${answer.id ?? sha256(runner.token).slice(0, 8)}`;
   const token = answer.token || runner.token;
   const section = await formatSection(fleet, runner, { ...answer, name, token }, program);
-  const { text } = readRunnerConfig(configFile);
-  const gap = /\n\r?\n$/.test(text) ? "" : text.endsWith("\n") ? "\n" : "\n\n";
-  writeRunnerConfig(configFile, text + gap + section);
+  try {
+    const { text } = readRunnerConfig(configFile);
+    const gap = /\n\r?\n$/.test(text) ? "" : text.endsWith("\n") ? "\n" : "\n\n";
+    writeRunnerConfig(configFile, text + gap + section);
+  } catch (error) {
+    const lost = isRegistration ? `; GitLab has registered ${name}; remove it there` : "";
+    throw new Failure("system", `${reasonOf(error)}${lost}`);
+  }
   removeQuietly(pendingPath(configFile));
   report.added.push(name);
   const fields = { name, id: answer.id ?? "unknown", url: gitlab.url, label };
