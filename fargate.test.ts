@@ -88,13 +88,16 @@ import {
 } from "./fargate.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
+import { driverConfig, type Fleet, makeFleet, managersNamed, REGISTRATION_TOKEN, WORKER } from "./fixtures/fleet.ts";
+import type { GitLabStandInOptions } from "./fixtures/gitlab.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { type Loaded, recordingProgram, recordLoads } from "./fixtures/loaded-modules.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
-import { driver, fargate, start } from "./fixtures/process.ts";
+import { driver, type Finished, fargate, start } from "./fixtures/process.ts";
 import { startProxy } from "./fixtures/proxy.ts";
+import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
 import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
-import { tagsOf, wholeRun } from "./fixtures/secrets.ts";
+import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { parseKey, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import { type ContainerHostsOptions, containerHosts, type TaskHosts } from "./fixtures/tasks.ts";
 import {
@@ -4814,6 +4817,782 @@ describeProgram("private CA", () => {
     ended(await scene.begin("run", { script: "true", env }).finished, 0);
     ended(await scene.stage("cleanup", { env }), 0);
     expect(world.aws.running()).toEqual([]);
+  });
+});
+
+describeProgram("runners", () => {
+  const newFleet = async (options?: GitLabStandInOptions) => {
+    const fleet = await makeFleet(options);
+    onTestFinished(() => fleet.close());
+    return fleet;
+  };
+  const json = (name: string) =>
+    JSON.parse(fs.readFileSync(join(projectRoot, "fixtures", "config", `${name}.json`), "utf8"));
+  /** Terraform's jsonencode: sorted keys, and three characters escaped. */
+  const jsonencode = (value: unknown): string => {
+    const sorted = (item: unknown): unknown =>
+      Array.isArray(item)
+        ? item.map(sorted)
+        : item && typeof item === "object"
+          ? Object.fromEntries(
+              Object.entries(item)
+                .sort()
+                .map(([key, member]) => [key, sorted(member)]),
+            )
+          : item;
+    const escapes: Record<string, string> = { "<": "\\u003c", ">": "\\u003e", "&": "\\u0026" };
+    return JSON.stringify(sorted(value)).replace(/[<>&]/g, (character) => escapes[character] as string);
+  };
+  /** The lines of a log, without times. */
+  const lines = ({ stderr }: Finished) =>
+    stderr
+      .replace(/^\S+Z /gm, "")
+      .trimEnd()
+      .split("\n");
+  /** The lines about problems. */
+  const problems = (finished: Finished) =>
+    lines(finished)
+      .filter((line) => line.startsWith("error: "))
+      .map((line) => line.replace(/^error: +/, ""));
+  const systemId = (fleet: Fleet) => fs.readFileSync(join(fleet.directory, ".runner_system_id"), "utf8");
+  const named = (fleet: Fleet, name: string) => `fargate_${name}_${systemId(fleet).slice(2)}`;
+
+  describe("managers", () => {
+    const forms: [form: string, of: (map: object) => unknown][] = [
+      ["map", (map) => map],
+      ["list", Object.values],
+    ];
+
+    test.each(forms)("runners accepts MANAGERS_CONFIGS as Terraform writes it, as a %s", async (_, of) => {
+      const fleet = await newFleet();
+      const map = json("managers-terraform");
+      const finished = await fleet.run({
+        MANAGERS_CONFIGS: jsonencode(of(map)),
+        RUNNER_CONCURRENCY: "10",
+        RUNNER_NAME_PREFIX: "team.a",
+      });
+      ended(finished, 0);
+      expect(finished.stderr).not.toMatch(/warning|error/);
+      const prefix = (name: string) => `team.a_${name}_${systemId(fleet).slice(2)}`;
+      const commonSection = {
+        url: fleet.gitlab.url,
+        executor: "custom",
+        builds_dir: "/opt/gitlab-runner/builds",
+        cache_dir: "/opt/gitlab-runner/cache",
+        custom: expect.anything(),
+      };
+      const [apps, web] = fleet.gitlab.runners;
+      expect(fleet.content()).toEqual({
+        concurrent: 10,
+        check_interval: 0,
+        shutdown_timeout: 18,
+        session_server: { session_timeout: 1800 },
+        runners: [
+          { ...commonSection, name: prefix("dev_apps"), id: apps?.id, token: apps?.token, limit: 10 },
+          { ...commonSection, name: prefix("dev_web"), id: web?.id, token: web?.token, limit: 5 },
+        ],
+      });
+      expect(fleet.gitlab.runners).toMatchObject([
+        { description: prefix("dev_apps"), tags: ["dev", "apps"], createdBy: "registration" },
+        { description: prefix("dev_web"), tags: ["dev", "web", "r&d"], createdBy: "registration" },
+      ]);
+      const [first, second] = fleet.sections().map(driverConfig);
+      expect(first).toMatchObject({ path: join(fleet.directory, "fargate-dev_apps.toml"), warnings: [] });
+      expect(second).toMatchObject({ path: join(fleet.directory, "fargate-dev_web.toml"), warnings: [] });
+      expect(first?.config).toMatchObject({
+        Fargate: {
+          Cluster: map.dev_apps.worker_ecs_cluster_arn,
+          Region: "eu-west-1",
+          Subnet: "subnet-0a1b2c3d",
+          SecurityGroup: "sg-0a1b2c3d",
+          TaskDefinition: map.dev_apps.worker_task_definition_arn,
+        },
+        TaskMetadata: { Directory: "/opt/gitlab-runner/metadata" },
+        SSH: { Username: "builder", CancelGracePeriod: 8 },
+      });
+      expect(second?.config.SSH.Username).toBe("root");
+      expect(fleet.names()).toEqual([
+        ".runner_system_id",
+        "config.toml",
+        "fargate-dev_apps.toml",
+        "fargate-dev_web.toml",
+      ]);
+      for (const name of fleet.names()) expect(fs.statSync(join(fleet.directory, name)).mode & 0o777, name).toBe(0o600);
+    });
+
+    test.each(forms)("runners accepts the sample file of a manager image, as a %s", async (form, of) => {
+      const fleet = await newFleet();
+      const path = join(fleet.directory, "managers.json");
+      fs.writeFileSync(path, JSON.stringify(of(json("managers")), null, 2));
+      // One form is read from the file, and one from standard input.
+      const input = ["sh", "-c", 'file=$1; shift; exec "$@" <"$file"', "sh", path];
+      const finished =
+        form === "map" ? await fleet.run({}, ["--managers", path]) : await fleet.run({}, ["--managers", "-"], input);
+      ended(finished, 0);
+      expect(finished.stderr).not.toMatch(/warning|error/);
+      expect(fleet.gitlab.runners).toMatchObject([
+        { description: named(fleet, "apps"), tags: ["build", "test", "apps"] },
+        { description: named(fleet, "tools"), tags: ["tools"] },
+      ]);
+      expect(fleet.sections().map(({ limit }) => limit)).toEqual([7, 12]);
+      expect(fleet.content().concurrent).toBe(1);
+      expect(fleet.sections().map((section) => driverConfig(section).config.Fargate)).toMatchObject([
+        { Cluster: "workers-a", Region: "eu-west-1", Subnet: "subnet-0a1b", TaskDefinition: "apps-worker:3" },
+        { Cluster: "workers-b", Region: "eu-central-1", SecurityGroup: "sg-2c3d", TaskDefinition: "tools-worker:8" },
+      ]);
+    });
+
+    test.each(["FARGATE", "WORKER"])("runners accepts the variables %s_* of a single runner", async (prefix) => {
+      const fleet = await newFleet();
+      const variables = {
+        [`${prefix}_CLUSTER`]: "workers",
+        [`${prefix}_REGION`]: "eu-west-1",
+        [`${prefix}_SUBNET`]: "subnet-0a1b2c3d",
+        [`${prefix}_SECURITY_GROUP`]: "sg-0a1b2c3d",
+        [`${prefix}_TASK_DEFINITION`]: "worker:2",
+        ...(prefix === "WORKER" && { WORKER_SSH_USER: "builder" }),
+      };
+      const finished = await fleet.run({ ...variables, RUNNER_TAG_LIST: "a, b,", RUNNER_NAME_PREFIX: "shop" });
+      ended(finished, 0);
+      expect(finished.stderr).not.toMatch(/warning|error/);
+      const name = `shop_default_${systemId(fleet).slice(2)}`;
+      expect(fleet.gitlab.runners).toMatchObject([{ description: name, tags: ["a", "b"] }]);
+      const [section] = fleet.sections() as [RunnerSection];
+      expect(section).toMatchObject({ name, token: fleet.gitlab.runners[0]?.token });
+      expect(section).not.toHaveProperty("limit");
+      expect(driverConfig(section)).toMatchObject({
+        path: join(fleet.directory, "fargate-default.toml"),
+        config: {
+          Fargate: {
+            Cluster: "workers",
+            Region: "eu-west-1",
+            Subnet: "subnet-0a1b2c3d",
+            SecurityGroup: "sg-0a1b2c3d",
+            TaskDefinition: "worker:2",
+          },
+          SSH: { Username: prefix === "WORKER" ? "builder" : "root" },
+        },
+      });
+    });
+
+    test("runners prefers DRIVER_SETTINGS to defaults, and a manager's own fields to both", async () => {
+      const fleet = await newFleet();
+      const { worker_subnet_id: _, worker_security_group_id: __, ...bare } = WORKER;
+      const common = {
+        LogLevel: "warn",
+        Fargate: { Subnets: ["subnet-1", "subnet-2"], SecurityGroup: "sg-common", Tags: { team: "a" } },
+        ssh: { port: 2222, username: "common", CancelGracePeriod: 20 },
+        TaskMetadata: { Directory: "/srv/metadata" },
+      };
+      const one = {
+        ...bare,
+        worker_subnet_id: "subnet-one",
+        driver_settings: {
+          Fargate: { SecurityGroups: ["sg-1", "sg-2"], StartTimeout: 900 },
+          SSH: { Username: "own" },
+        },
+      };
+      const two = { ...bare, worker_ssh_user: "two", worker_security_group_id: "" };
+      const finished = await fleet.run({
+        MANAGERS_CONFIGS: JSON.stringify({ one, two }),
+        DRIVER_SETTINGS: JSON.stringify(common),
+      });
+      ended(finished, 0);
+      expect(finished.stderr).not.toMatch(/warning|error/);
+      const [first, second] = fleet.sections().map((section) => driverConfig(section).config);
+      expect(first).toMatchObject({
+        LogLevel: "warn",
+        Fargate: { Subnet: "subnet-one", SecurityGroups: ["sg-1", "sg-2"], StartTimeout: 900, Tags: { team: "a" } },
+        SSH: { Port: 2222, Username: "own", CancelGracePeriod: 20 },
+        TaskMetadata: { Directory: "/srv/metadata" },
+      });
+      expect(first?.Fargate).not.toHaveProperty("Subnets");
+      expect(first?.Fargate).not.toHaveProperty("SecurityGroup");
+      expect(second).toMatchObject({
+        Fargate: { Subnets: ["subnet-1", "subnet-2"], SecurityGroup: "sg-common" },
+        SSH: { Username: "two" },
+      });
+    });
+
+    test("runners warns about fields and settings that it does not know", async () => {
+      const fleet = await newFleet();
+      const own = { ...WORKER, workers: 3, driver_settings: { SSH: { Prot: 22 } } };
+      const finished = await fleet.run({ MANAGERS_CONFIGS: JSON.stringify({ own }) });
+      ended(finished, 0);
+      expect(lines(finished).filter((line) => line.startsWith("warning"))).toEqual([
+        'warning: manager "own": workers is not a known field, and has no effect',
+        'warning: manager "own": unknown key SSH.Prot; the most similar known key is SSH.Port',
+      ]);
+    });
+
+    test("runners leaves a driver's configuration file that differs from the settings", async () => {
+      const fleet = await newFleet();
+      ended(await fleet.run(managersNamed("one")), 0);
+      const path = join(fleet.directory, "fargate-one.toml");
+      fs.appendFileSync(path, "Port = 2222\n");
+      const before = fleet.snapshot();
+      const finished = await fleet.run(managersNamed("one"));
+      ended(finished, 0);
+      expect(finished.stderr).toContain(`${path} differs from the manager's settings, and is left as it is`);
+      expect(fleet.snapshot()).toEqual(before);
+    });
+  });
+
+  describe("authentication tokens", () => {
+    type Variables = Record<string, string>;
+    const sources: [where: string, names: string[], give: (tokens: string[], fleet: Fleet) => Variables][] = [
+      ["GITLAB_RUNNER_TOKEN", ["one"], ([token = ""]) => ({ GITLAB_RUNNER_TOKEN: token })],
+      ["GITLAB_REGISTRATION_TOKEN", ["one"], ([token = ""]) => ({ GITLAB_REGISTRATION_TOKEN: token })],
+      [
+        "GITLAB_RUNNER_TOKEN_<NAME>",
+        ["one", "web-2.x"],
+        ([one = "", web = ""]) => ({ GITLAB_RUNNER_TOKEN_ONE: one, GITLAB_RUNNER_TOKEN_WEB_2_X: ` ${web}\n` }),
+      ],
+      [
+        "RUNNER_TOKENS_FILE",
+        ["a-b", "a_b"],
+        ([one, two], fleet) => ({ RUNNER_TOKENS_FILE: fleet.tokens(`# two\na_b ${two}\n\na-b=${one}\n`) }),
+      ],
+    ];
+    test.each(sources)("runners verifies the authentication tokens in %s", async (_, names, give) => {
+      const fleet = await newFleet();
+      const tokens = names.map((name) => fleet.gitlab.createRunner({ description: name }));
+      const finished = await fleet.run({
+        GITLAB_REGISTRATION_TOKEN: undefined,
+        ...managersNamed(...names),
+        ...give(tokens, fleet),
+      });
+      ended(finished, 0);
+      expect(finished.stderr).not.toMatch(/warning|error/);
+      const id = systemId(fleet);
+      expect(id).toMatch(/^r_[0-9a-zA-Z]{12}$/);
+      expect(fleet.gitlab.requests.map(({ operation, parameters }) => [operation, parameters])).toEqual(
+        tokens.map((token) => ["verify", { token, system_id: id }]),
+      );
+      expect(fleet.gitlab.runners.map(({ managers }) => managers)).toEqual(names.map(() => [id]));
+      expect(fleet.sections().map(({ name, id, token }) => ({ name, id, token }))).toEqual(
+        tokens.map((token, n) => ({ name: named(fleet, names[n] ?? ""), id: n + 1, token })),
+      );
+      fleet.sections().forEach(driverConfig);
+    });
+
+    test("runners says once that tags have no effect with authentication tokens", async () => {
+      const fleet = await newFleet();
+      const [one = "", two = "", three = ""] = [1, 2, 3].map(() => fleet.gitlab.createRunner());
+      const finished = await fleet.run({
+        MANAGERS_CONFIGS: JSON.stringify({
+          one: { ...WORKER, tags: ["a"] },
+          two: { ...WORKER, tag_list: "b" },
+          three: WORKER,
+        }),
+        GITLAB_RUNNER_TOKEN_ONE: one,
+        GITLAB_RUNNER_TOKEN_TWO: two,
+        GITLAB_RUNNER_TOKEN_THREE: three,
+      });
+      ended(finished, 0);
+      expect(lines(finished).filter((line) => line.startsWith("warning"))).toEqual([
+        "warning: the tags of manager one, manager two have no effect: those set in GitLab count",
+      ]);
+    });
+
+    test("runners stores when a token of its own runner expires", async () => {
+      const fleet = await newFleet({ tokenExpiresAt: "2031-02-03T04:05:06.000Z" });
+      const token = fleet.gitlab.createRunner();
+      ended(await fleet.run({ ...managersNamed("one", "two"), GITLAB_RUNNER_TOKEN_TWO: token }), 0);
+      const [registered, given] = fleet.sections();
+      expect(registered?.token_expires_at?.toISOString()).toBe("2031-02-03T04:05:06.000Z");
+      expect(registered).toHaveProperty("token_obtained_at");
+      expect(given).not.toHaveProperty("token_expires_at");
+    });
+
+    test("runners uses the registration token of managers without a token of their own", async () => {
+      const fleet = await newFleet();
+      const token = fleet.gitlab.createRunner();
+      const list = fleet.tokens(`two ${token}\nthree ${REGISTRATION_TOKEN}\n`);
+      ended(await fleet.run(managersNamed("one", "two", "three"), ["--tokens", list]), 0);
+      expect(fleet.gitlab.requests.map(({ operation }) => operation)).toEqual(["register", "verify", "register"]);
+      expect(fleet.sections().map(({ token }) => token)).toEqual([
+        fleet.gitlab.runners[1]?.token,
+        token,
+        fleet.gitlab.runners[2]?.token,
+      ]);
+    });
+  });
+
+  describe("problems", () => {
+    const TOKEN = `glrt-t1_${madeUpSecret("a token in a wrong place", 20)}`;
+    const other = `glrt-${madeUpSecret("another token in a wrong place", 20)}`;
+    beforeAll(() => {
+      for (const token of [TOKEN, other]) wholeRun.register(token, "a token in a wrong place", "runner");
+    });
+    const managersOf = (...list: unknown[]) => ({ MANAGERS_CONFIGS: JSON.stringify(list) });
+    const one = { manager_name: "one", ...WORKER };
+    const { worker_aws_region: _, ...homeless } = one;
+    const name = "expected: 1 to 100 of A-Z, a-z, 0-9, _, . and -";
+    const whole = (min: number) => `a whole number from ${min} to 999999`;
+    const list = (text: string) => (fleet: Fleet) => {
+      fleet.driverFile();
+      return ["--config", "fargate.toml", "--tokens", fleet.tokens(text)];
+    };
+
+    const cases: [
+      what: string,
+      variables: Record<string, string | undefined>,
+      expected: string[],
+      args?: (fleet: Fleet) => string[],
+    ][] = [
+      ["no managers and no tokens", {}, ["there are no runners; set MANAGERS_CONFIGS, or give --tokens"]],
+      [
+        "MANAGERS_CONFIGS that is not JSON",
+        { MANAGERS_CONFIGS: "{" },
+        ["MANAGERS_CONFIGS is not a JSON object or list"],
+      ],
+      [
+        "MANAGERS_CONFIGS that is a number",
+        { MANAGERS_CONFIGS: "7" },
+        ["MANAGERS_CONFIGS is not a JSON object or list"],
+      ],
+      [
+        "managers that are no objects",
+        managersOf(null, [], "one"),
+        ["0", "1", "2"].map((key) => `MANAGERS_CONFIGS: ${key} is not an object`),
+      ],
+      [
+        "managers with bad names",
+        managersOf(
+          { ...one, manager_name: "a b" },
+          WORKER,
+          { ...one, manager_name: null },
+          { ...one, manager_name: 5 },
+        ),
+        [
+          `manager "a b": manager_name is "a b"; ${name}`,
+          `manager 2: manager_name is missing; ${name}`,
+          `manager 3: manager_name is missing; ${name}`,
+          `manager 4: manager_name is 5; ${name}`,
+        ],
+      ],
+      ["two managers of one name", managersOf(one, one), ['manager "one": the name occurs twice']],
+      [
+        "a manager with bad values in all fields",
+        managersOf({
+          manager_name: "one",
+          tag_list: 5,
+          tags: [1],
+          limit: -1,
+          worker_ecs_cluster_arn: [],
+          worker_aws_region: true,
+          worker_subnet_id: 5,
+          worker_security_group_id: {},
+          worker_task_definition_arn: 0,
+          worker_ssh_user: 7,
+          driver_settings: { Fargate: { StartTimeout: "long" }, SSH: { Port: 70_000 } },
+        }),
+        [
+          "tag_list is 5; expected: tags: a list, or a text with commas between them",
+          "tags is [1]; expected: tags: a list, or a text with commas between them",
+          `limit is -1; expected: the number of jobs that this manager runs at once, 0 for no limit, ${whole(0)}`,
+          "worker_ecs_cluster_arn: Fargate.Cluster is []; expected: the name or ARN of the ECS cluster",
+          "worker_aws_region: Fargate.Region is true; expected: an AWS region, such as us-east-1",
+          "worker_subnet_id: Fargate.Subnet is 5; expected: a subnet ID, such as subnet-0a1b2c3d",
+          "worker_security_group_id: Fargate.SecurityGroup is {}; expected: a security group ID, such as sg-0a1b2c3d",
+          "worker_task_definition_arn: Fargate.TaskDefinition is 0; expected: family, family:revision or ARN of the task definition",
+          'Fargate.StartTimeout is "long"; expected: seconds within which a task must be ready, a whole number from 1 to 86400',
+          "worker_ssh_user: SSH.Username is 7; expected: the user to log in as",
+          "SSH.Port is 70000; expected: the port of the task's SSH server, a whole number from 1 to 65535",
+        ].map((line) => `manager "one": ${line}`),
+      ],
+      [
+        "a manager without settings",
+        managersOf({ manager_name: "one" }),
+        [
+          "worker_ecs_cluster_arn: Fargate.Cluster is missing; expected: the name or ARN of the ECS cluster",
+          "worker_aws_region: Fargate.Region is missing; expected: an AWS region, such as us-east-1",
+          "worker_task_definition_arn: Fargate.TaskDefinition is missing; expected: family, family:revision or ARN of the task definition",
+          "Fargate.Subnet: set either Subnet, a subnet ID, or Subnets, a list of 1 to 16 subnet IDs",
+          "Fargate.SecurityGroup: set either SecurityGroup, a security group ID, or SecurityGroups, a list of 1 to 5",
+        ].map((line) => `manager "one": ${line}`),
+      ],
+      [
+        "bad variables and a bad manager",
+        {
+          ...managersOf(homeless, { ...one, manager_name: "two", driver_settings: 3 }),
+          GITLAB_URL: "gitlab.example.com",
+          RUNNER_NAME_PREFIX: "a b",
+          RUNNER_CONCURRENCY: "0",
+          SHUTDOWN_TIMEOUT: "1.5",
+          STOP_TIMEOUT: "soon",
+          SWEEP_INTERVAL: "-1",
+          DRIVER_SETTINGS: "[]",
+          GITLAB_REGISTRATION_TOKEN: undefined,
+          GITLAB_RUNNER_TOKEN_THREE: TOKEN,
+        },
+        [
+          'GITLAB_URL is "gitlab.example.com"; expected: the address of GitLab, such as https://gitlab.com',
+          `RUNNER_NAME_PREFIX is "a b"; ${name}`,
+          `RUNNER_CONCURRENCY is "0"; expected: the number of jobs that run at once, ${whole(1)}`,
+          `SHUTDOWN_TIMEOUT is "1.5"; expected: seconds that cancelled jobs have to end, ${whole(1)}`,
+          `STOP_TIMEOUT is "soon"; expected: seconds that jobs have to finish before they are cancelled, ${whole(0)}`,
+          `SWEEP_INTERVAL is "-1"; expected: seconds between sweeps, 0 for none, ${whole(0)}`,
+          'DRIVER_SETTINGS is "[]"; expected: a JSON object with keys of the driver\'s configuration file',
+          'manager "one": worker_aws_region: Fargate.Region is missing; expected: an AWS region, such as us-east-1',
+          'manager "two": driver_settings is 3; expected: a JSON object with keys of the driver\'s configuration file',
+          "GITLAB_RUNNER_TOKEN_THREE is for no manager",
+          "manager one has no token; set GITLAB_RUNNER_TOKEN_ONE",
+          "manager two has no token; set GITLAB_RUNNER_TOKEN_TWO",
+        ],
+      ],
+      [
+        "DRIVER_SETTINGS that is not JSON",
+        { ...managersOf(one), DRIVER_SETTINGS: "{Fargate}" },
+        ['DRIVER_SETTINGS is "{Fargate}"; expected: a JSON object with keys of the driver\'s configuration file'],
+      ],
+      [
+        "a password in GITLAB_URL",
+        { ...managersOf(one), GITLAB_URL: `https://user:${TOKEN}@gitlab.example.com` },
+        [
+          'GITLAB_URL is "https://[password]@gitlab.example.com"; expected: the address of GitLab, such as https://gitlab.com',
+        ],
+      ],
+      [
+        "tokens in MANAGERS_CONFIGS",
+        {
+          MANAGERS_CONFIGS: JSON.stringify({
+            one: { ...WORKER, gitlab_token: TOKEN },
+            [other]: { ...WORKER, colour: 1 },
+          }),
+        },
+        [
+          'manager "one": gitlab_token must not be here; set GITLAB_RUNNER_TOKEN_<NAME>',
+          `manager "[token]": manager_name is "[token]"; ${name}`,
+        ],
+      ],
+      [
+        "an authentication token for two managers",
+        { ...managersOf(one, { ...one, manager_name: "t.wo" }), GITLAB_RUNNER_TOKEN: TOKEN },
+        [
+          "managers one and t.wo have the same authentication token, so either would get jobs for the other; create a " +
+            "runner for each in GitLab, and set GITLAB_RUNNER_TOKEN_ONE and GITLAB_RUNNER_TOKEN_T_WO",
+        ],
+      ],
+      [
+        "an authentication token as the registration token of two managers",
+        { ...managersOf(one, { ...one, manager_name: "two" }), GITLAB_REGISTRATION_TOKEN: TOKEN },
+        [
+          "managers one and two have the same authentication token, so either would get jobs for the other; create a " +
+            "runner for each in GitLab, and set GITLAB_RUNNER_TOKEN_ONE and GITLAB_RUNNER_TOKEN_TWO",
+        ],
+      ],
+      [
+        "a variable that is for two managers",
+        {
+          ...managersOf({ ...one, manager_name: "a-b" }, { ...one, manager_name: "a_b" }),
+          GITLAB_RUNNER_TOKEN_A_B: TOKEN,
+        },
+        [
+          "GITLAB_RUNNER_TOKEN_A_B is for both a_b and a-b; use a list of tokens",
+          "GITLAB_RUNNER_TOKEN_A_B is for both a-b and a_b; use a list of tokens",
+          "managers a-b and a_b have the same authentication token, so either would get jobs for the other; create a " +
+            "runner for each in GitLab, and set GITLAB_RUNNER_TOKEN_A_B and GITLAB_RUNNER_TOKEN_A_B",
+        ],
+      ],
+      [
+        "a list of tokens for other managers",
+        managersOf(one),
+        ["line 1 of TOKENS is for no manager", "line 2 of TOKENS is for no manager"],
+        list(`${TOKEN}\ntwo ${other}\n`),
+      ],
+      [
+        "a bad list of tokens",
+        {},
+        [
+          "line 3 of TOKENS is invalid; expected: a token, or a name and a token",
+          "line 4 of TOKENS is invalid; expected: a token, or a name and a token",
+          `line 5 of TOKENS: the name is "[token]"; ${name}`,
+          `line 6 of TOKENS: the name is "a:b"; ${name}`,
+          "line 8 of TOKENS has the same token as line 2 of TOKENS",
+          "line 10 of TOKENS has the same name as line 9 of TOKENS",
+        ],
+        list(
+          [
+            "# a comment",
+            TOKEN,
+            "one two three",
+            "gl\u00fcck",
+            `${other} one`,
+            "a:b token-b",
+            "",
+            `last ${TOKEN}`,
+            "a token-c",
+            "a token-d",
+          ].join("\n"),
+        ),
+      ],
+      [
+        "a missing configuration file of the driver and a bad list of tokens",
+        {},
+        [
+          "line 1 of TOKENS is invalid; expected: a token, or a name and a token",
+          "the configuration file PLACE/fargate.toml does not exist",
+        ],
+        (fleet) => ["--config", "fargate.toml", "--tokens", fleet.tokens("!\n")],
+      ],
+      [
+        "a bad configuration file of the driver",
+        {},
+        [
+          "PLACE/fargate.toml cannot be used:",
+          "SSH.Port is 0.5; expected: the port of the task's SSH server, a whole number from 1 to 65535",
+        ],
+        (fleet) => {
+          fs.appendFileSync(fleet.driverFile(), "Port = 0.5\n");
+          return ["--config", "fargate.toml", "--tokens", fleet.tokens(`${TOKEN}\n`)];
+        },
+      ],
+    ];
+    test.each(cases)("runners reports %s, and changes nothing", async (_, variables, expected, args = () => []) => {
+      const fleet = await newFleet();
+      const options = args(fleet);
+      const before = fleet.snapshot();
+      const finished = await fleet.run(variables, options);
+      ended(finished, 2);
+      const [title, ...details] = problems(finished);
+      expect(title).toBe("the runners cannot be configured:");
+      const shown = details.map((line) =>
+        line.replaceAll(join(fleet.directory, "tokens"), "TOKENS").replaceAll(fleet.directory, "PLACE"),
+      );
+      expect(shown).toEqual(expected);
+      expect(fleet.snapshot()).toEqual(before);
+      expect(fleet.gitlab.requests).toEqual([]);
+    });
+
+    test.each([
+      ["--managers", "the list of managers"],
+      ["--tokens", "the list of tokens"],
+    ])("runners names a missing file of %s", async (option, what) => {
+      const fleet = await newFleet();
+      const finished = await fleet.run({}, [option, "/none/file"]);
+      ended(finished, 2);
+      expect(problems(finished)).toEqual([`${what} /none/file does not exist`]);
+    });
+  });
+
+  describe("config.toml", () => {
+    const foreign = [
+      '[[runners]]\n  name = "theirs"   # a comment\n  url="https://gitlab.example.com/"\n  token = "theirs-1"\n',
+      '  executor = "shell"\n  [runners.feature_flags]\n    FF_X = true\n\n',
+      "  [[ runners ]]\n\tname = 'second'\n\turl = \"https://gitlab.example.com\"\n\ttoken = 'theirs-2'\n\texecutor = 'shell'\n",
+    ].join("");
+    const existing: [what: string, text: string | Buffer][] = [
+      ["comments", "# first\nconcurrent = 4 # four\n\n\n# last\n"],
+      ["line ends of Windows", "concurrent = 4\r\n# a comment\r\n[session_server]\r\n  session_timeout = 1800\r\n"],
+      ["no line end at the end", "concurrent = 4\n# the end"],
+      ["sections of other runners", `concurrent = 4\n${foreign}`],
+      ["unusual formatting", `\n\n  check_interval=0x03\n"concurrent"    =    4\n\n${foreign}\n\n\t# end\n\n`],
+      ["a header inside a text", `concurrent = 4\n${foreign}\tpre_build_script = """\n[[runners]]\n[x]\n"""\n`],
+      ["a byte order mark", "\ufeffconcurrent = 4\n"],
+    ];
+    test.each(existing)("runners keeps a config.toml with %s byte for byte", async (_, text) => {
+      const fleet = await newFleet();
+      fs.writeFileSync(fleet.config, text, { mode: 0o644 });
+      wholeRun.ownFile(fleet.config);
+      ended(await fleet.run(managersNamed("one")), 0);
+      const first = fs.readFileSync(fleet.config);
+      expect(first.indexOf(text)).toBe(0);
+      ended(await fleet.run(managersNamed("one", "two")), 0);
+      const second = fs.readFileSync(fleet.config);
+      expect(second.indexOf(first)).toBe(0);
+      expect(fs.statSync(fleet.config).mode & 0o777).toBe(0o600);
+      const content = parseRunnerConfig(second.toString().replace(/^\ufeff/, ""));
+      expect(content.concurrent).toBe(4);
+      expect(content.runners.slice(-2).map(({ name }) => name)).toEqual(
+        ["one", "two"].map((name) => named(fleet, name)),
+      );
+      expect(fleet.gitlab.requestsTo("register")).toHaveLength(2);
+    });
+
+    const unusable: [what: string, text: string | Buffer, expected: string][] = [
+      [
+        "an inline list of runners",
+        "runners = []\n",
+        "no section can be added to its list of runners; write each runner as [[runners]]",
+      ],
+      [
+        "inline runners",
+        'runners = [{ name = "x", token = "TOKEN" }]\nconcurrent = 1\n',
+        "no section can be added to its list of runners; write each runner as [[runners]]",
+      ],
+      ["runners that are no list", "[runners]\nx = 1\n", "runners is not a list of tables"],
+      [
+        "invalid TOML",
+        'concurrent = 1\n[[runners]]\ntoken = "TOKEN"\nname = x\n',
+        "line 4, column 8: Invalid TOML document: invalid value",
+      ],
+      ["another encoding", Buffer.from("# caf\xe9\n", "latin1"), "it is not UTF-8"],
+    ];
+    test.each(unusable)("runners changes nothing beside a config.toml with %s", async (_, text, expected) => {
+      const fleet = await newFleet();
+      const token = fleet.gitlab.createRunner();
+      fs.writeFileSync(fleet.config, typeof text === "string" ? text.replace("TOKEN", token) : text, { mode: 0o600 });
+      const before = fleet.snapshot();
+      const finished = await fleet.run(managersNamed("one"));
+      ended(finished, 2);
+      expect(problems(finished)).toEqual([`${fleet.config} cannot be used: ${expected}`]);
+      expect(fleet.snapshot()).toEqual(before);
+      expect(fleet.gitlab.requests).toEqual([]);
+    });
+
+    test("runners changes nothing in its second run", async () => {
+      const fleet = await newFleet();
+      const token = fleet.gitlab.createRunner();
+      const variables = { ...managersNamed("one", "two", "three"), GITLAB_RUNNER_TOKEN_TWO: token };
+      ended(await fleet.run(variables), 0);
+      const before = fleet.snapshot();
+      const finished = await fleet.run(variables);
+      ended(finished, 0);
+      expect(lines(finished)).toEqual([`${fleet.config}: 0 runners added, 3 already there, 0 problems`]);
+      expect(fleet.snapshot()).toEqual(before);
+      expect(fleet.gitlab.requestsTo("register")).toHaveLength(2);
+    });
+
+    test("runners registers again what GitLab has forgotten, and keeps all other sections", async () => {
+      const fleet = await newFleet();
+      ended(await fleet.run(managersNamed("one", "two")), 0);
+      const written = fs.readFileSync(fleet.config, "utf8");
+      const [, one = "", two = ""] = written.split(/^(?=\[\[runners\]\])/m);
+      const before = `concurrent = 4 # mine\n\n# about one\n`;
+      const after = `\n# about theirs\n  ${foreign}[session_server]\n  session_timeout = 7\n`;
+      fs.writeFileSync(fleet.config, `${before}${one.trimEnd()}\n${after}${two}`);
+      fleet.gitlab.runners.shift();
+      const finished = await fleet.run(managersNamed("one", "two"));
+      ended(finished, 0);
+      expect(lines(finished)[0]).toBe(`GitLab no longer knows the runner ${named(fleet, "one")}; registering it again`);
+      const now = fs.readFileSync(fleet.config, "utf8");
+      expect(now.startsWith(before + after + two)).toBe(true);
+      expect(fleet.sections().map(({ name }) => name)).toEqual([
+        "theirs",
+        "second",
+        named(fleet, "two"),
+        named(fleet, "one"),
+      ]);
+      expect(fleet.gitlab.runners.map(({ description }) => description)).toEqual([
+        named(fleet, "two"),
+        named(fleet, "one"),
+      ]);
+      expect(fleet.sections().at(-1)?.token).toBe(fleet.gitlab.runners.at(-1)?.token);
+    });
+
+    test("runners asks for help with a forgotten runner that it cannot tell from others", async () => {
+      const fleet = await newFleet();
+      ended(await fleet.run(managersNamed("one")), 0);
+      const written = fs.readFileSync(fleet.config, "utf8");
+      // A key of the section has a line like a header in it.
+      fs.writeFileSync(fleet.config, written.replace(/^executor/m, 'pre_build_script = """\n[x]\n"""\nexecutor'));
+      fleet.gitlab.runners.shift();
+      const before = fleet.snapshot();
+      const finished = await fleet.run(managersNamed("one"));
+      ended(finished, 2);
+      expect(problems(finished)).toEqual([
+        "manager one: the section of a runner that GitLab refuses must be removed by hand",
+      ]);
+      expect(fleet.snapshot()).toEqual(before);
+      expect(fleet.gitlab.requestsTo("register")).toHaveLength(1);
+    });
+
+    test("runners writes through a symbolic link to config.toml", async () => {
+      const fleet = await newFleet();
+      const target = join(directory(), "config.toml");
+      fs.writeFileSync(target, "concurrent = 2\n");
+      fs.symlinkSync(target, fleet.config);
+      ended(await fleet.run(managersNamed("one")), 0);
+      expect(fs.readlinkSync(fleet.config)).toBe(target);
+      expect(fleet.content().concurrent).toBe(2);
+      expect(fleet.names()).toEqual(["config.toml"]);
+      expect(driverConfig(fleet.sections()[0] as RunnerSection).path).toBe(join(dirname(target), "fargate-one.toml"));
+    });
+
+    test("runners keeps the owner of config.toml", async ({ skip }) => {
+      if (process.geteuid?.() !== 0) skip("only root may change the owner of a file");
+      const fleet = await newFleet();
+      fs.writeFileSync(fleet.config, "concurrent = 2\n");
+      fs.chownSync(fleet.config, 12_345, 54_321);
+      ended(await fleet.run(managersNamed("one")), 0);
+      const { uid, gid, mode } = fs.statSync(fleet.config);
+      expect({ uid, gid, mode: mode & 0o777 }).toEqual({ uid: 12_345, gid: 54_321, mode: 0o600 });
+    });
+
+    test("runners removes the temporary files of killed processes", async () => {
+      const fleet = await newFleet();
+      const left = ["other.toml", "fargate-one.toml", ".runner_system_id", ".fargate-runners.pending"];
+      for (const name of left) fs.writeFileSync(join(fleet.directory, `${name}.0123456789ab.tmp`), "");
+      fs.writeFileSync(join(fleet.directory, "mine.0123456789ab.tmp"), "");
+      const config = join(fleet.directory, "other.toml");
+      const finished = await fleet.run(managersNamed("one"), ["--runner-config", config]);
+      ended(finished, 0);
+      expect(fleet.names()).toEqual([".runner_system_id", "fargate-one.toml", "mine.0123456789ab.tmp", "other.toml"]);
+      wholeRun.ownFile(config);
+    });
+
+    test("runners takes its file from HOME without root, as GitLab Runner does", async ({ skip }) => {
+      const asUser = ["unshare", "--user", "--map-user=1000"];
+      if (spawnSync("unshare", [...asUser.slice(1), "true"]).status !== 0)
+        skip("this process may not become another user");
+      const fleet = await newFleet();
+      const env = { ...fleet.env, CONFIG_FILE: undefined, HOME: fleet.directory, ...managersNamed("one") };
+      const { code, stderr } = await start([...asUser, driver, "runners"], { env }).finished;
+      expect({ code, stderr }).toMatchObject({ code: 0 });
+      const where = join(fleet.directory, ".gitlab-runner");
+      expect(fs.statSync(where).mode & 0o777).toBe(0o700);
+      expect(parseRunnerConfig(fs.readFileSync(join(where, "config.toml"), "utf8")).runners).toHaveLength(1);
+    });
+
+    test("runners sends no request when it cannot write beside config.toml", async () => {
+      const fleet = await newFleet();
+      // Nobody can write there, not even root.
+      for (const [place, reason] of [
+        ["/proc/self", "cannot be written: "],
+        ["/proc/none", "cannot be created: "],
+        ["/dev/null", "cannot be created: "],
+      ] as const) {
+        const finished = await fleet.run({ ...managersNamed("one"), CONFIG_FILE: `${place}/config.toml` });
+        ended(finished, 2);
+        expect(problems(finished)[0]).toContain(reason);
+      }
+      expect(fleet.gitlab.requests).toEqual([]);
+    });
+
+    test("runners names the runner whose token does not fit on a full disk", async ({ skip }) => {
+      const fleet = await newFleet();
+      const path = directory();
+      const mount = ["-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", path];
+      if (spawnSync("mount", mount, { stdio: "ignore" }).status !== 0) skip("mount(8) is not permitted");
+      try {
+        const fill = join(path, "fill");
+        fleet.gitlab.onRequest = ({ parameters }, moment) => {
+          if (moment === "after" && /_two_/.test(String(parameters.description)))
+            spawnSync("dd", ["if=/dev/zero", `of=${fill}`], { stdio: "ignore" });
+        };
+        const variables = { ...managersNamed("one", "two", "three"), CONFIG_FILE: join(path, "config.toml") };
+        const finished = await fleet.run(variables);
+        ended(finished, 2);
+        const names = fleet.gitlab.runners.map(({ description }) => description);
+        expect(names).toHaveLength(2);
+        const what = `manager two: ${path}/config.toml cannot be written: ENOSPC: no space left on device, write`;
+        expect(problems(finished)).toEqual([
+          `${what}; GitLab has registered ${names[1]}; remove it there`,
+          "1 more runners were not looked at; run this again",
+        ]);
+        fs.rmSync(fill);
+        const again = await fleet.run(variables);
+        ended(again, 0);
+        expect(again.stderr).toContain(`an earlier registration as ${names[1]} was not completed`);
+        const { runners } = parseRunnerConfig(fs.readFileSync(join(path, "config.toml"), "utf8"));
+        expect(runners.map(({ token }) => token)).toEqual([0, 2, 3].map((n) => fleet.gitlab.runners[n]?.token));
+        expect(fs.readdirSync(path).filter((name) => /tmp|lock|pending/.test(name))).toEqual([]);
+      } finally {
+        spawnSync("umount", [path]);
+      }
+    });
   });
 });
 
