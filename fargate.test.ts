@@ -89,12 +89,12 @@ import {
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
 import { driverConfig, type Fleet, makeFleet, managersNamed, REGISTRATION_TOKEN, WORKER } from "./fixtures/fleet.ts";
-import type { GitLabStandInOptions } from "./fixtures/gitlab.ts";
+import { type GitLabFaultAction, GitLabStandIn, type GitLabStandInOptions } from "./fixtures/gitlab.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { type Loaded, recordingProgram, recordLoads } from "./fixtures/loaded-modules.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
 import { driver, type Finished, fargate, start } from "./fixtures/process.ts";
-import { startProxy } from "./fixtures/proxy.ts";
+import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
 import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
 import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
@@ -5583,6 +5583,7 @@ describeProgram("runners", () => {
           "1 more runners were not looked at; run this again",
         ]);
         fs.rmSync(fill);
+        fleet.gitlab.onRequest = () => {};
         const again = await fleet.run(variables);
         ended(again, 0);
         expect(again.stderr).toContain(`an earlier registration as ${names[1]} was not completed`);
@@ -5592,6 +5593,321 @@ describeProgram("runners", () => {
       } finally {
         spawnSync("umount", [path]);
       }
+    });
+  });
+
+  describe("many tokens", () => {
+    /** Runs `runners` with a list of tokens, from a file or from standard input. */
+    const runWith = (fleet: Fleet, text: string, from: "file" | "standard input" = "file") => {
+      const path = fleet.tokens(text);
+      const bulk = { GITLAB_REGISTRATION_TOKEN: undefined };
+      const config = ["--config", fleet.driverFile()];
+      if (from === "file") return fleet.run(bulk, [...config, "--tokens", path]);
+      const input = ["sh", "-c", 'file=$1; shift; exec "$@" <"$file"', "sh", path];
+      return fleet.run(bulk, [...config, "--tokens", "-"], input);
+    };
+
+    test.each(["file", "standard input"] as const)("runners adds 300 tokens from a %s, and 10 more", async (from) => {
+      const fleet = await newFleet();
+      const tokens = Array.from({ length: 310 }, () => fleet.gitlab.createRunner());
+      // Comments, empty lines, line ends of Windows, and a last line without an end.
+      const line = (token: string, n: number) =>
+        `${n % 50 === 0 ? `# group ${n}\r\n\r\n` : ""}${n % 3 === 0 ? `runner-${n} ` : ""} \t${token}${n % 2 ? "\r" : ""}`;
+      const list = (count: number) => tokens.slice(0, count).map(line).join("\n");
+      const finished = await runWith(fleet, list(300), from);
+      ended(finished, 0);
+      expect(lines(finished).at(-1)).toBe(`${fleet.config}: 300 runners added, 0 already there, 0 problems`);
+      const first = fs.readFileSync(fleet.config);
+      const again = await runWith(fleet, list(310), from);
+      ended(again, 0);
+      expect(lines(again).at(-1)).toBe(`${fleet.config}: 10 runners added, 300 already there, 0 problems`);
+      expect(fs.readFileSync(fleet.config).indexOf(first)).toBe(0);
+      const sections = fleet.sections();
+      expect(sections.map(({ name, id, token }) => ({ name, id, token }))).toEqual(
+        tokens.map((token, n) => ({ name: n % 3 === 0 ? `runner-${n}` : `fargate-${n + 1}`, id: n + 1, token })),
+      );
+      for (const section of sections) expect(driverConfig(section).path).toBe(join(fleet.directory, "fargate.toml"));
+      expect(fleet.gitlab.requestsTo("verify")).toHaveLength(310);
+      expect(fleet.names()).toEqual([".runner_system_id", "config.toml"]);
+    });
+
+    test("runners accepts registration and authentication tokens in one list", async () => {
+      const old = Array.from({ length: 3 }, (_, n) => madeUpSecret(`an old registration token, ${n}`, 20));
+      const fleet = await newFleet({ registrationTokens: [REGISTRATION_TOKEN, ...old], tokenForm: "plain" });
+      const tokens = [1, 2].map(() => fleet.gitlab.createRunner());
+      const list = [tokens[0], `named ${old[0]}`, REGISTRATION_TOKEN, `web ${tokens[1]}`, old[1]].join("\n");
+      ended(await runWith(fleet, list), 0);
+      expect(fleet.gitlab.requests.map(({ operation }) => operation)).toEqual([
+        "verify",
+        "register",
+        "register",
+        "verify",
+        "register",
+      ]);
+      const hash = expect.stringMatching(/^fargate-[0-9a-f]{8}$/);
+      expect(fleet.sections().map(({ name }) => name)).toEqual(["fargate-1", "named", hash, "web", hash]);
+      const registered = fleet.gitlab.runners.filter(({ createdBy }) => createdBy === "registration");
+      expect(registered.map(({ description }) => description)).toEqual(["named", hash, hash]);
+      const before = fleet.snapshot();
+      const again = await runWith(fleet, `${list}\nlast ${old[2]}\n`);
+      ended(again, 0);
+      expect(lines(again).at(-1)).toBe(`${fleet.config}: 1 runners added, 5 already there, 0 problems`);
+      expect(fs.readFileSync(fleet.config, "latin1")).toContain(
+        (before["config.toml"] ?? "").split("\n").slice(1).join("\n"),
+      );
+      expect(fleet.gitlab.requestsTo("register")).toHaveLength(4);
+    });
+
+    test("runners goes on after a token that GitLab refuses", async () => {
+      const fleet = await newFleet();
+      const tokens = [1, 2, 3].map(() => fleet.gitlab.createRunner());
+      const refused = `glrt-${madeUpSecret("a refused token", 20)}`;
+      wholeRun.register(refused, "a refused token", "runner");
+      const finished = await runWith(fleet, `${tokens[0]}\nold ${refused}\n${tokens[1]}\n${tokens[2]}\n`);
+      ended(finished, 2);
+      const what = `line 2 of ${join(fleet.directory, "tokens")}: ${fleet.gitlab.url}`;
+      expect(problems(finished)).toEqual([`${what} answers 403: GitLab refuses the token`]);
+      expect(fleet.sections().map(({ token }) => token)).toEqual(tokens);
+    });
+  });
+
+  describe("GitLab", () => {
+    /** What the log says about a registration whose effect is unknown. */
+    const mayHave = (name: string) =>
+      `it may have registered ${name}; if GitLab lists a runner of this name that was never used, remove it there`;
+    const LEFT = "1 more runners were not looked at; run this again";
+
+    const unanswered: [fault: string, action: GitLabFaultAction, reason: RegExp | string, tookEffect: boolean][] = [
+      ["answers 500 before its effect", { status: 500 }, "answers 500", false],
+      ["answers 502 after its effect", { status: 502, after: true }, "answers 502", true],
+      ["is reset before its effect", "reset-before", /^cannot be reached: .+$/, false],
+      ["is reset after its effect", "reset-after", /^cannot be reached: .+$/, true],
+      ["is reset while it is sent", "close-unread", /^cannot be reached: .+$/, false],
+      ["gets an answer that is not JSON", "invalid-json", "answers without a token", true],
+    ];
+    test.each(unanswered)("runners sends a registration once that %s", async (_, action, reason, tookEffect) => {
+      const fleet = await newFleet();
+      fleet.gitlab.inject({ operation: "register", do: action });
+      const finished = await fleet.run(managersNamed("one", "two"));
+      ended(finished, 2);
+      const name = named(fleet, "one");
+      const [first = "", ...others] = problems(finished);
+      const [, said] = first.split(`manager one: ${fleet.gitlab.url} `);
+      const [why, ...consequence] = `${said}`.split("; it may");
+      if (typeof reason === "string") expect(why).toBe(reason);
+      else expect(why).toMatch(reason);
+      expect(`it may${consequence}`).toBe(mayHave(name));
+      expect(others).toEqual([LEFT]);
+      expect(fleet.gitlab.requestsTo("register")).toHaveLength(1);
+      expect(fleet.gitlab.runners).toHaveLength(tookEffect ? 1 : 0);
+      expect(fleet.sections()).toEqual([]);
+      // The next run warns, and registers both.
+      const again = await fleet.run(managersNamed("one", "two"));
+      ended(again, 0);
+      expect(lines(again)[0]).toBe(
+        `warning: an earlier registration as ${name} was not completed; if GitLab lists a runner of this name that was ` +
+          "never used, remove it there",
+      );
+      expect(fleet.sections().map(({ token }) => token)).toEqual(
+        fleet.gitlab.runners.slice(-2).map(({ token }) => token),
+      );
+      const last = await fleet.run(managersNamed("one", "two"));
+      ended(last, 0);
+      expect(last.stderr).not.toContain("warning");
+      expect(fleet.names()).toEqual([".runner_system_id", "config.toml", "fargate-one.toml", "fargate-two.toml"]);
+    });
+
+    test.each(["hang-before", "hang-after"] as const)(
+      "runners reports a registration (%s) when SIGTERM ends it",
+      async (action) => {
+        const fleet = await newFleet();
+        fleet.gitlab.inject({ operation: "register", do: action });
+        const started = fleet.begin(managersNamed("one", "two"));
+        const request = () => fleet.gitlab.requestsTo("register")[0];
+        await fleet.gitlab.waitFor(() => (action === "hang-after" ? request()?.tookEffect : request()));
+        started.process.kill("SIGTERM");
+        const finished = await started.finished;
+        ended(finished, 2);
+        const name = named(fleet, "one");
+        expect(problems(finished)).toEqual([
+          `manager one: ${fleet.gitlab.url} cannot be reached: stopped by SIGTERM; ${mayHave(name)}`,
+          LEFT,
+        ]);
+        const again = await fleet.run(managersNamed("one", "two"));
+        ended(again, 0);
+        expect(lines(again)[0]).toContain(`an earlier registration as ${name} was not completed`);
+      },
+    );
+
+    test("runners waits while nothing listens at GitLab's address", async () => {
+      const fleet = await newFleet();
+      const nobody = await GitLabStandIn.start();
+      await nobody.close();
+      const started = fleet.begin({ ...managersNamed("one"), GITLAB_URL: nobody.url });
+      // It is written just before the first attempt.
+      const pending = join(fleet.directory, ".fargate-runners.pending");
+      await expect.poll(() => fs.existsSync(pending), { timeout: 30_000 }).toBe(true);
+      started.process.kill("SIGTERM");
+      const finished = await started.finished;
+      ended(finished, 2);
+      expect(problems(finished)).toHaveLength(1);
+      expect(problems(finished)[0]).toMatch(/^manager one: .*stopped by SIGTERM/);
+      const again = await fleet.run(managersNamed("one"));
+      ended(again, 0);
+      expect(fleet.sections()).toHaveLength(1);
+    });
+
+    test("runners waits for GitLab when it gets too many requests", async () => {
+      const fleet = await newFleet();
+      const token = fleet.gitlab.createRunner();
+      const limited = { status: 429, headers: { "retry-after": "1" } };
+      fleet.gitlab.inject({ operation: "register", times: 2, do: limited });
+      fleet.gitlab.inject({ operation: "verify", times: 2, do: limited });
+      const finished = await fleet.run({ ...managersNamed("one", "two"), GITLAB_RUNNER_TOKEN_TWO: token });
+      ended(finished, 0);
+      expect(finished.stderr).not.toContain("warning");
+      expect(fleet.gitlab.requests.map(({ status }) => status)).toEqual([429, 429, 201, 429, 429, 200]);
+      expect(fleet.sections()).toHaveLength(2);
+    });
+
+    test.each([
+      ["answers 500", { status: 500 }],
+      ["answers 503 after its effect", { status: 503, after: true }],
+      ["is reset", "reset-after"],
+      ["is reset while it is sent", "close-unread"],
+    ] satisfies [string, GitLabFaultAction][])("runners repeats a verification that %s", async (_, action) => {
+      const fleet = await newFleet();
+      const token = fleet.gitlab.createRunner();
+      fleet.gitlab.inject({ operation: "verify", times: 2, do: action });
+      ended(await fleet.run({ ...managersNamed("one"), GITLAB_RUNNER_TOKEN: token }), 0);
+      expect(fleet.gitlab.requestsTo("verify")).toHaveLength(3);
+      expect(fleet.sections().map((section) => section.token)).toEqual([token]);
+      expect(fleet.gitlab.runners[0]?.managers).toEqual([systemId(fleet)]);
+    });
+
+    test("runners accepts a verification whose answer is not JSON", async () => {
+      const fleet = await newFleet();
+      const token = fleet.gitlab.createRunner();
+      fleet.gitlab.inject({ operation: "verify", do: { status: 200, body: '"200"' } });
+      ended(await fleet.run({ ...managersNamed("one"), GITLAB_RUNNER_TOKEN: token }), 0);
+      expect(fleet.sections()).toMatchObject([{ name: named(fleet, "one"), token }]);
+      expect(fleet.sections()[0]).not.toHaveProperty("id");
+    });
+
+    test.each(["register", "verify"] as const)("runners follows no redirect of a request to %s", async (operation) => {
+      const fleet = await newFleet();
+      const elsewhere = await newFleet();
+      fleet.gitlab.inject({ operation, times: 2, do: { redirect: `${elsewhere.gitlab.url}/x` } });
+      const token = operation === "verify" ? fleet.gitlab.createRunner() : undefined;
+      const finished = await fleet.run({ ...managersNamed("one", "two"), GITLAB_RUNNER_TOKEN_ONE: token });
+      ended(finished, 2);
+      const reason = `answers 302: it redirects to ${elsewhere.gitlab.url}/x; set GITLAB_URL to that`;
+      expect(problems(finished)).toEqual([`manager one: ${fleet.gitlab.url} ${reason}`, LEFT]);
+      expect(elsewhere.gitlab.requests).toEqual([]);
+      const again = await fleet.run({ ...managersNamed("two") });
+      expect(again.stderr).not.toContain("an earlier registration");
+    });
+
+    test("runners goes on after a registration that GitLab refuses", async () => {
+      const fleet = await newFleet();
+      fleet.gitlab.inject({ operation: "register", skip: 1, do: { status: 403 } });
+      const finished = await fleet.run(managersNamed("one", "two", "three"));
+      ended(finished, 2);
+      expect(problems(finished)).toEqual([`manager two: ${fleet.gitlab.url} answers 403: GitLab refuses the token`]);
+      expect(fleet.gitlab.runners).toMatchObject(["one", "three"].map((name) => ({ description: named(fleet, name) })));
+      const again = await fleet.run(managersNamed("one", "two", "three"));
+      ended(again, 0);
+      expect(lines(again).at(-1)).toBe(`${fleet.config}: 1 runners added, 2 already there, 0 problems`);
+      expect(again.stderr).not.toContain("warning");
+    });
+
+    test("runners asks for another token where registration tokens are disallowed", async () => {
+      const fleet = await newFleet({ registrationAllowed: false });
+      const finished = await fleet.run(managersNamed("one"));
+      ended(finished, 2);
+      expect(problems(finished)).toEqual([
+        `manager one: ${fleet.gitlab.url} answers 410: GitLab does not allow registration tokens; create the runner in ` +
+          "GitLab, and use its token (glrt-...)",
+      ]);
+    });
+
+    test.each(["", "/"])("runners accepts a GITLAB_URL with a path that ends with %j", async (end) => {
+      const fleet = await newFleet({ prefix: "/git/lab" });
+      ended(await fleet.run({ ...managersNamed("one"), GITLAB_URL: fleet.gitlab.url + end }), 0);
+      expect(fleet.gitlab.requests.map(({ path }) => path)).toEqual(["/git/lab/api/v4/runners"]);
+      expect(fleet.sections().map(({ url }) => url)).toEqual([fleet.gitlab.url]);
+    });
+
+    test("runners prefers --url to GITLAB_URL, and names a missing path", async () => {
+      const fleet = await newFleet({ prefix: "/gitlab" });
+      const url = fleet.gitlab.url.replace("/gitlab", "/");
+      const finished = await fleet.run(managersNamed("one"), ["--url", url]);
+      ended(finished, 2);
+      expect(problems(finished)).toEqual([
+        `manager one: ${url.slice(0, -1)} answers 404: this is no GitLab, or its address has a path`,
+      ]);
+    });
+
+    test("runners trusts the private CA in CA_CERTIFICATES_PATH only", async () => {
+      const authority = makeAuthority();
+      const fleet = await newFleet({ tls: authority.issue() });
+      const ca = join(fleet.directory, "ca.crt");
+      fs.writeFileSync(ca, authority.pem);
+      const refused = await fleet.run(managersNamed("one"));
+      ended(refused, 2);
+      expect(problems(refused)[0]).toMatch(
+        /^manager one: https:\S+ cannot be reached: .*certificate.*; for a private certificate authority, set CA_CERTIFICATES_PATH$/,
+      );
+      expect(fleet.sections()).toEqual([]);
+      const finished = await fleet.run({ ...managersNamed("one"), CA_CERTIFICATES_PATH: ca });
+      ended(finished, 0);
+      expect(finished.stderr).not.toContain("warning");
+      expect(fleet.sections()).toMatchObject([{ url: fleet.gitlab.url, "tls-ca-file": ca }]);
+      const missing = await fleet.run({ ...managersNamed("one"), CA_CERTIFICATES_PATH: `${ca}2` });
+      ended(missing, 2);
+      expect(problems(missing)[0]).toContain(`the CA bundle ${ca}2 cannot be used: ENOENT`);
+    });
+
+    test("runners reaches GitLab through HTTPS_PROXY", async () => {
+      const authority = makeAuthority();
+      const fleet = await newFleet({ tls: authority.issue() });
+      const ca = join(fleet.directory, "ca.crt");
+      fs.writeFileSync(ca, authority.pem);
+      const proxy = await startConnectProxy();
+      onTestFinished(() => proxy.close());
+      const variables = { ...managersNamed("one"), CA_CERTIFICATES_PATH: ca, HTTPS_PROXY: proxy.url };
+      ended(await fleet.run(variables), 0);
+      expect(proxy.targets).toEqual([new URL(fleet.gitlab.url).host]);
+      expect(fleet.sections()).toHaveLength(1);
+    });
+  });
+
+  describe("several processes", () => {
+    test("runners ends while another process changes config.toml", async () => {
+      const fleet = await newFleet();
+      const { promise: released, resolve: release } = Promise.withResolvers<void>();
+      fleet.gitlab.inject({ operation: "register", do: { holdUntil: released } });
+      const first = fleet.begin(managersNamed("one", "two"));
+      await fleet.gitlab.waitFor(() => fleet.gitlab.requestsTo("register").length === 1);
+      const second = await fleet.run(managersNamed("one", "two"));
+      ended(second, 2);
+      expect(problems(second)).toEqual([`another process (${first.process.pid}) is changing ${fleet.config}`]);
+      release();
+      ended(await first.finished, 0);
+      expect(fleet.gitlab.runners).toHaveLength(2);
+      expect(fleet.sections()).toHaveLength(2);
+      expect(fleet.names().filter((name) => name.endsWith(".lock"))).toEqual([]);
+    });
+
+    test("runners registers nothing twice when eight of its processes begin at once", async () => {
+      const fleet = await newFleet();
+      const all = await Promise.all(Array.from({ length: 8 }, () => fleet.run(managersNamed("one", "two"))));
+      for (const finished of all)
+        if (finished.code !== 0) expect(problems(finished)[0]).toMatch(/^another process \(\d+\) is changing /);
+      ended(await fleet.run(managersNamed("one", "two")), 0);
+      expect(fleet.gitlab.requestsTo("register")).toHaveLength(2);
+      expect(fleet.sections().map(({ token }) => token)).toEqual(fleet.gitlab.runners.map(({ token }) => token));
+      expect(fleet.names()).toEqual([".runner_system_id", "config.toml", "fargate-one.toml", "fargate-two.toml"]);
     });
   });
 });
