@@ -6,8 +6,10 @@ import { connect as connectTcp } from "node:net";
 import { beforeAll, expect, type TaskMeta, test } from "vitest";
 import { readRecord, type TaskRecord } from "./fargate.ts";
 import { addRow, type FaultRow } from "./fixtures/faults.ts";
+import { makeFleet, managersNamed } from "./fixtures/fleet.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
+import { enumerateRunnersSteps } from "./fixtures/runner-steps.ts";
 import { ended, forever, makeScene, soaks, testTable } from "./fixtures/scene.ts";
 import {
   enumerateSteps,
@@ -229,6 +231,53 @@ stepTest(
     })),
   ),
 );
+
+/** Interrupts `runners` after each of its system calls, with two managers. */
+const runnersStepTest = (signal: "SIGKILL" | "SIGTERM", ended: string) =>
+  soakTest(`runners loses no registration silently after ${signal} at any of its system calls`, async (_, skip) => {
+    if (!(await straceWorks())) {
+      if (process.env.CI === "true") throw new Error("CI=true, and strace does not work");
+      skip("strace is missing, or may not trace");
+    }
+    const all = await Promise.all([false, true].map((isMixed) => enumerateRunnersSteps(signal, { isMixed })));
+    console.log(`runners ${signal}: ${all.map((steps) => `${steps.length} steps`).join(", ")}`);
+    const [registered = [], mixed = []] = all;
+    for (const step of [
+      "open the lock",
+      "send POST /api/v4/runners",
+      "rename config.toml's temporary file to config.toml",
+    ])
+      expect(registered.map(({ step }) => step)).toContain(step);
+    expect(mixed.map(({ step }) => step)).toContain("send POST /api/v4/runners/verify");
+    const results = all.flat();
+    const lines = results.flatMap(({ step, problems }) => problems.map((problem) => `${step}: ${problem}`));
+    expect(lines.join("\n")).toBe("");
+    expect(results.filter(({ reached, step }) => !reached && !isTimingDependent(step)).map(({ step }) => step)).toEqual(
+      [],
+    );
+    const wrong = results.filter(({ reached, interrupted: { code, signal: by } }) =>
+      signal === "SIGKILL" ? reached && by !== signal : ![0, 2].includes(Number(code)),
+    );
+    expect(wrong.map(({ step, interrupted }) => `${step}: ${interrupted.code} ${interrupted.signal}`)).toEqual([]);
+    // In some runs, GitLab had registered a runner whose token was not stored.
+    expect(registered.filter(({ runners }) => runners > 3)).toEqual([]);
+    expect(registered.some(({ runners }) => runners === 3)).toBe(true);
+    return { ended, says: "", left: 0 };
+  });
+runnersStepTest("SIGKILL", "runners: SIGKILL");
+runnersStepTest("SIGTERM", "runners: 2, or 0 once it has ended");
+
+soakTest("runners tries for a minute to reach GitLab where nothing listens", async () => {
+  const fleet = await makeFleet();
+  await fleet.close();
+  const finished = await fleet.run(managersNamed("one", "two"));
+  ended(finished, 2);
+  expect(finished.stderr).toMatch(
+    /error: manager one: http:\S+ cannot be reached: .*\n.*1 more runners were not looked at/,
+  );
+  expect(fleet.names().filter((name) => name.includes("pending"))).toEqual([]);
+  return { ended: "runners: 2", says: "", left: 0 };
+});
 
 testTable("soak");
 

@@ -5598,16 +5598,16 @@ describeProgram("runners", () => {
 
   describe("many tokens", () => {
     /** Runs `runners` with a list of tokens, from a file or from standard input. */
-    const runWith = (fleet: Fleet, text: string, from: "file" | "standard input" = "file") => {
+    const runWith = (fleet: Fleet, text: string, from: "a file" | "standard input" = "a file") => {
       const path = fleet.tokens(text);
       const bulk = { GITLAB_REGISTRATION_TOKEN: undefined };
       const config = ["--config", fleet.driverFile()];
-      if (from === "file") return fleet.run(bulk, [...config, "--tokens", path]);
+      if (from === "a file") return fleet.run(bulk, [...config, "--tokens", path]);
       const input = ["sh", "-c", 'file=$1; shift; exec "$@" <"$file"', "sh", path];
       return fleet.run(bulk, [...config, "--tokens", "-"], input);
     };
 
-    test.each(["file", "standard input"] as const)("runners adds 300 tokens from a %s, and 10 more", async (from) => {
+    test.each(["a file", "standard input"] as const)("runners adds 300 tokens from %s, and 10 more", async (from) => {
       const fleet = await newFleet();
       const tokens = Array.from({ length: 310 }, () => fleet.gitlab.createRunner());
       // Comments, empty lines, line ends of Windows, and a last line without an end.
