@@ -5271,7 +5271,7 @@ describeProgram("runners", () => {
         "an authentication token for two managers",
         { ...managersOf(one, { ...one, manager_name: "t.wo" }), GITLAB_RUNNER_TOKEN: TOKEN },
         [
-          "managers one and t.wo have the same authentication token, so either would get jobs for the other; create a " +
+          "managers one and t.wo have the same authentication token, so either could get the other's jobs; create a " +
             "runner for each in GitLab, and set GITLAB_RUNNER_TOKEN_ONE and GITLAB_RUNNER_TOKEN_T_WO",
         ],
       ],
@@ -5279,7 +5279,7 @@ describeProgram("runners", () => {
         "an authentication token as the registration token of two managers",
         { ...managersOf(one, { ...one, manager_name: "two" }), GITLAB_REGISTRATION_TOKEN: TOKEN },
         [
-          "managers one and two have the same authentication token, so either would get jobs for the other; create a " +
+          "managers one and two have the same authentication token, so either could get the other's jobs; create a " +
             "runner for each in GitLab, and set GITLAB_RUNNER_TOKEN_ONE and GITLAB_RUNNER_TOKEN_TWO",
         ],
       ],
@@ -5292,7 +5292,7 @@ describeProgram("runners", () => {
         [
           "GITLAB_RUNNER_TOKEN_A_B is for both a_b and a-b; use a list of tokens",
           "GITLAB_RUNNER_TOKEN_A_B is for both a-b and a_b; use a list of tokens",
-          "managers a-b and a_b have the same authentication token, so either would get jobs for the other; create a " +
+          "managers a-b and a_b have the same authentication token, so either could get the other's jobs; create a " +
             "runner for each in GitLab, and set GITLAB_RUNNER_TOKEN_A_B and GITLAB_RUNNER_TOKEN_A_B",
         ],
       ],
@@ -5744,17 +5744,32 @@ describeProgram("runners", () => {
       const nobody = await GitLabStandIn.start();
       await nobody.close();
       const started = fleet.begin({ ...managersNamed("one"), GITLAB_URL: nobody.url });
-      // It is written just before the first attempt.
-      const pending = join(fleet.directory, ".fargate-runners.pending");
-      await expect.poll(() => fs.existsSync(pending), { timeout: 30_000 }).toBe(true);
+      await started.shows("; trying again");
+      const target = { host: "127.0.0.1", port: Number(new URL(fleet.gitlab.url).port) };
+      const proxy = await startProxy(target, { port: Number(new URL(nobody.url).port) });
+      onTestFinished(() => proxy.close());
+      const finished = await started.finished;
+      ended(finished, 0);
+      expect(lines(finished)[0]).toMatch(`warning: ${nobody.url} cannot be reached: `);
+      expect(finished.stderr.match(/trying again/g)).toHaveLength(1);
+      expect(fleet.sections()).toMatchObject([{ url: nobody.url, token: fleet.gitlab.runners[0]?.token }]);
+    });
+
+    test("runners registers nothing after SIGTERM while it waits for GitLab", async () => {
+      const fleet = await newFleet();
+      fleet.gitlab.inject({
+        operation: "register",
+        times: Infinity,
+        do: { status: 429, headers: { "retry-after": "20" } },
+      });
+      const started = fleet.begin(managersNamed("one", "two"));
+      await started.shows("; trying again");
       started.process.kill("SIGTERM");
       const finished = await started.finished;
       ended(finished, 2);
-      expect(problems(finished)).toHaveLength(1);
-      expect(problems(finished)[0]).toMatch(/^manager one: .*stopped by SIGTERM/);
-      const again = await fleet.run(managersNamed("one"));
-      ended(again, 0);
-      expect(fleet.sections()).toHaveLength(1);
+      expect(problems(finished)).toEqual(["manager one: stopped by SIGTERM", LEFT]);
+      expect(fleet.gitlab.runners).toEqual([]);
+      expect(fleet.names()).not.toContain(".fargate-runners.pending");
     });
 
     test("runners waits for GitLab when it gets too many requests", async () => {
@@ -5762,12 +5777,23 @@ describeProgram("runners", () => {
       const token = fleet.gitlab.createRunner();
       const limited = { status: 429, headers: { "retry-after": "1" } };
       fleet.gitlab.inject({ operation: "register", times: 2, do: limited });
-      fleet.gitlab.inject({ operation: "verify", times: 2, do: limited });
+      fleet.gitlab.inject({ operation: "verify", do: limited });
       const finished = await fleet.run({ ...managersNamed("one", "two"), GITLAB_RUNNER_TOKEN_TWO: token });
       ended(finished, 0);
-      expect(finished.stderr).not.toContain("warning");
-      expect(fleet.gitlab.requests.map(({ status }) => status)).toEqual([429, 429, 201, 429, 429, 200]);
+      const warning = `warning: ${fleet.gitlab.url} answers 429: too many requests; trying again`;
+      expect(lines(finished).filter((line) => line.startsWith("warning"))).toEqual([warning, warning]);
+      expect(fleet.gitlab.requests.map(({ status }) => status)).toEqual([429, 429, 201, 429, 200]);
       expect(fleet.sections()).toHaveLength(2);
+    });
+
+    test("runners gives up when GitLab asks it to wait for an hour", async () => {
+      const fleet = await newFleet();
+      fleet.gitlab.inject({ operation: "register", do: { status: 429, headers: { "retry-after": "3600" } } });
+      const finished = await fleet.run(managersNamed("one", "two"));
+      ended(finished, 2);
+      expect(problems(finished)).toEqual([`manager one: ${fleet.gitlab.url} answers 429: too many requests`, LEFT]);
+      expect(fleet.gitlab.requests).toHaveLength(1);
+      expect(fleet.names()).not.toContain(".fargate-runners.pending");
     });
 
     test.each([
@@ -5779,7 +5805,9 @@ describeProgram("runners", () => {
       const fleet = await newFleet();
       const token = fleet.gitlab.createRunner();
       fleet.gitlab.inject({ operation: "verify", times: 2, do: action });
-      ended(await fleet.run({ ...managersNamed("one"), GITLAB_RUNNER_TOKEN: token }), 0);
+      const finished = await fleet.run({ ...managersNamed("one"), GITLAB_RUNNER_TOKEN: token });
+      ended(finished, 0);
+      expect(finished.stderr.match(/warning: .*; trying again/g)).toHaveLength(1);
       expect(fleet.gitlab.requestsTo("verify")).toHaveLength(3);
       expect(fleet.sections().map((section) => section.token)).toEqual([token]);
       expect(fleet.gitlab.runners[0]?.managers).toEqual([systemId(fleet)]);
