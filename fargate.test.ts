@@ -6119,6 +6119,7 @@ describe("command line", () => {
   describe("loaded modules", () => {
     type Stage = "config" | "prepare" | "run" | "cleanup";
     const stages = {} as Record<Stage, Loaded>;
+    let runners: Loaded;
 
     /** Packages that are not CommonJS: the bundler puts their text into the driver's own. */
     const ALWAYS = ["fastest-levenshtein", "smol-toml", "valibot"];
@@ -6157,7 +6158,10 @@ describe("command line", () => {
         expect(await run("run", script, "build_script")).toBe("from the script\n");
         await run("cleanup");
         expect(world.aws.running()).toEqual([]);
-        expect(loads().length).toBe(4);
+        const env = { MANAGERS_CONFIGS: "{}", CONFIG_FILE: join(directory(), "config.toml") };
+        ended(await start([...command, "runners"], { env }).finished, 0);
+        runners = loads().at(-1) as Loaded;
+        expect(loads().length).toBe(5);
       } finally {
         await world.close();
         close();
@@ -6222,6 +6226,13 @@ describe("command line", () => {
       expect(builtins).toEqual(
         "crypto fs fs/promises http2 https os path process stream timers/promises zlib".split(" "),
       );
+    });
+
+    test("runners alone loads the writer of TOML", () => {
+      // The reader is another copy, whose text is part of the driver's own.
+      const writer = "smol-toml/dist/index.cjs";
+      expect(runners.files).toContain(writer);
+      for (const { files } of Object.values(stages)) expect(files).not.toContain(writer);
     });
 
     test("fixtures/loaded-modules.ts refuses a program in an unknown format", () => {

@@ -73,6 +73,11 @@ export const resolver: Bun.BunPlugin = {
     build.onResolve({ filter: /^@(aws|aws-sdk|smithy)\// }, ({ path, importer }) => ({
       path: createRequire(importer).resolve(path),
     }));
+    // Only `runners` and `manager` write TOML, and import this package once more. As an ES module, every stage
+    // would evaluate it, too.
+    build.onResolve({ filter: /^smol-toml$/ }, ({ path, importer, kind }) =>
+      kind === "dynamic-import" ? { path: createRequire(importer).resolve(path) } : undefined,
+    );
     build.onResolve({ filter: /^cpu-features$|\.node$/ }, ({ path }) => ({ path, namespace: "none" }));
     build.onLoad({ filter: /.*/, namespace: "none" }, () => ({
       contents: 'throw new Error("native add-ons are left out");',
