@@ -5276,7 +5276,7 @@ describeProgram("runners", () => {
         ],
       ],
       [
-        "an authentication token as the registration token of two managers",
+        "a glrt- registration token of two managers",
         { ...managersOf(one, { ...one, manager_name: "two" }), GITLAB_REGISTRATION_TOKEN: TOKEN },
         [
           "managers one and two have the same authentication token, so either could get the other's jobs; create a " +
@@ -5329,7 +5329,7 @@ describeProgram("runners", () => {
         ),
       ],
       [
-        "a missing configuration file of the driver and a bad list of tokens",
+        "a bad list and no file of the driver",
         {},
         [
           "line 1 of TOKENS is invalid; expected: a token, or a name and a token",
@@ -5792,6 +5792,7 @@ describeProgram("runners", () => {
       const finished = await fleet.run(managersNamed("one", "two"));
       ended(finished, 2);
       expect(problems(finished)).toEqual([`manager one: ${fleet.gitlab.url} answers 429: too many requests`, LEFT]);
+      expect(finished.stderr).not.toContain("trying again");
       expect(fleet.gitlab.requests).toHaveLength(1);
       expect(fleet.names()).not.toContain(".fargate-runners.pending");
     });

@@ -3958,7 +3958,11 @@ async function askPatiently(
 ): Promise<RunnerAnswer> {
   let warned = false;
   const shouldRetry = (error: unknown) => {
-    const isWorthIt = error instanceof GitLabFailure && isRetryable(error) && mayRepeat(error);
+    const isWorthIt =
+      error instanceof GitLabFailure &&
+      isRetryable(error) &&
+      mayRepeat(error) &&
+      error.retryAfter * 1000 < GITLAB_RETRY_MS;
     if (isWorthIt && !warned) log.warn("{reason}; trying again", { reason: reasonOf(error) });
     warned = true;
     return isWorthIt;
