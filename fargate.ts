@@ -1001,26 +1001,32 @@ const MetadataSchema = v.object({
   Cluster: v.string(),
   TaskARN: v.pipe(v.string(), v.regex(/^arn:aws[\w-]*:ecs:[\w-]+:\d{12}:task\/([\w-]+\/)?[0-9a-f]{32}$/)),
 });
-/** The ECS task that this process runs in, from the task metadata endpoint, version 4. */
+/** The ECS task that this process runs in, from the task metadata endpoint, version 4. @throws {Failure} */
 async function readOwnTask(endpoint: string): Promise<ManagerTask> {
   // Not by `fetch`, which would ask a proxy for this link-local address.
   const { get } = await import("node:http");
   const signal = AbortSignal.timeout(METADATA_TIMEOUT_MS);
-  const text = await new Promise<string>((resolve, reject) => {
-    const onAnswer = (answer: Readable) => answer.toArray().then((parts) => resolve(parts.join("")), reject);
-    get(`${endpoint}/task`, { signal }, onAnswer).on("error", reject);
-  });
-  const { Cluster, TaskARN } = readJson(text, MetadataSchema);
-  return { id: TaskARN.slice(-32), Cluster, Region: TaskARN.split(":")[3] ?? "" };
+  try {
+    const text = await new Promise<string>((resolve, reject) => {
+      const onAnswer = (answer: Readable) =>
+        answer.toArray().then((parts) => resolve(parts.join("")), reject);
+      get(`${endpoint}/task`, { signal }, onAnswer).on("error", reject);
+    });
+    const { Cluster, TaskARN } = readJson(text, MetadataSchema);
+    return { id: TaskARN.slice(-32), Cluster, Region: TaskARN.split(":")[3] ?? "" };
+  } catch (error) {
+    const reason = signal.aborted ? `no answer within ${METADATA_TIMEOUT_MS / 1000} s` : reasonOf(error);
+    throw new Failure("system", `the ECS task metadata endpoint ${endpoint} cannot be used: ${reason}`);
+  }
 }
 
 const managerTaskPath = (directory: string) => join(directory, ".manager-task");
 /** The manager's own task as last written: "" if unknown; undefined if the file is of another container. */
 function readManagerTask(directory: string, endpoint: string): string | undefined {
   const path = managerTaskPath(directory);
-  const [, container, id] = fs.existsSync(path)
-    ? (/^([0-9a-f]{12}) ([0-9a-f]{32})?\n$/.exec(readPrivateFile(path)) ?? [])
-    : [];
+  const read = () => (fs.existsSync(path) ? readPrivateFile(path) : "");
+  const text = withContext(`the manager's id file ${path} cannot be used`, read);
+  const [, container, id] = /^([0-9a-f]{12}) ([0-9a-f]{32})?\n$/.exec(text) ?? [];
   return container === sha256(endpoint).slice(0, 12) ? (id ?? "") : undefined;
 }
 
@@ -1047,9 +1053,9 @@ async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V
  */
 function managerId(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment): string {
   const path = join(directory, ".manager-id");
+  const task = endpoint && readManagerTask(directory, endpoint);
+  if (task) return task;
   return withContext(`the manager's id file in ${directory} cannot be used`, () => {
-    const task = endpoint && readManagerTask(directory, endpoint);
-    if (task) return task;
     try {
       // link(2) is atomic, and fails if the file exists.
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
