@@ -6,7 +6,7 @@
  * take minutes (`fargate.soak.test.ts`).
  */
 import { execFileSync, spawn, spawnSync } from "node:child_process";
-import { createHash } from "node:crypto";
+import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import { type AddressInfo, connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
 import { hostname, networkInterfaces } from "node:os";
@@ -21,6 +21,7 @@ import {
 } from "@aws-sdk/client-ec2";
 import {
   DescribeTasksCommand,
+  type DescribeTasksCommandInput,
   ECSClient,
   type ECSClientResolvedConfig,
   type ServiceInputTypes as EcsInput,
@@ -88,6 +89,7 @@ import {
 } from "./fargate.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
+import { EcsMetadata, type MetadataFault } from "./fixtures/ecs-metadata.ts";
 import { driverConfig, type Fleet, makeFleet, managersNamed, REGISTRATION_TOKEN, WORKER } from "./fixtures/fleet.ts";
 import { type GitLabFaultAction, GitLabStandIn, type GitLabStandInOptions } from "./fixtures/gitlab.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
@@ -1596,6 +1598,9 @@ describe("judgeTask", () => {
   });
   const idle = (seconds: number) => ({ ...snapshot, records: [{ ...record, mtimeMs: (now - seconds) * 1000 }] });
   const other = "ffffffffffff";
+  const onEcs = "e".repeat(32);
+  const stopped = { stoppedManagers: [onEcs] };
+  const UNMANAGED = "its manager's own task has stopped";
   const LOST = "its record is gone";
   const LATE = "it is past its deadline";
   const ABANDONED = "its job is abandoned";
@@ -1629,6 +1634,30 @@ describe("judgeTask", () => {
       LATE,
       task(60, now - 1, other),
       { processes: [live] },
+    ],
+    ["stops a new task of a stopped manager at once", UNMANAGED, task(0, undefined, onEcs), { records: [] }, stopped],
+    ["stops a stopped manager's task despite its record", UNMANAGED, task(0, undefined, onEcs), {}, stopped],
+    [
+      "stops a stopped manager's task despite a dead lock",
+      UNMANAGED,
+      task(0, now, onEcs),
+      { processes: [dead] },
+      stopped,
+    ],
+    [
+      "leaves a stopped manager's task with a live process here",
+      undefined,
+      task(0, undefined, onEcs),
+      { processes: [live] },
+      stopped,
+    ],
+    ["leaves a running manager's task without a record", undefined, task(86_400, undefined, onEcs), { records: [] }],
+    [
+      "leaves a manager's task when only another one has stopped",
+      undefined,
+      task(700, undefined, "f".repeat(32)),
+      { records: [] },
+      stopped,
     ],
   ])("judgeTask %s", (_, why, judged, seen, changed) => {
     expect(judgeTask(judged, { ...snapshot, ...seen }, { ...rules, ...changed }).task.why).toBe(why);
@@ -2492,6 +2521,143 @@ describe("stages with ECS mocked", () => {
     await expect(cleanup(contextOf())).rejects.toThrow("the manager's id file");
     expect(inputs(StopTaskCommand)).toMatchObject([{ cluster: "test-cluster", task: arn }]);
     expect(fs.existsSync(recordFile())).toBe(true);
+  });
+
+  describe("on ECS", () => {
+    const managerCluster = "arn:aws:ecs:us-east-2:123456789012:cluster/manager-cluster";
+    const taskDefinitionArn = "arn:aws:ecs:us-east-2:123456789012:task-definition/manager:1";
+    const newId = () => randomBytes(16).toString("hex");
+    const arnOf = (id: string) => `arn:aws:ecs:us-east-2:123456789012:task/manager-cluster/${id}`;
+    const newEndpoint = async (fault?: MetadataFault) => {
+      const described = { taskArn: arnOf(newId()), clusterArn: managerCluster, taskDefinitionArn, createdAt: 0 };
+      const metadata = await EcsMetadata.start(described, fault);
+      onTestFinished(() => metadata.close());
+      return metadata;
+    };
+    const warnings = () => logged.filter((line) => !line.startsWith("Starting a task of "));
+    /** Runs prepare until RunTask is refused. @returns the manager's id in `startedBy` */
+    const idOfPrepare = async (env: Record<string, string> = {}) => {
+      ecs.on(RunTaskCommand).resolves({ failures: [{ reason: "enough" }] });
+      await expect(prepare({ ...contextOf(), env })).rejects.toThrow("enough");
+      const [input] = inputs(RunTaskCommand).slice(-1) as RunTaskCommandInput[];
+      return input?.startedBy?.split("-")[1];
+    };
+
+    test("prepare names the manager's own task in startedBy, and asks for it once", async () => {
+      const metadata = await newEndpoint();
+      expect(await idOfPrepare(metadata.environment)).toBe(metadata.id);
+      expect(await idOfPrepare(metadata.environment)).toBe(metadata.id);
+      expect(managerId(records, metadata.environment)).toBe(metadata.id);
+      expect(metadata.requests).toEqual([expect.stringMatching(/^GET \/v4\/[0-9a-f]{32}-\d+\/task$/)]);
+      expect(fs.readdirSync(records)).toEqual([".manager-task"]);
+      expect(fs.statSync(join(records, ".manager-task")).mode & 0o777).toBe(0o600);
+      expect(warnings()).toEqual([]);
+    });
+
+    test("prepare asks no metadata endpoint without ECS_CONTAINER_METADATA_URI_V4", async () => {
+      const { environment, requests } = await newEndpoint();
+      const version3 = { ECS_CONTAINER_METADATA_URI: environment.ECS_CONTAINER_METADATA_URI_V4 };
+      const id = await idOfPrepare(version3);
+      expect(id).toMatch(/^[0-9a-f]{12}$/);
+      expect(managerId(records, version3)).toBe(id);
+      expect(fs.readdirSync(records)).toEqual([".manager-id"]);
+      expect(requests).toEqual([]);
+    });
+
+    test.each<MetadataFault>(["silent", "stalled", "error", "invalid", "reset"])(
+      "prepare keeps a random id for its container if the metadata endpoint is %s",
+      async (fault) => {
+        const metadata = await newEndpoint(fault);
+        const id = await idOfPrepare(metadata.environment);
+        expect(id).toMatch(/^[0-9a-f]{12}$/);
+        metadata.fault = undefined;
+        expect(managerId(records, metadata.environment)).toBe(id);
+        expect(await idOfPrepare(metadata.environment)).toBe(id);
+        expect(metadata.requests).toHaveLength(1);
+        metadata.replaceContainer();
+        expect(await idOfPrepare(metadata.environment)).toBe(metadata.id);
+        expect(warnings()).toEqual([]);
+      },
+    );
+
+    test("prepare has another id in another container with the same directory", async () => {
+      const [first, second] = [await newEndpoint(), await newEndpoint()];
+      expect(await idOfPrepare(first.environment)).toBe(first.id);
+      // Until it has asked, the second one must not use the first one's id.
+      expect(managerId(records, second.environment)).toMatch(/^[0-9a-f]{12}$/);
+      expect(await idOfPrepare(second.environment)).toBe(second.id);
+      expect(managerId(records, first.environment)).not.toBe(second.id);
+      expect(await idOfPrepare(first.environment)).toBe(first.id);
+    });
+
+    test("prepare starts no task if the manager's id file belongs to others", async () => {
+      const { environment } = await newEndpoint();
+      createDirectory(records);
+      fs.writeFileSync(join(records, ".manager-task"), `${"0".repeat(12)} ${newId()}\n`, { mode: 0o666 });
+      fs.chmodSync(join(records, ".manager-task"), 0o666);
+      const refused = prepare({ ...contextOf(), env: environment });
+      await expect(refused).rejects.toThrow(`${join(records, ".manager-task")} cannot be used: its mode is 666`);
+      expect(inputs(RunTaskCommand)).toEqual([]);
+    });
+
+    /** A sweep by another manager, while one task of a manager with this id runs. */
+    async function sweepBeside(manager: string, managers: Task[], metadata?: EcsMetadata) {
+      const own = metadata ?? (await newEndpoint());
+      createDirectory(records);
+      const startedBy = `fargate-${manager}-${newId()}`;
+      const worker: Task = { ...taskIn("RUNNING"), startedBy, createdAt: new Date() };
+      ecs.on(ListTasksCommand).resolves({ taskArns: [arn] });
+      ecs.on(DescribeTasksCommand).callsFake(({ cluster }: DescribeTasksCommandInput) => ({
+        tasks: cluster === managerCluster ? managers : [worker],
+      }));
+      return sweep({ ...contextOf(), env: own.environment }, { dryRun: false, json: false });
+    }
+
+    test("sweep stops the tasks of a manager whose own task is STOPPED", async () => {
+      const id = newId();
+      const report = await sweepBeside(id, [{ taskArn: arnOf(id), lastStatus: "STOPPED" }]);
+      expect(report).toMatchObject({
+        stopped: [{ taskArn: arn, why: "its manager's own task has stopped" }],
+        left: [],
+      });
+      expect(inputs(StopTaskCommand)).toMatchObject([{ cluster: "test-cluster", task: arn }]);
+      expect(inputs(DescribeTasksCommand)).toContainEqual({ cluster: managerCluster, tasks: [id] });
+    });
+
+    test.each(["PROVISIONING", "PENDING", "RUNNING", "DEACTIVATING", "STOPPING", "DEPROVISIONING", "MISSING"])(
+      "sweep leaves the tasks of a manager whose own task is %s",
+      async (lastStatus) => {
+        const id = newId();
+        // ECS leaves out a task that it does not know. Another task must not count for this one.
+        const known = lastStatus === "MISSING" ? [] : [{ taskArn: arnOf(id), lastStatus, desiredStatus: "STOPPED" }];
+        const report = await sweepBeside(id, [...known, { taskArn: arnOf(newId()), lastStatus: "STOPPED" }]);
+        expect(report).toMatchObject({ stopped: [], left: [{ taskArn: arn }], problems: [] });
+        expect(inputs(StopTaskCommand)).toEqual([]);
+      },
+    );
+
+    test("sweep asks for no other manager's task if its id is random or its own", async () => {
+      const metadata = await newEndpoint();
+      for (const manager of ["0123456789ab", metadata.id]) {
+        await identified(metadata);
+        const report = await sweepBeside(manager, [{ taskArn: arnOf(metadata.id), lastStatus: "STOPPED" }], metadata);
+        expect(report).toMatchObject({ stopped: [], problems: [] });
+      }
+      expect(metadata.requests).toHaveLength(1);
+      expect(inputs(DescribeTasksCommand)).not.toContainEqual(expect.objectContaining({ cluster: managerCluster }));
+    });
+    const identified = async ({ environment }: EcsMetadata) => void (await idOfPrepare(environment));
+
+    test.each<MetadataFault>(["silent", "error"])(
+      "sweep has one clear problem if the metadata endpoint is %s",
+      async (fault) => {
+        const id = newId();
+        const metadata = await newEndpoint(fault);
+        const report = await sweepBeside(id, [{ taskArn: arnOf(id), lastStatus: "STOPPED" }], metadata);
+        const problem = expect.stringMatching(/^the ECS task metadata endpoint \S+ cannot be used: /);
+        expect(report).toMatchObject({ stopped: [], left: [{ taskArn: arn }], problems: [problem] });
+      },
+    );
   });
 
   test("sweep stops no task of another program that a record names", async () => {
@@ -4497,6 +4663,28 @@ describeProgram("compiled program", () => {
     nothingLeft();
   });
 
+  test("prepare asks the metadata endpoint without HTTP_PROXY", async () => {
+    const task = world.aws.addTask({ cluster: "test-cluster", startedBy: "ecs-svc/1" });
+    const metadata = await EcsMetadata.start(task);
+    onTestFinished(() => metadata.close());
+    const since = world.aws.calls.length;
+    const through = {
+      AWS_ENDPOINT_URL: "http://ecs.example.test",
+      HTTP_PROXY: world.aws.url,
+      http_proxy: world.aws.url,
+    };
+    const env = { ...byHand(), ...through, ...metadata.environment };
+    const config = world.configure();
+    expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+    expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
+    expect(metadata.requests).toHaveLength(1);
+    const [run] = world.aws.calls.slice(since).filter(({ operation }) => operation === "RunTask");
+    expect(run?.input).toMatchObject({ startedBy: expect.stringContaining(`fargate-${metadata.id}-`) });
+    await world.aws.stopTask(task.taskArn, { stopCode: "UserInitiated", stoppedReason: "over" });
+    fs.rmSync(join(world.records, ".manager-task"));
+    nothingLeft();
+  });
+
   // The reason that ends a stage is also on standard error.
   test("fargate writes its log to LogFile in the chosen format", async () => {
     const file = join(directory(), "fargate.log");
@@ -5964,6 +6152,10 @@ describe("command line", () => {
     });
   });
 
+  test.each(["0123456789ab", "0123456789abcdef0123456789abcdef"])("parseCommandLine accepts --manager %s", (id) => {
+    expect(parseCommandLine(["sweep", "--manager", id], commander)?.sweep).toMatchObject({ manager: id });
+  });
+
   test("parseCommandLine accepts options before and after the commands", () => {
     const options = ["--config", "x.toml", "--log-level=warn", "--log-format", "json", "--log-file", "y.log"];
     options.push("--task-def", "build:7", "--platform-version", "1.4.0");
@@ -6110,6 +6302,11 @@ describe("command line", () => {
     [
       "custom config --log-format xml",
       "fargate: option '--log-format <format>' argument 'xml' is invalid; expected: text, text-simple, json",
+    ],
+    [
+      "sweep --manager 0123456789abcdef",
+      "fargate sweep: option '--manager <id>' argument '0123456789abcdef' is invalid; expected: 12 or 32 hex digits, " +
+        "as in a task's startedBy: fargate-<id>-<job>",
     ],
   ])("fargate refuses the value in %j", async (line, message) => {
     const { code, stdout, stderr } = await fargate(line.split(" ").filter(Boolean));
