@@ -91,10 +91,16 @@ import { makeAuthority } from "./fixtures/certificates.ts";
 import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
 import { EcsMetadata, type MetadataFault } from "./fixtures/ecs-metadata.ts";
 import { driverConfig, type Fleet, makeFleet, managersNamed, REGISTRATION_TOKEN, WORKER } from "./fixtures/fleet.ts";
-import { type GitLabFaultAction, GitLabStandIn, type GitLabStandInOptions } from "./fixtures/gitlab.ts";
+import {
+  type GitLabFaultAction,
+  type GitLabRequest,
+  GitLabStandIn,
+  type GitLabStandInOptions,
+} from "./fixtures/gitlab.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { type Loaded, recordingProgram, recordLoads } from "./fixtures/loaded-modules.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
+import { type Container, makeManagerWorld, managerFields, managerTest } from "./fixtures/manager.ts";
 import { driver, type Finished, fargate, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
@@ -4916,6 +4922,258 @@ describeProgram("compiled program", () => {
       expect(await fargate(["--config", config, "custom", "cleanup"], { env })).toMatchObject({ code: 0 });
     }
     nothingLeft();
+  });
+});
+
+describe("manager", () => {
+  const text = ({ stderr }: { stderr: string }) => stderr.replace(/^\d{4}-\S+Z /gm, "");
+  /** The environment and the command line of a process. */
+  const readProcess = (pid: number) =>
+    ["environ", "cmdline"].map((file) => fs.readFileSync(`/proc/${pid}/${file}`, "latin1")).join("\n");
+
+  managerTest("manager registers runners, runs jobs and unregisters the runners at TERM", async (fleet) => {
+    const { gitlab, world } = fleet;
+    const container = await fleet.container({ managers: ["one", "two.x"], ecs: true });
+    const started = container.start();
+    await gitlab.waitFor(
+      () => gitlab.runners.length === 2 && gitlab.runners.every(({ managers }) => managers.length > 0),
+      60_000,
+    );
+    const systemId = fs.readFileSync(join(container.directory, ".runner_system_id"), "utf8");
+    const names = ["one", "two.x"].map((name) => `fargate_${name}_${systemId.slice(2)}`);
+    expect(gitlab.runners).toMatchObject(
+      names.map((description) => ({ description, tags: ["fargate"], createdBy: "registration", managers: [systemId] })),
+    );
+    expect(container.sections().map(({ name, token }) => [name, token])).toEqual(
+      gitlab.runners.map(({ description, token }) => [description, token]),
+    );
+    const jobs = gitlab.runners.map(({ token }) => fleet.queueJob(["echo from the script"], token));
+    await gitlab.waitFor(() => jobs.every(({ state }) => state !== "pending" && state !== "running"), 60_000);
+    expect(jobs).toMatchObject([{ state: "success" }, { state: "success" }]);
+    expect(world.aws.callsTo("RunTask").map(({ input }) => input.startedBy?.split("-")[1])).toEqual(
+      jobs.map(() => container.metadata?.id),
+    );
+    started.process.kill("SIGTERM");
+    const finished = await started.finished;
+    ended(finished, 0);
+    expect(gitlab.runners).toEqual([]);
+    expect(container.sections()).toEqual([]);
+    expect(gitlab.requestsTo("unregisterManager")).toEqual([]);
+    for (const name of names) expect(text(finished)).toContain(`\nunregistered ${name}\n`);
+    expect(container.metadata?.requests).toHaveLength(1);
+    expect(container.processes()).toEqual([]);
+  });
+
+  managerTest("manager gives no token to gitlab-runner and the stages of its jobs", async (fleet) => {
+    const authentication = fleet.gitlab.createRunner({ description: "by a user" });
+    const env = {
+      MANAGERS_CONFIGS: JSON.stringify({ one: managerFields, two: managerFields }),
+      GITLAB_RUNNER_TOKEN_TWO: authentication,
+    };
+    const container = await fleet.container({ env });
+    const started = container.start();
+    await fleet.gitlab.waitFor(() => fleet.gitlab.runners.length === 2, 60_000);
+    const token = fleet.gitlab.runners[1]?.token ?? "";
+    const { release, job } = await fleet.runningJob({ token });
+    const others = container.processes().filter((pid) => pid !== started.process.pid);
+    // gitlab-runner, and the stage run.
+    expect(others.length).toBeGreaterThanOrEqual(2);
+    for (const pid of others)
+      for (const secret of [fleet.registrationToken, authentication, token])
+        expect(readProcess(pid).includes(secret), readProcess(pid).split("\n")[1]).toBe(false);
+    release();
+    await fleet.gitlab.waitFor(() => job.state === "success", 60_000);
+    started.process.kill("SIGTERM");
+    const { stderr } = await started.finished;
+    for (const secret of [fleet.registrationToken, authentication, token]) expect(stderr).not.toContain(secret);
+  });
+
+  testProgram.concurrent("manager starts gitlab-runner with its own arguments and CONFIG_FILE", async () => {
+    const fleet = await makeManagerWorld();
+    try {
+      const container = await fleet.container({ env: { GITLAB_RUNNER_TOKENS: "x", OTHER: "kept" } });
+      const script = `#!/bin/sh\necho "arguments: $*" >&2\nenv | grep -v '^AWS_' >&2\nexit 7\n`;
+      fs.writeFileSync(join(container.directory, "bin", "gitlab-runner"), script);
+      const finished = await container.start({}, "--", "--log-level", "debug", "run", "--user", "x y").finished;
+      ended(finished, 7);
+      expect(finished.stderr).toContain("arguments: --log-level debug run --user x y\n");
+      expect(finished.stderr).toContain(`\nCONFIG_FILE=${container.configFile}\n`);
+      expect(finished.stderr).toContain("\nOTHER=kept\n");
+      expect(finished.stderr).not.toMatch(/^(GITLAB_REGISTRATION_TOKEN|GITLAB_RUNNER_TOKEN)/m);
+    } finally {
+      await fleet.close();
+    }
+  });
+
+  for (const [signal, timeout] of [
+    ["SIGQUIT", "0"],
+    ["SIGTERM", "600"],
+    ["SIGINT", "600"],
+  ] as const)
+    managerTest(`manager lets jobs finish at ${signal} with STOP_TIMEOUT ${timeout}`, async (fleet) => {
+      const { gitlab } = fleet;
+      const container = await fleet.container({ env: { STOP_TIMEOUT: timeout } });
+      const started = container.start();
+      const { job, release } = await fleet.runningJob();
+      const next = fleet.queueJob(["echo never"]);
+      started.process.kill(signal);
+      await started.shows("Starting graceful shutdown");
+      expect(gitlab.runners).toHaveLength(1);
+      release();
+      const finished = await started.finished;
+      ended(finished, 0);
+      expect(job).toMatchObject({ state: "success", trace: expect.stringContaining("now going\n") });
+      expect(next.state).toBe("pending");
+      expect(gitlab.runners).toEqual([]);
+    });
+
+  for (const [what, signals, timeout] of [
+    ["TERM with STOP_TIMEOUT 0", ["SIGTERM"], "0"],
+    ["INT with STOP_TIMEOUT 0", ["SIGINT"], "0"],
+    ["TERM and after STOP_TIMEOUT", ["SIGTERM"], "1"],
+    ["TERM after QUIT", ["SIGQUIT", "SIGTERM"], "0"],
+  ] as const)
+    managerTest(`manager cancels jobs at ${what}`, async (fleet) => {
+      const container = await fleet.container({ env: { STOP_TIMEOUT: timeout } });
+      const started = container.start();
+      const { job } = await fleet.runningJob();
+      for (const signal of signals) {
+        started.process.kill(signal);
+        await started.shows(signal === "SIGQUIT" || timeout === "1" ? "graceful shutdown" : "forceful shutdown");
+      }
+      ended(await started.finished, 0);
+      expect(job).toMatchObject({ state: "failed", failureReason: "runner_system_failure" });
+      expect(fleet.world.aws.tasks()).toHaveLength(1);
+      expect(fleet.gitlab.runners).toEqual([]);
+    });
+
+  managerTest("manager unregisters only itself from a runner that a user created", async (fleet) => {
+    const { gitlab } = fleet;
+    const token = gitlab.createRunner({ description: "shared" });
+    const env = { GITLAB_REGISTRATION_TOKEN: undefined, GITLAB_RUNNER_TOKEN: token };
+    const [first, second] = [await fleet.container({ env }), await fleet.container({ env })];
+    const all = [first.start(), second.start()];
+    await gitlab.waitFor(() => new Set(gitlab.requestsTo("requestJob").map(systemIdOf)).size === 2, 60_000);
+    const idOf = ({ directory: of }: Container) => fs.readFileSync(join(of, ".runner_system_id"), "utf8");
+    all[0]?.process.kill("SIGTERM");
+    ended((await all[0]?.finished) as Finished, 0);
+    expect(gitlab.runners).toMatchObject([{ token, managers: [idOf(second)] }]);
+    // The second one can still run jobs.
+    const job = fleet.queueJob(["true"], token);
+    await gitlab.waitFor(() => job.state === "success", 60_000);
+    all[1]?.process.kill("SIGTERM");
+    ended((await all[1]?.finished) as Finished, 0);
+    expect(gitlab.runners).toMatchObject([{ token, managers: [] }]);
+    expect(gitlab.requestsTo("unregister")).toEqual([]);
+    // Its section stays, because the token stays valid.
+    expect(first.sections()).toMatchObject([{ token }]);
+  });
+  const systemIdOf = ({ parameters }: GitLabRequest) => parameters.system_id;
+
+  managerTest("manager registers again when its container is restarted after TERM", async (fleet) => {
+    const { gitlab } = fleet;
+    const container = await fleet.container();
+    const tokens: unknown[] = [];
+    for (const _ of [1, 2]) {
+      const started = container.start();
+      const { job, release } = await fleet.runningJob();
+      release();
+      await gitlab.waitFor(() => job.state === "success", 60_000);
+      expect(container.sections()).toHaveLength(1);
+      tokens.push(container.sections()[0]?.token);
+      started.process.kill("SIGTERM");
+      ended(await started.finished, 0);
+      expect(gitlab.runners).toEqual([]);
+    }
+    expect(new Set(tokens).size).toBe(2);
+    expect(gitlab.requestsTo("register")).toHaveLength(2);
+  });
+
+  managerTest("manager replaces the section of a runner that GitLab no longer knows", async (fleet) => {
+    const { gitlab } = fleet;
+    const container = await fleet.container({ managers: ["one", "two"] });
+    container.start();
+    await gitlab.waitFor(() => gitlab.requestsTo("requestJob").length > 0, 60_000);
+    await container.kill();
+    const [gone, kept] = gitlab.runners.map(({ token }) => token);
+    gitlab.runners.shift();
+    const started = container.start();
+    await started.shows("registering it again");
+    await gitlab.waitFor(() => gitlab.runners.length === 2, 60_000);
+    await started.shows("Configuration loaded");
+    const tokens = container.sections().map(({ token }) => token);
+    expect(tokens).toHaveLength(2);
+    expect(tokens).toContain(kept);
+    expect(tokens).not.toContain(gone);
+    expect(new Set(tokens)).toEqual(new Set(gitlab.runners.map(({ token }) => token)));
+    started.process.kill("SIGTERM");
+    ended(await started.finished, 0);
+    expect(gitlab.runners).toEqual([]);
+  });
+
+  managerTest("manager registers nothing twice when its container is restarted after SIGKILL", async (fleet) => {
+    const { gitlab } = fleet;
+    const container = await fleet.container({ ecs: true });
+    container.start();
+    await fleet.runningJob();
+    await container.kill();
+    expect(fleet.workers()).toHaveLength(1);
+    const before = fs.readFileSync(container.configFile, "utf8");
+    const started = container.start();
+    const { job, release } = await fleet.runningJob();
+    expect(fs.readFileSync(container.configFile, "utf8")).toBe(before);
+    expect(gitlab.requestsTo("register")).toHaveLength(1);
+    release();
+    await gitlab.waitFor(() => job.state === "success", 60_000);
+    // The new process of the same task has the same id, and stops what the old one left.
+    started.process.kill("SIGTERM");
+    ended(await started.finished, 0);
+    expect(gitlab.runners).toEqual([]);
+  });
+
+  managerTest("manager sweeps each cluster at once and then every SWEEP_INTERVAL", async (fleet) => {
+    const { aws } = fleet.world;
+    const two = { ...managerFields, worker_ecs_cluster_arn: "bare-cluster" };
+    const configs = { one: managerFields, same: managerFields, two };
+    const env = { MANAGERS_CONFIGS: JSON.stringify(configs), SWEEP_INTERVAL: "1" };
+    const container = await fleet.container({ env });
+    const started = container.start();
+    await aws.waitFor(() => aws.callsTo("ListTasks").length >= 6, 60_000);
+    const clusters = aws.callsTo("ListTasks").map(({ input }) => input.cluster?.replace(/.*\//, ""));
+    expect(clusters.slice(0, 6)).toEqual([1, 2, 3].flatMap(() => ["test-cluster", "bare-cluster"]));
+    started.process.kill("SIGTERM");
+    const finished = await started.finished;
+    ended(finished, 0);
+    expect(finished.stderr).not.toMatch(/sweep|warning: (?!Starting)/);
+  });
+
+  managerTest("manager calls nothing of AWS without jobs when SWEEP_INTERVAL is 0", async (fleet) => {
+    const container = await fleet.container({ env: { SWEEP_INTERVAL: "0" } });
+    const started = container.start();
+    await fleet.gitlab.waitFor(() => fleet.gitlab.requestsTo("requestJob").length > 3, 60_000);
+    started.process.kill("SIGTERM");
+    ended(await started.finished, 0);
+    expect(fleet.world.aws.calls).toEqual([]);
+  });
+
+  managerTest("manager warns once when sweep may not list tasks", async (fleet) => {
+    const { aws } = fleet.world;
+    aws.permissions = new Set(["ecs:RunTask", "ecs:DescribeTasks", "ecs:StopTask", "iam:PassRole", "ecs:TagResource"]);
+    const container = await fleet.container({ env: { SWEEP_INTERVAL: "1" } });
+    const started = container.start();
+    const { job, release } = await fleet.runningJob();
+    const swept = () => aws.callsTo("ListTasks").filter(({ input }) => input.startedBy === undefined).length;
+    await aws.waitFor(() => swept() >= 3, 60_000);
+    release();
+    await fleet.gitlab.waitFor(() => job.state === "success", 60_000);
+    started.process.kill("SIGTERM");
+    const finished = await started.finished;
+    ended(finished, 0);
+    const lines = text(finished).split("\n");
+    const warnings = lines.filter((line) => line.includes("ListTasks"));
+    expect(warnings).toEqual([
+      expect.stringMatching(/^warning: sweep of \S*test-cluster: ecs:ListTasks was refused: .*allow ecs:ListTasks in/),
+    ]);
   });
 });
 
