@@ -4364,6 +4364,11 @@ const clustersOf = ({ managers }: Fleet): Config[] => {
   return [...new Map(managers.map(({ config }) => [keyOf(config), config])).values()];
 };
 
+/** The directories of records. */
+const directoriesOf = ({ managers }: Fleet): string[] => [
+  ...new Set(managers.map(({ config }) => config.TaskMetadata.Directory)),
+];
+
 /** Sweeps each cluster at once, and then every SWEEP_INTERVAL. Logs each problem once. */
 async function sweepRegularly(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
   const { log, signal } = context;
@@ -4387,18 +4392,20 @@ async function sweepRegularly(context: Omit<BaseContext, "config">, fleet: Fleet
 async function stopRemainingTasks(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
   const { log, signal, env } = context;
   const job = { title: "its manager was stopped" };
-  for (const directory of new Set(clustersOf(fleet).map(({ TaskMetadata }) => TaskMetadata.Directory)))
-    for (const { name } of readRecords(directory))
-      try {
-        const path = join(directory, name);
-        const record = readRecord(path);
-        // The directory may be shared with other managers, whose jobs go on.
-        if (!record?.StartedBy.startsWith(`fargate-${managerId(directory, env)}-`)) continue;
-        if (await stopRecordedTask({ ...context, job }, new Aws(record, context), record, signal))
-          removeQuietly(path);
-      } catch (error) {
-        log.error("a task may be left running: {reason}", { reason: describeFailure(error) });
-      }
+  const stop = async (directory: string, name: string) => {
+    try {
+      const path = join(directory, name);
+      const record = readRecord(path);
+      // The directory may be shared with other managers, whose jobs go on.
+      if (!record?.StartedBy.startsWith(`fargate-${managerId(directory, env)}-`)) return;
+      if (await stopRecordedTask({ ...context, job }, new Aws(record, context), record, signal))
+        removeQuietly(path);
+    } catch (error) {
+      log.error("a task may be left running: {reason}", { reason: describeFailure(error) });
+    }
+  };
+  const stopAll = (directory: string) => readRecords(directory).map(({ name }) => stop(directory, name));
+  await Promise.all(directoriesOf(fleet).flatMap(stopAll));
 }
 
 /**
