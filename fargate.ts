@@ -4300,6 +4300,7 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     if (warning) log.warn("{warning}", { warning });
     await identifyManager(TaskMetadata.Directory, env);
   }
+  const unlock = lockRecords(context, fleet);
   const ended = new AbortController();
   const { added, present, problems } = await configureRunners(context, fleet);
   const usable = [...added, ...present];
@@ -4313,7 +4314,28 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     ended.abort();
     const leave = { ...context, signal: AbortSignal.timeout(UNREGISTER_MS) };
     await Promise.all([stopRemainingTasks(leave, fleet), unregisterRunners(leave, fleet, usable)]);
+    unlock();
   }
+}
+
+const recordsStem = (directory: string, env: Environment): string =>
+  `manager-${sha256(managerId(directory, env))}`;
+/** Shows other managers that this one uses its directories of records. @returns a function that ends that */
+function lockRecords({ env }: FleetContext, fleet: Fleet): () => void {
+  const unlocks = directoriesOf(fleet).map((Directory) =>
+    createLock({ Directory }, recordsStem(Directory, env), "manager"),
+  );
+  return () => {
+    for (const unlock of unlocks) unlock();
+  };
+}
+/** Whether a live manager has the same id, and so the same records: two on one host, outside ECS. */
+function hasTwin(directory: string, { env, wallTime }: Pick<BaseContext, "env" | "wallTime">): boolean {
+  const stem = recordsStem(directory, env);
+  const isOther = ({ pid, identity }: { pid: number; identity: string }) =>
+    pid !== process.pid || identity !== identityOf("self");
+  const locks = readLocks({ Directory: directory }, wallTime());
+  return locks.some((lock) => lock.stem === stem && lock.isAlive && isOther(lock));
 }
 
 const whenAborted = (signal: AbortSignal): Promise<unknown> =>
@@ -4392,20 +4414,27 @@ async function sweepRegularly(context: Omit<BaseContext, "config">, fleet: Fleet
 async function stopRemainingTasks(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
   const { log, signal, env } = context;
   const job = { title: "its manager was stopped" };
+  const attempt = (action: () => Promise<void>) =>
+    action().catch((error) =>
+      log.error("a task may be left running: {reason}", { reason: describeFailure(error) }),
+    );
   const stop = async (directory: string, name: string) => {
-    try {
-      const path = join(directory, name);
-      const record = readRecord(path);
-      // The directory may be shared with other managers, whose jobs go on.
-      if (!record?.StartedBy.startsWith(`fargate-${managerId(directory, env)}-`)) return;
-      if (await stopRecordedTask({ ...context, job }, new Aws(record, context), record, signal))
-        removeQuietly(path);
-    } catch (error) {
-      log.error("a task may be left running: {reason}", { reason: describeFailure(error) });
-    }
+    const path = join(directory, name);
+    const record = readRecord(path);
+    // The directory may be shared with other managers, whose jobs go on.
+    if (!record?.StartedBy.startsWith(`fargate-${managerId(directory, env)}-`)) return;
+    if (await stopRecordedTask({ ...context, job }, new Aws(record, context), record, signal))
+      removeQuietly(path);
   };
-  const stopAll = (directory: string) => readRecords(directory).map(({ name }) => stop(directory, name));
-  await Promise.all(directoriesOf(fleet).flatMap(stopAll));
+  const stopAll = async (directory: string) => {
+    const names = readRecords(directory).map(({ name }) => name);
+    if (names.length > 0 && hasTwin(directory, context))
+      return log.warn("another manager also uses {directory}; the tasks are left to its sweep", {
+        directory,
+      });
+    await Promise.all(names.map((name) => attempt(() => stop(directory, name))));
+  };
+  await Promise.all(directoriesOf(fleet).map((directory) => attempt(() => stopAll(directory))));
 }
 
 /**
