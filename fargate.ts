@@ -4308,6 +4308,7 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     for (const reason of problems) log.error("{reason}", { reason });
     context.signal.throwIfAborted();
     if (usable.length === 0) throw new Failure("system", "no runner can be used");
+    if (quit.aborted) return 0;
     void sweepRegularly({ ...context, signal: AbortSignal.any([context.signal, quit, ended.signal]) }, fleet);
     return await superviseRunner(context, fleet, args, quit);
   } finally {
@@ -4459,9 +4460,12 @@ async function unregisterRunners(
     try {
       await askPatiently(context, gitlab, () => askGitLab(gitlab, "DELETE", path, body));
     } catch (error) {
-      const fields = { name, reason: reasonOf(error) };
+      const hint = runner?.isRegistration
+        ? "remove it in GitLab"
+        : `GitLab still lists its manager ${systemId}`;
+      const fields = { name, reason: reasonOf(error), hint };
       if (!(error instanceof GitLabFailure && error.isRefusal))
-        return log.error("{name} could not be unregistered: {reason}; remove it in GitLab", fields);
+        return log.error("{name} could not be unregistered: {reason}; {hint}", fields);
     }
     // Unregistered now, or before: GitLab refuses its token.
     if (runner?.isRegistration) removeSection(configFile, String(token));
