@@ -4279,7 +4279,7 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
 
 // manager: runs GitLab Runner in a container, from its start to its end.
 
-const UNREGISTER_MS = 5_000; // for the last step, so that all steps fit in the 30 s that ECS gives by default
+const LEAVE_MS = 5_000; // for the last step, so that all steps fit in the 30 s that ECS gives by default
 const RUNNER_EXIT_MS = 2_000; // that GitLab Runner may take longer than its own shutdown_timeout
 /** Variables that GitLab Runner, and so the stages of jobs, must not get. */
 const FLEET_SECRET = /^(GITLAB_REGISTRATION_TOKEN|GITLAB_RUNNER_TOKEN.*)$/;
@@ -4313,7 +4313,7 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     return await superviseRunner(context, fleet, args, quit);
   } finally {
     ended.abort();
-    const leave = { ...context, signal: AbortSignal.timeout(UNREGISTER_MS) };
+    const leave = { ...context, signal: AbortSignal.timeout(LEAVE_MS) };
     await Promise.all([stopRemainingTasks(leave, fleet), unregisterRunners(leave, fleet, usable)]);
     unlock();
   }
@@ -4415,10 +4415,12 @@ async function sweepRegularly(context: Omit<BaseContext, "config">, fleet: Fleet
 async function stopRemainingTasks(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
   const { log, signal, env } = context;
   const job = { title: "its manager was stopped" };
-  const attempt = (action: () => Promise<void>) =>
-    action().catch((error) =>
-      log.error("a task may be left running: {reason}", { reason: describeFailure(error) }),
-    );
+  const attempt = (what: string, action: () => Promise<void>) =>
+    action().catch((error) => {
+      const late = `${what}: AWS has not answered within ${LEAVE_MS / 1000} s`;
+      const reason = signal.aborted ? late : describeFailure(error);
+      log.error("a task may be left running: {reason}", { reason });
+    });
   const stop = async (directory: string, name: string) => {
     const path = join(directory, name);
     const record = readRecord(path);
@@ -4428,14 +4430,16 @@ async function stopRemainingTasks(context: Omit<BaseContext, "config">, fleet: F
       removeQuietly(path);
   };
   const stopAll = async (directory: string) => {
-    const names = readRecords(directory).map(({ name }) => name);
-    if (names.length > 0 && hasTwin(directory, context))
+    const records = readRecords(directory);
+    if (records.length > 0 && hasTwin(directory, context))
       return log.warn("another manager also uses {directory}; the tasks are left to its sweep", {
         directory,
       });
-    await Promise.all(names.map((name) => attempt(() => stop(directory, name))));
+    const stopEach = ({ name, TaskARN }: (typeof records)[number]) =>
+      attempt(TaskARN || `the task of ${name}`, () => stop(directory, name));
+    await Promise.all(records.map(stopEach));
   };
-  await Promise.all(directoriesOf(fleet).map((directory) => attempt(() => stopAll(directory))));
+  await Promise.all(directoriesOf(fleet).map((directory) => attempt(directory, () => stopAll(directory))));
 }
 
 /**
@@ -4463,7 +4467,8 @@ async function unregisterRunners(
       const hint = runner?.isRegistration
         ? "remove it in GitLab"
         : `GitLab still lists its manager ${systemId}`;
-      const fields = { name, reason: reasonOf(error), hint };
+      const late = `GitLab has not confirmed it within ${LEAVE_MS / 1000} s`;
+      const fields = { name, reason: signal.aborted ? late : reasonOf(error), hint };
       if (!(error instanceof GitLabFailure && error.isRefusal))
         return log.error("{name} could not be unregistered: {reason}; {hint}", fields);
     }
