@@ -14,6 +14,14 @@ import { describe, expect, onTestFinished } from "vitest";
 import { managerId, readJob, readRecord, type SweepReport, type TaskRecord, writeRecord } from "./fargate.ts";
 import type { FaultAction, StopCause } from "./fixtures/aws.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
+import { addRow } from "./fixtures/faults.ts";
+import {
+  type Container,
+  MANAGER_CLUSTER,
+  type ManagerWorld,
+  type ManagerWorldOptions,
+  managerTest,
+} from "./fixtures/manager.ts";
 import { driver, type Finished, type Started, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import {
@@ -21,6 +29,8 @@ import {
   ended,
   type FaultEffect,
   type FaultOptions,
+  faultRow,
+  faults,
   faultTest,
   filesLeft,
   forever,
@@ -2692,6 +2702,423 @@ describe.concurrent("unwritable records", () => {
     } finally {
       spawnSync("umount", [path]);
     }
+  });
+});
+
+describe.concurrent("manager", () => {
+  /** Adds a test with managers, and a row of the table of faults. */
+  function managerFault(
+    name: string,
+    body: (fleet: ManagerWorld) => Promise<FaultEffect>,
+    options: ManagerWorldOptions = {},
+  ): void {
+    faults.push(name);
+    const run = async (fleet: ManagerWorld) => {
+      const effect = await body(fleet);
+      addRow(faultRow(name, effect, fleet.workers().length));
+    };
+    managerTest(name, run, options);
+  }
+  const lines = ({ stderr }: Finished) => stderr.replace(/^\d{4}-\d\d-\d\dT\S+Z /gm, "").split("\n");
+  const terminated = async (started: Started, code = 0) => {
+    started.process.kill("SIGTERM");
+    const finished = await started.finished;
+    ended(finished, code);
+    return finished;
+  };
+  const startedAll = ({ gitlab }: ManagerWorld, runners = 1) =>
+    gitlab.waitFor(() => {
+      const tokens = new Set(gitlab.requestsTo("requestJob").map(({ parameters }) => parameters.token));
+      return gitlab.runners.length === runners && gitlab.runners.every(({ token }) => tokens.has(token));
+    }, 60_000);
+  /** How often one manager has asked for another one's own task. */
+  const asked = ({ world }: ManagerWorld, { task }: Container) =>
+    world.aws.callsTo("DescribeTasks").filter(({ input }) => input.tasks?.includes(task?.taskArn.slice(-32) ?? "none"))
+      .length;
+  const sweptBy = ({ world }: ManagerWorld) =>
+    world.aws.callsTo("StopTask").filter(({ input }) => input.reason?.startsWith("fargate sweep"));
+  const stopWorkers = async ({ workers, world }: ManagerWorld) => {
+    for (const { taskArn } of workers())
+      await world.aws.stopTask(taskArn, { stopCode: "UserInitiated", stoppedReason: "over", graceSeconds: 0 });
+  };
+  const often = { SWEEP_INTERVAL: "1" };
+
+  managerFault("manager stops what a killed manager has left once its own task is STOPPED", async (fleet) => {
+    const { aws } = fleet.world;
+    const [killed, other] = [await fleet.container({ ecs: true }), await fleet.container({ ecs: true, env: often })];
+    killed.start();
+    await fleet.runningJob();
+    await killed.kill();
+    fs.rmSync(killed.directory, { recursive: true }); // with its container
+    const started = other.start();
+    // ECS has not noticed yet, or is stopping the task.
+    for (const status of ["RUNNING", "DEACTIVATING", "STOPPING", "DEPROVISIONING"]) {
+      (killed.task as { lastStatus: string }).lastStatus = status;
+      const before = asked(fleet, killed);
+      await aws.waitFor(() => asked(fleet, killed) > before + 1, 60_000);
+      expect(fleet.workers()).toHaveLength(1);
+    }
+    await killed.stopTask();
+    await aws.waitFor(() => fleet.workers().length === 0, 60_000);
+    await started.shows("sweep stopped");
+    const finished = await terminated(started);
+    // A killed manager cannot unregister its runner.
+    expect(fleet.gitlab.runners).toHaveLength(1);
+    return { stage: "manager", finished, says: /sweep stopped/ };
+  });
+
+  managerFault("manager leaves a killed manager's tasks if it may not describe its cluster", async (fleet) => {
+    const { aws } = fleet.world;
+    const [killed, other] = [await fleet.container({ ecs: true }), await fleet.container({ ecs: true, env: often })];
+    killed.start();
+    await fleet.runningJob();
+    await killed.kill();
+    fs.rmSync(killed.directory, { recursive: true });
+    await killed.stopTask();
+    const refused = aws.inject({
+      operation: "DescribeTasks",
+      when: ({ cluster }) => cluster?.endsWith(MANAGER_CLUSTER) ?? false,
+      times: Number.POSITIVE_INFINITY,
+      do: { error: "AccessDeniedException", message: "User: x is not authorized to perform: ecs:DescribeTasks" },
+    });
+    const started = other.start();
+    await startedAll(fleet, 2);
+    const { job, release } = await fleet.runningJob({ token: fleet.gitlab.runners[1]?.token });
+    await aws.waitFor(() => refused.used >= 3, 60_000);
+    const swept = await other.sweep().finished;
+    const problem = expect.stringMatching(
+      /^ecs:DescribeTasks was refused: .*; what to do: allow ecs:DescribeTasks in /,
+    );
+    expect(JSON.parse(`${swept.stdout}`)).toMatchObject({ stopped: [], removedRecords: [], problems: [problem] });
+    release();
+    await fleet.gitlab.waitFor(() => job.state === "success", 60_000);
+    const finished = await terminated(started);
+    expect(fleet.workers()).toHaveLength(1);
+    await stopWorkers(fleet);
+    expect(lines(finished).filter((line) => line.includes("DescribeTasks"))).toHaveLength(1);
+    return { stage: "manager", finished, says: /DescribeTasks/ };
+  });
+
+  for (const [where, isShared] of [
+    ["their own directories", false],
+    ["one directory of records", true],
+  ] as const)
+    managerFault(`manager leaves the jobs of another live manager with ${where}`, async (fleet) => {
+      const { aws } = fleet.world;
+      const records = isShared ? { records: join(directory(), "records") } : {};
+      const env = { ...often, STOP_TIMEOUT: "600", RUNNER_CONCURRENCY: "2" };
+      const [old, young] = [
+        await fleet.container({ ecs: true, env, ...records }),
+        await fleet.container({ ecs: true, env, ...records }),
+      ];
+      const all = [old.start()];
+      await startedAll(fleet, 1);
+      all.push(young.start());
+      await startedAll(fleet, 2);
+      const tokens = fleet.gitlab.runners.map(({ token }) => token);
+      const jobs = [await fleet.runningJob({ token: tokens[0] }), await fleet.runningJob({ token: tokens[1] })];
+      const live = fleet.workers().map(({ taskArn }) => taskArn);
+      for (const task of fleet.workers()) (task as { createdAt: number }).createdAt -= 80_000_000; // 22 hours
+      const seen = () => Math.min(asked(fleet, old), asked(fleet, young));
+      const sweeps = async () => {
+        const before = seen();
+        await aws.waitFor(() => seen() > before + 1, 60_000);
+      };
+      if (!isShared) await sweeps();
+      // Short jobs start and end between the sweeps.
+      const short = tokens.flatMap((token) => [1, 2, 3].map(() => fleet.queueJob(["true"], token)));
+      await fleet.gitlab.waitFor(() => short.every(({ state }) => state === "success"), 60_000);
+      // The deployment stops the old one, which lets its job finish.
+      (old.task as { lastStatus: string; desiredStatus: string }).desiredStatus = "STOPPED";
+      (old.task as { lastStatus: string }).lastStatus = "DEACTIVATING";
+      all[0]?.process.kill("SIGTERM");
+      await all[0]?.shows("graceful shutdown");
+      const before = aws.callsTo("ListTasks").length;
+      await aws.waitFor(() => aws.callsTo("ListTasks").length > before + 2, 60_000);
+      expect(fleet.workers()).toHaveLength(2);
+      for (const { release } of jobs) release();
+      await fleet.gitlab.waitFor(() => jobs.every(({ job }) => job.state === "success"), 60_000);
+      const finished = (await all[0]?.finished) as Finished;
+      ended(finished, 0);
+      await terminated(all[1] as Started);
+      // Sweep may stop the task of a job that has ended, while its cleanup does so.
+      const stopped = sweptBy(fleet).map(({ input }) => input.task);
+      expect(stopped.filter((task) => task && live.includes(task))).toEqual([]);
+      expect(aws.callsTo("RunTask")).toHaveLength(jobs.length + short.length);
+      expect(fleet.gitlab.runners).toEqual([]);
+      return { stage: "manager", finished, says: /unregistered/ };
+    });
+
+  managerFault("manager leaves the jobs of a manager with the same id when it ends", async (fleet) => {
+    // Two containers on one host, with its name and one directory of records, outside ECS.
+    const records = join(directory(), "records");
+    const [first, second] = [await fleet.container({ records }), await fleet.container({ records })];
+    const ending = first.start();
+    await startedAll(fleet, 1);
+    const going = second.start();
+    await startedAll(fleet, 2);
+    const [one, two] = fleet.gitlab.runners.map(({ token }) => token);
+    await fleet.runningJob({ token: one });
+    const { job, release } = await fleet.runningJob({ token: two });
+    const finished = await terminated(ending);
+    expect(fleet.workers()).toHaveLength(1);
+    release();
+    await fleet.gitlab.waitFor(() => job.state !== "running", 60_000);
+    expect(job.state).toBe("success");
+    await terminated(going);
+    return { stage: "manager", finished, says: /unregistered/ };
+  });
+
+  managerFault("manager ends when gitlab-runner is killed during a job", async (fleet) => {
+    const container = await fleet.container({ ecs: true });
+    const started = container.start();
+    await fleet.runningJob();
+    process.kill(container.gitlabRunner(), "SIGKILL");
+    const finished = await started.finished;
+    await container.kill(); // as all processes of a container end with the first one
+    ended(finished, 1);
+    expect(fleet.gitlab.runners).toEqual([]);
+    expect(fleet.world.aws.callsTo("StopTask")).toMatchObject([{ input: { reason: "its manager was stopped" } }]);
+    return { stage: "manager", finished, says: /by itself/ };
+  });
+
+  managerFault("manager stops the task of an unanswered RunTask when gitlab-runner is killed", async (fleet) => {
+    const { aws } = fleet.world;
+    aws.inject({ operation: "RunTask", do: { holdUntil: forever, after: true } });
+    const container = await fleet.container({ ecs: true });
+    const started = container.start();
+    await startedAll(fleet);
+    fleet.queueJob(["true"]);
+    await aws.waitFor(() => fleet.workers().length === 1, 60_000);
+    process.kill(container.gitlabRunner(), "SIGKILL");
+    const finished = await started.finished;
+    await container.kill();
+    ended(finished, 1);
+    return { stage: "manager", finished, says: /by itself/ };
+  });
+
+  managerFault("manager names the task that AWS does not stop before it ends", async (fleet) => {
+    const { aws } = fleet.world;
+    const container = await fleet.container();
+    const started = container.start();
+    await fleet.runningJob();
+    const [task] = fleet.workers();
+    aws.inject({ operation: "StopTask", times: Number.POSITIVE_INFINITY, do: { holdUntil: forever } });
+    process.kill(container.gitlabRunner(), "SIGKILL");
+    const finished = await started.finished;
+    await container.kill();
+    ended(finished, 1);
+    expect(finished.stderr).toContain(`${task?.taskArn}: AWS has not answered within 5 s`);
+    expect(fleet.gitlab.runners).toEqual([]);
+    expect(fleet.workers()).toHaveLength(1);
+    expect(container.recordsLeft()).toHaveLength(1);
+    await stopWorkers(fleet);
+    fs.rmSync(container.records, { recursive: true });
+    return { stage: "manager", finished, says: /may be left running/ };
+  });
+
+  for (const code of [0, 3])
+    managerFault(`manager fails when gitlab-runner exits with ${code}`, async (fleet) => {
+      const container = await fleet.container();
+      replaceRunner(container, `#!/bin/sh\nexit ${code}\n`);
+      const finished = await container.start().finished;
+      ended(finished, code || 1);
+      expect(fleet.gitlab.requestsTo("register")).toHaveLength(1);
+      expect(fleet.gitlab.runners).toEqual([]);
+      return { stage: "manager", finished, says: /by itself/ };
+    });
+  const replaceRunner = (container: Container, script: string) =>
+    fs.writeFileSync(join(container.directory, "bin", "gitlab-runner"), script);
+
+  managerFault("manager fails when gitlab-runner cannot be executed", async (fleet) => {
+    const container = await fleet.container();
+    replaceRunner(container, "#!/no/such/interpreter\n");
+    const finished = await container.start().finished;
+    ended(finished, 2);
+    expect(fleet.gitlab.requestsTo("register")).toHaveLength(1);
+    expect(fleet.gitlab.runners).toEqual([]);
+    return { stage: "manager", finished, says: /cannot be started/ };
+  });
+
+  managerFault("manager registers nothing when gitlab-runner is not in PATH", async (fleet) => {
+    const container = await fleet.container({ env: { PATH: "/usr/bin:/bin" } });
+    const finished = await container.start().finished;
+    ended(finished, 2);
+    expect(fleet.gitlab.requests).toEqual([]);
+    return { stage: "manager", finished };
+  });
+
+  managerFault("manager kills gitlab-runner when it hangs beyond SHUTDOWN_TIMEOUT", async (fleet) => {
+    const container = await fleet.container({ env: { SHUTDOWN_TIMEOUT: "1" } });
+    const started = container.start();
+    await fleet.runningJob();
+    const hanging = container.gitlabRunner();
+    process.kill(hanging, "SIGSTOP");
+    const finished = await terminated(started);
+    await expect.poll(() => container.processes()).not.toContain(hanging);
+    await container.kill();
+    expect(fleet.gitlab.runners).toEqual([]);
+    return { stage: "manager", finished, says: /is killed/ };
+  });
+
+  managerFault("manager unregisters what it has registered at TERM between two registrations", async (fleet) => {
+    const { gitlab } = fleet;
+    // GitLab is overloaded: the second registration is repeated.
+    const refused = { operation: "register", skip: 1, times: Number.POSITIVE_INFINITY, do: { status: 429 } } as const;
+    gitlab.inject(refused);
+    const container = await fleet.container({ managers: ["one", "two", "three"] });
+    const started = container.start();
+    await gitlab.waitFor(() => gitlab.requestsTo("register").length >= 2, 60_000);
+    expect(gitlab.runners).toHaveLength(1);
+    const finished = await terminated(started, 2);
+    expect(gitlab.runners).toEqual([]);
+    expect(container.sections()).toEqual([]);
+    expect(finished.stderr).not.toContain("Runtime platform");
+    return { stage: "manager", finished };
+  });
+
+  managerFault("manager names the registration that TERM has interrupted", async (fleet) => {
+    const { gitlab } = fleet;
+    gitlab.inject({ operation: "register", skip: 1, do: "hang-after" });
+    const container = await fleet.container({ managers: ["one", "two", "three"] });
+    const started = container.start();
+    await gitlab.waitFor(() => gitlab.runners.length === 2, 60_000);
+    const finished = await terminated(started, 2);
+    const [left, ...more] = gitlab.runners;
+    expect(more).toEqual([]);
+    expect(left?.description).toMatch(/^fargate_two_/);
+    expect(finished.stderr).toContain(`it may have registered ${left?.description}; if GitLab lists`);
+    return { stage: "manager", finished, says: /may have registered/ };
+  });
+
+  managerFault("manager starts nothing at QUIT while it registers", async (fleet) => {
+    const { gitlab } = fleet;
+    const held = Promise.withResolvers<void>();
+    gitlab.inject({ operation: "register", do: { holdUntil: held.promise } });
+    const container = await fleet.container();
+    const started = container.start();
+    await gitlab.waitFor(() => gitlab.requestsTo("register").length === 1, 60_000);
+    started.process.kill("SIGQUIT");
+    await signalled(started);
+    held.resolve();
+    const finished = await started.finished;
+    ended(finished, 0);
+    expect(gitlab.runners).toEqual([]);
+    expect(finished.stderr).not.toContain("Runtime platform");
+    return { stage: "manager", finished, says: /unregistered/ };
+  });
+  /** Resolves when no signal is pending for a process any more. */
+  const signalled = ({ process: { pid } }: Started) =>
+    expect
+      .poll(() => fs.readFileSync(`/proc/${pid}/status`, "latin1").match(/^(Sig|Shd)Pnd:.*/gm), { timeout: 30_000 })
+      .toEqual(["SigPnd:\t0000000000000000", "ShdPnd:\t0000000000000000"]);
+
+  for (const [how, action] of [
+    ["is down", undefined],
+    ["does not answer", "hang-before"],
+    ["fails", { status: 500 }],
+  ] as const)
+    managerFault(`manager names each runner for removal if GitLab ${how} at its end`, async (fleet) => {
+      const { gitlab } = fleet;
+      const container = await fleet.container({ managers: ["one", "two"] });
+      const started = container.start();
+      await startedAll(fleet, 2);
+      const times = Number.POSITIVE_INFINITY;
+      if (action) gitlab.inject({ operation: "unregister", times, do: action });
+      else await gitlab.close();
+      const finished = await terminated(started);
+      for (const { description } of gitlab.runners)
+        expect(lines(finished)).toContainEqual(
+          expect.stringMatching(`^error: ${description} could not be unregistered: .*; remove it in GitLab$`),
+        );
+      // The next start of the container uses them.
+      expect(container.sections()).toHaveLength(2);
+      return { stage: "manager", finished, says: /one_.* could not be unregistered/ };
+    });
+
+  managerFault("manager names no runner of a user for removal if GitLab is down at its end", async (fleet) => {
+    const { gitlab } = fleet;
+    const token = gitlab.createRunner({ description: "shared" });
+    const env = { GITLAB_REGISTRATION_TOKEN: undefined, GITLAB_RUNNER_TOKEN: token };
+    const started = (await fleet.container({ env })).start();
+    await startedAll(fleet);
+    await gitlab.close();
+    const finished = await terminated(started);
+    expect(finished.stderr).not.toContain("remove it in GitLab");
+    return { stage: "manager", finished, says: /GitLab still lists/ };
+  });
+
+  managerFault("manager unregisters its runner although GitLab fails once", async (fleet) => {
+    const { gitlab } = fleet;
+    const started = (await fleet.container()).start();
+    await startedAll(fleet);
+    gitlab.inject({ operation: "unregister", do: { status: 503 } });
+    const finished = await terminated(started);
+    expect(gitlab.runners).toEqual([]);
+    return { stage: "manager", finished, says: /trying again/ };
+  });
+
+  managerFault("manager ends well when its runner was removed in GitLab", async (fleet) => {
+    const { gitlab } = fleet;
+    const container = await fleet.container();
+    const started = container.start();
+    await startedAll(fleet);
+    gitlab.runners.length = 0;
+    const finished = await terminated(started);
+    expect(container.sections()).toEqual([]);
+    expect(finished.stderr).not.toMatch(/error: (?!Checking)/);
+    return { stage: "manager", finished, says: /unregistered/ };
+  });
+
+  managerFault("manager runs with the other runners if GitLab refuses one token", async (fleet) => {
+    const { gitlab } = fleet;
+    const valid = gitlab.createRunner({ description: "valid" });
+    const revoked = gitlab.createRunner({ description: "revoked" });
+    gitlab.runners.pop();
+    const env = { GITLAB_RUNNER_TOKEN_ONE: revoked, GITLAB_RUNNER_TOKEN_TWO: valid };
+    const container = await fleet.container({ managers: ["one", "two"], env });
+    const started = container.start();
+    await startedAll(fleet);
+    const job = fleet.queueJob(["true"], valid);
+    await gitlab.waitFor(() => job.state === "success", 60_000);
+    const finished = await terminated(started);
+    expect(gitlab.requestsTo("unregisterManager")).toHaveLength(1);
+    expect(gitlab.runners).toMatchObject([{ token: valid, managers: [] }]);
+    return { stage: "manager", finished, says: /manager one: / };
+  });
+
+  managerFault("manager starts nothing if GitLab refuses all tokens", async (fleet) => {
+    const container = await fleet.container({ env: { GITLAB_REGISTRATION_TOKEN: "GR1348941-wrong" } });
+    const finished = await container.start().finished;
+    ended(finished, 2);
+    expect(finished.stderr).not.toContain("Runtime platform");
+    return { stage: "manager", finished };
+  });
+
+  managerFault("manager ends at TERM during a sweep that AWS does not answer", async (fleet) => {
+    const { aws } = fleet.world;
+    aws.inject({ operation: "ListTasks", times: Number.POSITIVE_INFINITY, do: { holdUntil: forever } });
+    const started = (await fleet.container()).start();
+    await startedAll(fleet);
+    await aws.waitFor(() => aws.callsTo("ListTasks").length > 0, 60_000);
+    const finished = await terminated(started);
+    expect(fleet.gitlab.runners).toEqual([]);
+    return { stage: "manager", finished, says: /unregistered/ };
+  });
+
+  managerFault("manager runs jobs with a random id if the metadata endpoint is silent", async (fleet) => {
+    const container = await fleet.container({ ecs: "silent", env: often });
+    const started = container.start();
+    const { job, release } = await fleet.runningJob();
+    if (container.metadata) container.metadata.fault = undefined;
+    release();
+    await fleet.gitlab.waitFor(() => job.state === "success", 60_000);
+    const finished = await terminated(started);
+    const [run] = fleet.world.aws.callsTo("RunTask");
+    expect(run?.input.startedBy).toMatch(/^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/);
+    expect(container.metadata?.requests).toHaveLength(1);
+    expect(lines(finished).filter((line) => /^(warning|error): (?!Starting)/.test(line))).toEqual([]);
+    return { stage: "manager", finished, says: /unregistered/ };
   });
 });
 
