@@ -9,6 +9,7 @@ import { addRow, type FaultRow } from "./fixtures/faults.ts";
 import { makeFleet, managersNamed } from "./fixtures/fleet.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
+import { makeManagerWorld } from "./fixtures/manager.ts";
 import { enumerateRunnersSteps } from "./fixtures/runner-steps.ts";
 import { ended, forever, makeScene, soaks, testTable } from "./fixtures/scene.ts";
 import {
@@ -277,6 +278,65 @@ soakTest("runners tries for a minute to reach GitLab where nothing listens", asy
   );
   expect(fleet.names().filter((name) => name.includes("pending"))).toEqual([]);
   return { ended: "runners: 2", says: "", left: 0 };
+});
+
+/** The worst cases of a shutdown. The container is killed `seconds` after TERM. */
+const SHUTDOWNS: {
+  seconds: number;
+  env?: Record<string, string>;
+  grace?: number;
+  hangs?: boolean;
+  starts?: boolean;
+}[] = [
+  { seconds: 30 },
+  { seconds: 30, hangs: true },
+  { seconds: 30, starts: true },
+  { seconds: 120, env: { STOP_TIMEOUT: "60", SHUTDOWN_TIMEOUT: "40" }, grace: 30 },
+  { seconds: 120, env: { STOP_TIMEOUT: "60", SHUTDOWN_TIMEOUT: "40" }, grace: 30, hangs: true },
+];
+
+/** Shuts a manager down as ECS does, with slow answers of AWS and GitLab. @returns what is left at SIGKILL */
+async function shutDown({ seconds, env, grace, hangs = false, starts = false }: (typeof SHUTDOWNS)[number]) {
+  const fleet = await makeManagerWorld();
+  try {
+    const { aws } = fleet.world;
+    const container = await fleet.container({
+      ecs: true,
+      managers: ["one", "two"],
+      env: { RUNNER_CONCURRENCY: "3", ...env },
+      settings: grace ? { SSH: { CancelGracePeriod: grace } } : {},
+    });
+    const started = container.start();
+    await fleet.gitlab.waitFor(() => fleet.gitlab.runners.length === 2, 60_000);
+    for (const operation of ["RunTask", "StopTask"] as const)
+      aws.inject({ operation, times: Number.POSITIVE_INFINITY, do: { delay: 2_000, after: true } });
+    for (const operation of ["unregister", "updateJob", "patchTrace"] as const)
+      fleet.gitlab.inject({ operation, times: Number.POSITIVE_INFINITY, do: { delay: 2_000 } });
+    const tokens = fleet.gitlab.runners.map(({ token }) => token);
+    if (starts) {
+      for (const token of [...tokens, tokens[0]]) fleet.queueJob(["true"], token);
+      await aws.waitFor(() => fleet.workers().length === 3, 60_000);
+    } else await Promise.all([...tokens, tokens[0]].map((token) => fleet.runningJob({ token, ignoresTerm: true })));
+    if (hangs) process.kill(container.gitlabRunner(), "SIGSTOP");
+    started.process.kill("SIGTERM");
+    const clock = Promise.withResolvers<void>();
+    const timer = setTimeout(clock.resolve, seconds * 1000);
+    await Promise.race([started.finished, clock.promise]);
+    clearTimeout(timer);
+    await container.kill(); // also what remains when the first process has ended
+    const { code, stderr } = await started.finished;
+    const workers = fleet.workers().length;
+    const left = { workers, runners: fleet.gitlab.runners.length, records: container.recordsLeft().length };
+    return { code, ...left, errors: stderr.split("\n").filter((line) => / error: /.test(line)) };
+  } finally {
+    await fleet.close();
+  }
+}
+
+soakTest("manager leaves nothing when its container is killed after 30 s or 120 s", async () => {
+  const results = await Promise.all(SHUTDOWNS.map(shutDown));
+  expect(results).toEqual(SHUTDOWNS.map(() => ({ code: 0, workers: 0, runners: 0, records: 0, errors: [] })));
+  return { ended: "manager: 0", says: "", left: results.reduce((sum, { workers }) => sum + workers, 0) };
 });
 
 testTable("soak");
