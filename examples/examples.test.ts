@@ -2,8 +2,9 @@
  * Every file in this directory is parsed or run, and compared with the others: a reader copies several of them, and they
  * must fit together. Needs no container, no compiled driver and no AWS account.
  */
-import { globSync, readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { globSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { basename, join } from "node:path";
 import { PassThrough } from "node:stream";
 import { EC2Client } from "@aws-sdk/client-ec2";
 import {
@@ -20,7 +21,7 @@ import { mockClient } from "aws-sdk-client-mock";
 import * as commander from "commander";
 import { parse as parseToml } from "smol-toml";
 import * as v from "valibot";
-import { afterEach, describe, expect, test, vi } from "vitest";
+import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import {
   Aws,
   CONTAINER,
@@ -35,7 +36,13 @@ import {
   runTaskInput,
   sweep,
 } from "../fargate.ts";
-import { makeWorld, type World } from "../fixtures/world.ts";
+import { GitLabStandIn } from "../fixtures/gitlab.ts";
+import { type Finished, start } from "../fixtures/process.ts";
+import { parseRunnerConfig } from "../fixtures/runner-config.ts";
+import { makeWorld, projectRoot, type World } from "../fixtures/world.ts";
+import managersConfigs from "./ecs-manager/managers_configs.json" with { type: "json" };
+import service from "./ecs-manager/service.json" with { type: "json" };
+import managerDefinition from "./ecs-manager/task-definition.json" with { type: "json" };
 import taskDefinition from "./task-definition.json" with { type: "json" };
 
 const ACCOUNT = "111122223333";
@@ -46,7 +53,30 @@ const read = (name: string) => readFileSync(join(import.meta.dirname, name), "ut
 const fargateToml = read("fargate.toml");
 const { config, warnings } = readConfig(fargateToml, CONFIG_FILE, {}, {});
 const [container] = taskDefinition.containerDefinitions;
-if (!container) throw new Error("the task definition has no container");
+const [manager] = managerDefinition.containerDefinitions;
+if (!container || !manager) throw new Error("a task definition has no container");
+/** The variables of the manager's container. */
+const variables: Record<string, string> = Object.fromEntries(
+  manager.environment.map(({ name, value }) => [name, value]),
+);
+
+/** The body of the request that the SDK makes of an input: only what it knows. The request is not sent. */
+async function requestOf(call: (ecs: ECS) => Promise<unknown>): Promise<unknown> {
+  let body = "";
+  const ecs = new ECS({
+    region: config.Fargate.Region,
+    credentials: { accessKeyId: "none", secretAccessKey: "none" },
+    maxAttempts: 1,
+    requestHandler: {
+      handle: async (request: { body: string | Uint8Array }) => {
+        body = Buffer.from(request.body as string).toString();
+        throw new Error("the request is not sent");
+      },
+    } as never,
+  });
+  await expect(call(ecs)).rejects.toThrow("the request is not sent");
+  return JSON.parse(body);
+}
 
 /** A line of fargate.toml that holds an optional setting: # and its name, without a space. */
 const OPTIONAL = /^( *)#(?=(\w+) = )/;
@@ -164,20 +194,7 @@ describe("GitLab Runner's configuration", () => {
 describe("task-definition.json", () => {
   // The SDK sends all of it.
   test("examples/task-definition.json has only what RegisterTaskDefinition knows", async () => {
-    let body = "";
-    const ecs = new ECS({
-      region: config.Fargate.Region,
-      credentials: { accessKeyId: "none", secretAccessKey: "none" },
-      maxAttempts: 1,
-      requestHandler: {
-        handle: async (request: { body: string | Uint8Array }) => {
-          body = Buffer.from(request.body as string).toString();
-          throw new Error("the request is not sent");
-        },
-      } as never,
-    });
-    await expect(ecs.registerTaskDefinition(taskDefinition as never)).rejects.toThrow("the request is not sent");
-    expect(JSON.parse(body)).toEqual(taskDefinition);
+    expect(await requestOf((ecs) => ecs.registerTaskDefinition(taskDefinition as never))).toEqual(taskDefinition);
   });
 
   test("examples/task-definition.json uses values that the SDK lists", () => {
@@ -208,9 +225,14 @@ interface Statement {
   Principal?: { Service: string };
   Condition?: Record<string, Record<string, string>>;
 }
-const policies: Record<string, { Version: string; Statement: Statement[] }> = Object.fromEntries(
+type Policy = { Version: string; Statement: Statement[] };
+const policies: Record<string, Policy> = Object.fromEntries(
   globSync("*.json", { cwd: join(import.meta.dirname, "iam") }).map((name) => [name, JSON.parse(read(`iam/${name}`))]),
 );
+const managerPolicies = ["task-role", "execution-role"].map((role): [path: string, policy: Policy] => {
+  const path = `ecs-manager/${role}.json`;
+  return [path, JSON.parse(read(path))];
+});
 const actionsOf = (...names: string[]) =>
   names.flatMap((name) => policies[name]?.Statement.flatMap(({ Action }) => Action) ?? []);
 
@@ -218,16 +240,17 @@ describe("IAM policies", () => {
   /** The actions that IAM cannot restrict to a resource, or ListTasks, which the condition on the cluster restricts. */
   const ANY_RESOURCE = /^(ecr:GetAuthorizationToken|ec2:DescribeNetworkInterfaces|ecs:ListTasks|ssmmessages:\w+)$/;
 
-  test.each(Object.entries(policies))(
-    "examples/iam/%s names its actions and resources",
-    (name, { Version, Statement }) => {
+  const all = Object.entries(policies).map(([name, policy]): [path: string, policy: Policy] => [`iam/${name}`, policy]);
+  test.each([...all, ...managerPolicies])(
+    "examples/%s names its actions and resources",
+    (path, { Version, Statement }) => {
       expect(Version).toBe("2012-10-17");
       expect(Statement.length).toBeGreaterThan(0);
       for (const { Effect, Action, Resource, Principal } of Statement) {
         expect(Effect).toBe("Allow");
         expect(Action.length).toBeGreaterThan(0);
         for (const action of Action) expect(action).toMatch(/^[a-z0-9-]+:[A-Z]\w+$/);
-        if (name.startsWith("trust-")) {
+        if (basename(path).startsWith("trust-")) {
           expect(Action).toEqual(["sts:AssumeRole"]);
           expect(Principal?.Service).toMatch(/^[a-z0-9-]+\.amazonaws\.com$/);
           continue;
@@ -366,6 +389,126 @@ describe("whole job", () => {
     const ecs = new ECS({ region: config.Fargate.Region, endpoint: world.aws.url });
     const { tasks } = await ecs.runTask({ ...input, overrides: { cpu, memory } });
     expect(tasks).toMatchObject([{ cpu, memory }]);
+  });
+});
+
+/** Runs `fargate runners` from source. It changes only files beside the configuration file of `env`. */
+const runners = (args: readonly string[], env: Record<string, string>): Promise<Finished> =>
+  start([process.execPath, "--no-env-file", "--config=/dev/null", join(projectRoot, "fargate.ts"), ...args], { env })
+    .finished;
+
+describe("ECS manager", () => {
+  let scratch = "";
+  let gitlab: GitLabStandIn;
+  beforeEach(async () => {
+    scratch = mkdtempSync(join(tmpdir(), "fargate-example-"));
+    gitlab = await GitLabStandIn.start();
+  });
+  afterEach(async () => {
+    await gitlab.close();
+    rmSync(scratch, { recursive: true });
+  });
+  const configFile = () => join(scratch, "config.toml");
+  const written = (name: string) => readFileSync(join(scratch, name), "utf8");
+
+  test("examples/ecs-manager/task-definition.json has only what ECS knows", async () => {
+    const registered = await requestOf((ecs) => ecs.registerTaskDefinition(managerDefinition as never));
+    expect(registered).toEqual(managerDefinition);
+    expect(manager.linuxParameters.initProcessEnabled).toBe(true);
+    expect(Object.values(LogDriver)).toContain(manager.logConfiguration.logDriver);
+  });
+
+  test("examples/ecs-manager/service.json has only what CreateService knows", async () => {
+    expect(await requestOf((ecs) => ecs.createService(service as never))).toEqual(service);
+    expect(service.taskDefinition).toBe(managerDefinition.family);
+    const { subnets } = service.networkConfiguration.awsvpcConfiguration;
+    expect(subnets).toEqual(config.Fargate.Subnets);
+  });
+
+  test("examples/ecs-manager/task-definition.json contains managers_configs.json", () => {
+    expect(JSON.parse(variables.MANAGERS_CONFIGS ?? "")).toEqual(managersConfigs);
+  });
+
+  // ECS sends SIGKILL after stopTimeout, which is at most 120 s on Fargate.
+  test("examples/ecs-manager/task-definition.json leaves time for every step of the end", () => {
+    const source = readFileSync(join(projectRoot, "fargate.ts"), "utf8");
+    const seconds = (name: string) =>
+      Number(new RegExp(`^const ${name} = ([\\d_]+);`, "m").exec(source)?.[1]?.replace("_", "")) / 1000;
+    const fixed = seconds("RUNNER_EXIT_MS") + seconds("UNREGISTER_MS");
+    expect(fixed).toBeGreaterThan(0);
+    expect(manager.stopTimeout).toBeLessThanOrEqual(120);
+    expect(Number(variables.STOP_TIMEOUT) + Number(variables.SHUTDOWN_TIMEOUT) + fixed).toBeLessThan(
+      manager.stopTimeout,
+    );
+  });
+
+  test("examples/ecs-manager/managers_configs.json is accepted without a warning", async () => {
+    const names = Object.keys(managersConfigs);
+    const tokens = manager.secrets.map(({ name }) => [name, gitlab.createRunner()]);
+    expect(tokens.map(([name]) => name)).toEqual(names.map((name) => `GITLAB_RUNNER_TOKEN_${name.toUpperCase()}`));
+    const env = { ...variables, ...Object.fromEntries(tokens), GITLAB_URL: gitlab.url, CONFIG_FILE: configFile() };
+    const { code, stderr } = await runners(["runners"], env);
+    expect({ code, warnings: stderr.match(/^.*(warning|error): .*$/gm) }).toEqual({ code: 0, warnings: null });
+    const parsed = parseRunnerConfig(written("config.toml"));
+    expect(parsed).toMatchObject({ concurrent: 10, shutdown_timeout: Number(variables.SHUTDOWN_TIMEOUT) });
+    expect(parsed.runners.map(({ token, limit }) => ({ token, limit }))).toEqual(
+      Object.values(managersConfigs).map(({ limit }, index) => ({ token: tokens[index]?.[1], limit })),
+    );
+    for (const [index, name] of names.entries()) {
+      const file = `fargate-${name}.toml`;
+      expect(parsed.runners[index]?.custom?.run_args).toEqual(["--config", join(scratch, file), "custom", "run"]);
+      const made = readConfig(written(file), file, {}, {});
+      expect(made.warnings).toEqual([]);
+      expect(made.config.Fargate).toMatchObject({ AllowedTaskDefinitions: [], LaunchType: "FARGATE" });
+      expect(made.config.SSH.CancelGracePeriod + 10).toBeLessThanOrEqual(Number(variables.SHUTDOWN_TIMEOUT));
+    }
+  });
+
+  test("examples/ecs-manager names the same account, clusters and roles as the other files", () => {
+    const { Region, Cluster, SecurityGroups } = config.Fargate;
+    const cluster = (name: string) => `arn:aws:ecs:${Region}:${ACCOUNT}:cluster/${name}`;
+    for (const settings of Object.values(managersConfigs)) {
+      expect(settings.worker_ecs_cluster_arn).toBe(cluster(Cluster));
+      expect(settings.worker_aws_region).toBe(Region);
+      expect(config.Fargate.Subnets).toContain(settings.worker_subnet_id);
+      expect([settings.worker_security_group_id]).toEqual(SecurityGroups);
+      // driver.json permits it.
+      const definition = settings.worker_task_definition_arn;
+      const allowed = policies["driver.json"]?.Statement[0]?.Resource ?? [];
+      expect(allowed.some((arn) => new RegExp(`^${arn.replaceAll("*", ".*")}$`).test(`${definition}:1`))).toBe(true);
+    }
+    const [[, task], [, execution]] = managerPolicies as [[string, Policy], [string, Policy]];
+    expect(task.Statement.flatMap(({ Resource }) => Resource)).toEqual([
+      `${cluster(service.cluster).replace(":cluster/", ":task/")}/*`,
+    ]);
+    const resources = execution.Statement.flatMap(({ Resource }) => Resource);
+    for (const { valueFrom } of manager.secrets) expect(resources).toContain(valueFrom);
+    const [, registry, repository] = /^([\d.]+dkr[\w.-]+)\/([\w-]+):/.exec(manager.image) ?? [];
+    expect(registry).toBe(`${ACCOUNT}.dkr.ecr.${Region}.amazonaws.com`);
+    expect(resources).toContain(`arn:aws:ecr:${Region}:${ACCOUNT}:repository/${repository}`);
+    const group = manager.logConfiguration.options["awslogs-group"];
+    expect(resources).toContain(`arn:aws:logs:${Region}:${ACCOUNT}:log-group:${group}:*`);
+    expect(manager.logConfiguration.options["awslogs-region"]).toBe(Region);
+  });
+
+  test("examples/tokens.txt gives each token a section of its own", async () => {
+    const list = join(scratch, "tokens.txt");
+    const created: string[] = [];
+    const replace = () => {
+      created.push(gitlab.createRunner());
+      return created.at(-1) ?? "";
+    };
+    writeFileSync(list, read("tokens.txt").replace(/glrt-__REDACTED-\d__/g, replace));
+    const args = ["--config", join(import.meta.dirname, "fargate.toml"), "runners", "--tokens", list];
+    const env = { GITLAB_URL: gitlab.url, CONFIG_FILE: configFile() };
+    const { code, stderr } = await runners(args, env);
+    expect({ code, warnings: stderr.match(/^.*(warning|error): .*$/gm) }).toEqual({ code: 0, warnings: null });
+    const sections = parseRunnerConfig(written("config.toml")).runners;
+    expect(sections.map(({ token }) => token)).toEqual(created);
+    expect(sections.map(({ name }) => name)).toEqual([expect.stringMatching(/^fargate-\d+$/), "team-a", "team-b"]);
+    const before = written("config.toml");
+    expect((await runners(args, env)).code).toBe(0);
+    expect(written("config.toml")).toBe(before);
   });
 });
 
