@@ -149,7 +149,7 @@ describe("building", () => {
       expect(["binary", "manager"]).toEqual(expect.arrayContaining(all(/--target (\S+)/g, command ?? "")));
       expect(all(/^ARG (\w+)/gm, dockerfile)).toEqual(expect.arrayContaining(all(/--build-arg (\w+)/g, command ?? "")));
     }
-    const rows = /\| build argument \|.*\n.*\n((?:\|.*\n)+)/.exec(read("docs/installation.md"))?.[1] ?? "";
+    const rows = /\| build argument \|.*\n.*\n((?:\|.*\n)+)/.exec(read("docs/manager.md"))?.[1] ?? "";
     const defaults = Object.fromEntries(
       [...dockerfile.matchAll(/^ARG (\w+)=(.*)$/gm)].map(([, name, value]) => [name, value === '""' ? "empty" : value]),
     );

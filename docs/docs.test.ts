@@ -173,7 +173,9 @@ const help = (...command: string[]) => {
   expect(status).toBe(0);
   return stdout;
 };
-const helpTexts = [[], ["custom"], ["custom", "run"], ["sweep"]].map((command) => help(...command));
+const helpTexts = [[], ["custom"], ["custom", "run"], ["sweep"], ["runners"], ["manager"]].map((command) =>
+  help(...command),
+);
 /** Every option of the driver, with the name of its value if it has one. */
 const options = new Map(
   helpTexts.flatMap((text) =>
@@ -320,7 +322,7 @@ describe("settings", () => {
   });
 
   /** Words in the style of settings that are none: of AWS, of OpenSSH, of GitLab. */
-  const OTHERS = new Set(["SetEnv", "AllowUsers", "PermitRootLogin"]);
+  const OTHERS = new Set(["SetEnv", "AllowUsers", "PermitRootLogin", "AmazonECSTaskExecutionRolePolicy"]);
 
   test.each(pages)("%s names only settings that exist", (path) => {
     for (const span of spansOf(path))
@@ -371,7 +373,9 @@ describe("commands", () => {
 
   test("docs/settings.md has exactly the commands and options that exist", () => {
     const text = read("docs/settings.md").split("\n## Command line\n")[1]?.split("\n## ")[0] ?? "";
-    const named = [...text.matchAll(/^\| `(?:sweep )?(--[\w-]+)(?: [A-Z]+)?` \|/gm)].map(([, name]) => name);
+    const named = [...text.matchAll(/^\| `(?:(?:sweep|runners) )?(--[\w-]+)(?: [A-Z]+)?` \|/gm)].map(
+      ([, name]) => name,
+    );
     expect(named.sort(), 'docs/settings.md: one row under "Command line" for each option of --help').toEqual(
       [...options.keys()].sort(),
     );
@@ -650,6 +654,12 @@ describe("claims", () => {
         `it looks again after ${constant("LOCK_EXPIRY_MS") / 1000} seconds`,
         ...(Number(standard("Fargate.AbandonedAfter")) === 3 * 5 * 60 ? ["`AbandonedAfter` is three times that"] : []),
       ],
+      "docs/manager.md": [
+        `it has not ended ${constant("RUNNER_EXIT_MS") / 1000} s after that`,
+        `at the same time | ${constant("UNREGISTER_MS") / 1000} s |`,
+        `\`CancelGracePeriod\` is ${constant("MANAGER_CANCEL_GRACE")} seconds so that`,
+        `repeated for up to ${constant("GITLAB_RETRY_MS") / 1000} seconds`,
+      ],
       "docs/settings.md": [`has ${/modulusLength: (\d+)/.exec(driver)?.[1]} bits and signs with SHA-2`],
       "docs/troubleshooting.md": [
         `login shell must start within ${Number(/timeoutMs = ([\d_]+), onNewConnection/.exec(driver)?.[1]?.replace("_", "")) / 1000} s`,
@@ -658,7 +668,7 @@ describe("claims", () => {
         ),
       ],
     };
-    expect(Object.values(claims).flat()).toHaveLength(26);
+    expect(Object.values(claims).flat()).toHaveLength(30);
     for (const [path, texts] of Object.entries(claims))
       for (const text of texts)
         expect(
@@ -681,10 +691,57 @@ describe("claims", () => {
   });
 
   test("docs/settings.md names the runner's variables that the driver reads", () => {
-    const [, list = ""] = /sets for the driver: ((?:`\w+`,?\s*)+)\./.exec(read("docs/settings.md")) ?? [];
-    const used = [...driver.matchAll(/\benv\.([A-Z][A-Z_]+)/g)].map(([, name]) => name as string);
+    const [, list = ""] = /sets for a job's stages: ((?:`\w+`,?\s*)+)\./.exec(read("docs/settings.md")) ?? [];
+    const [stages = ""] = driver.split("\n// 11. Operator commands ");
+    const used = [...stages.matchAll(/\benv\.([A-Z][A-Z_]+)/g)].map(([, name]) => name as string);
     const fromRunner = new Set(used.filter((name) => !/^(AWS|CUSTOM_ENV)_/.test(name)));
     expect(list.match(/\w+/g)?.toSorted(), "docs/settings.md: adapt the list").toEqual([...fromRunner].toSorted());
+  });
+
+  test("docs/manager.md has every variable and field of a fleet, with its default", () => {
+    const [, operators = ""] = driver.split("\n// 11. Operator commands ");
+    const page = read("docs/manager.md");
+    const rowsOf = (heading: string) => {
+      const section = page.split(`\n## ${heading}\n`)[1]?.split("\n## ")[0] ?? "";
+      const lines = section.split("\n").filter((line) => line.startsWith("| `"));
+      return lines.map((line) => line.split("|").map((text) => text.trim()));
+    };
+    const codesOf = (text = "") => [...text.matchAll(/`([^`]+)`/g)].map(([, code]) => code as string);
+    /** The entries of a schema in the source, with their defaults. */
+    const entriesIn = (schema: string) => {
+      const [, body = ""] = new RegExp(`\nconst ${schema} = .*\\n([^]*?)\n}\\);`).exec(operators) ?? [];
+      const entries = [...body.matchAll(/^ {2}(\w+): (.*),$/gm)];
+      expect(entries.length, schema).toBeGreaterThan(7);
+      return new Map(
+        entries.map(([, name = "", value = ""]) => [
+          name,
+          (/^number\("(\d+)"/.exec(value) ?? /, "([^"]*)"\)$/.exec(value))?.[1],
+        ]),
+      );
+    };
+
+    const rows = rowsOf("Variables");
+    const variables = entriesIn("FleetSchema");
+    const known = [...operators.matchAll(/\b(?:env|given)\.([A-Z][A-Z_]+)/g)].map(([, name]) => name as string);
+    const worker = [...operators.matchAll(/^ {2}\["\w+", "\w+", "worker_\w+", "([A-Z_]+)"\],$/gm)];
+    expect(
+      new Set(
+        rows.flatMap(([, name, other]) => [...codesOf(name), ...codesOf(/^`WORKER_/.test(other ?? "") ? other : "")]),
+      ),
+    ).toEqual(
+      new Set([
+        ...variables.keys(),
+        ...known.filter((name) => name !== "PATH"),
+        ...worker.flatMap(([, suffix]) => [`FARGATE_${suffix}`, `WORKER_${suffix}`]),
+        "GITLAB_RUNNER_TOKEN_<NAME>",
+      ]),
+    );
+    for (const [variable, standard] of variables) {
+      const [, , cell] = rows.find(([, name]) => codesOf(name).includes(variable)) ?? [];
+      if (standard !== undefined) expect([variable, codesOf(cell)]).toEqual([variable, [standard]]);
+    }
+    const fields = rowsOf("Managers").flatMap(([, names]) => codesOf(names));
+    expect(new Set(fields)).toEqual(new Set(entriesIn("ManagerSchema").keys()));
   });
 
   test("docs/worker-images.md names the variables that are never passed", () => {
