@@ -710,12 +710,12 @@ describe("claims", () => {
     /** The entries of a schema in the source, with their defaults. */
     const entriesIn = (schema: string) => {
       const [, body = ""] = new RegExp(`\nconst ${schema} = .*\\n([^]*?)\n}\\);`).exec(operators) ?? [];
-      const entries = [...body.matchAll(/^ {2}(\w+): (.*),$/gm)];
+      const entries = body.split(/\n(?= {2}\w)/);
       expect(entries.length, schema).toBeGreaterThan(7);
       return new Map(
-        entries.map(([, name = "", value = ""]) => [
-          name,
-          (/^number\("(\d+)"/.exec(value) ?? /, "([^"]*)"\)$/.exec(value))?.[1],
+        entries.map((entry) => [
+          entry.split(":")[0]?.trim() ?? "",
+          (/: number\("(\d+)"/.exec(entry) ?? /,\s+"([^"]*)",?\s*\),$/.exec(entry))?.[1],
         ]),
       );
     };
