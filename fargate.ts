@@ -3,27 +3,38 @@
  * fargate: runs each GitLab CI job in its own AWS ECS task on Fargate.
  *
  * GitLab Runner's Custom executor starts this program once per stage of a job. An operator or a timer runs
- * sweep.
+ * sweep, an operator runs runners, and a container runs manager.
  *
  *     fargate custom config                prints the driver's name and version, as JSON
  *     fargate custom prepare               starts the job's task and waits until an SSH login works
  *     fargate custom run SCRIPT STAGE      runs one script in the task; many times per job
  *     fargate custom cleanup               stops the task
  *     fargate sweep                        stops orphaned tasks: those that their jobs did not stop
+ *     fargate runners                      registers many runners, and writes GitLab Runner's configuration
+ *     fargate manager -- ARGUMENTS         runs gitlab-runner: does what runners does at its start, sweeps
+ *                                          regularly, and unregisters the runners at its end
  *
  * AWS calls      RunTask, DescribeTasks and StopTask; ListTasks for sweep, and if a task may exist that no
  *                record names; EC2's DescribeNetworkInterfaces, only to connect to public addresses.
+ * Other calls    In an ECS task: ECS_CONTAINER_METADATA_URI_V4, for the task's own id. Only runners and
+ *                manager call GitLab, at GITLAB_URL/api/v4/runners: POST (register), POST verify, DELETE.
  * Files read     the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath,
  *                AWS_CA_BUNDLE, the AWS SDK's own files (such as ~/.aws/config), the runner's config.toml
- *                (two time limits), and /proc (to recognize live processes).
+ *                (two time limits), and /proc (to recognize live processes). By runners and manager: the
+ *                lists of managers and of tokens, all of config.toml, CA_CERTIFICATES_PATH.
  * Files written  in TaskMetadata.Directory: <job>.json (the record, mode 0600, one per running job),
- *                <job>.*.lock (empty, one per prepare or run), .manager-id, and short-lived *.tmp files;
- *                BUILD_EXIT_CODE_FILE; LogFile.
+ *                <job>.*.lock (empty, one per prepare or run), .manager-id, on ECS .manager-task, and
+ *                short-lived *.tmp files; BUILD_EXIT_CODE_FILE; LogFile. By runners and manager: config.toml
+ *                (mode 0600), and beside it fargate-<manager>.toml, .runner_system_id,
+ *                .fargate-runners.pending, runners-*.lock and *.tmp.
+ * Programs       manager starts gitlab-runner; the AWS SDK starts a credential_process of its own files.
  * Secrets        The job's private key: in memory and in the record. AWS credentials: in the memory of the
  *                AWS SDK, never written, never sent to a task. Stage scripts contain the job's secrets: they
- *                go through memory into SSH, and are never parsed, logged or stored.
+ *                go through memory into SSH, and are never parsed, logged or stored. Runner tokens: runners
+ *                and manager send them to GitLab and write them to config.toml, nowhere else; gitlab-runner
+ *                and the stages of jobs do not get the variables that contain them.
  * Trusted        The configuration file, the runner, the ids in its JOB_RESPONSE_FILE (not the job author's
- *                text), and ECS.
+ *                text), ECS, and GitLab at GITLAB_URL.
  * Not trusted    CUSTOM_ENV_* variables, and everything that a job's container sends.
  *
  * Contents
@@ -37,7 +48,7 @@
  *     8. ECS                 requests to AWS, and the meaning of its answers
  *     9. SSH                 logging in; running and terminating scripts
  *    10. Stages              config, prepare, run, cleanup
- *    11. Operator commands   sweep
+ *    11. Operator commands   sweep, runners, manager
  *    12. Command line        arguments, exit codes, signals
  *
  * The sections follow the life of a job. None depends on a later one.
