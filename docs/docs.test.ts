@@ -779,10 +779,24 @@ describe("claims", () => {
     const calls = [...code.matchAll(/\b(?:ecs|ec2)\.([a-z]\w+)\(/g)].map(([, name]) => name as string);
     expect(new Set(calls).size).toBe(5);
     for (const call of calls) expect(header).toContain(`${call[0]?.toUpperCase()}${call.slice(1)}`);
-    for (const file of ["JOB_RESPONSE_FILE", "PrivateKeyPath", "AWS_CA_BUNDLE", ".manager-id", "/proc", "LogFile"]) {
-      expect(header).toContain(file);
-      expect(code).toContain(file);
+    const ofStages = ["JOB_RESPONSE_FILE", "PrivateKeyPath", "AWS_CA_BUNDLE", ".manager-id", "/proc", "LogFile"];
+    const onEcs = ["ECS_CONTAINER_METADATA_URI_V4", ".manager-task"];
+    const ofFleets = ["CA_CERTIFICATES_PATH", "config.toml", ".runner_system_id", ".fargate-runners.pending"];
+    for (const name of [...ofStages, ...onEcs, ...ofFleets, "/api/v4/runners", "gitlab-runner"]) {
+      expect(header).toContain(name);
+      expect(code).toContain(name);
     }
+    // Every place that calls another server or starts a program. The first fetch is that of the AWS SDK.
+    expect(code.match(/\bfetch\([^,]*/g)).toEqual(["fetch(request", "fetch(`${url}/api/v4/runners${path}`"]);
+    expect(code.match(/import\("node:(https?|tls|net|child_process)"\)/g)).toEqual([
+      'import("node:http")', // for the metadata endpoint
+      'import("node:tls")', // for getCACertificates
+      'import("node:net")', // for the socket that ssh2 uses
+    ]);
+    expect(code.match(/\bspawn\(\[[^\]]*\]/g)).toEqual(['spawn(["gitlab-runner", ...args]']);
+    const methods = [...code.matchAll(/askGitLab\(\w+, "(\w+)"/g)].map(([, method]) => method as string);
+    expect(methods.length).toBeGreaterThan(2);
+    for (const method of methods) expect(header).toContain(method);
     const lastSection = code.lastIndexOf("\n// 12. Command line");
     expect(lastSection).toBeGreaterThan(0);
     const lines = code.slice(0, lastSection).split("\n");

@@ -464,7 +464,7 @@ describe("ECS manager", () => {
     }
   });
 
-  test("examples/ecs-manager names the same account, clusters and roles as the other files", () => {
+  test("examples/ecs-manager names the same account and clusters as the other files", () => {
     const { Region, Cluster, SecurityGroups } = config.Fargate;
     const cluster = (name: string) => `arn:aws:ecs:${Region}:${ACCOUNT}:cluster/${name}`;
     for (const settings of Object.values(managersConfigs)) {
