@@ -4484,8 +4484,12 @@ async function unregisterRunners(
         return log.error("{name} could not be unregistered: {reason}; {hint}", fields);
     }
     // Unregistered now, or before: GitLab refuses its token.
-    if (runner?.isRegistration) removeSection(configFile, String(token));
     log.info("unregistered {name}", { name });
+    try {
+      if (runner?.isRegistration) removeSection(configFile, String(token));
+    } catch (error) {
+      log.warn("{reason}", { reason: reasonOf(error) }); // the next start verifies the token
+    }
   };
   const { sections } = readRunnerConfig(configFile);
   await Promise.all(sections.filter(({ name }) => names.includes(String(name))).map(unregister));
