@@ -3741,7 +3741,8 @@ function driverSettings(manager: Table, common: Table, warnings: string[]): Tabl
         delete before[one];
         delete before[`${one}s`];
       }
-    merged[key] = isTable(value) ? { ...before, ...value } : value;
+    if (isTable(merged[key]) && !isTable(value)) warnings.push(`${key} is not an object, and has no effect`);
+    else merged[key] = isTable(value) ? { ...before, ...value } : value;
   }
   return merged;
 }
@@ -3853,6 +3854,8 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
   const problems = new Problems();
   const read = (path: string, what: string) =>
     path === "-" ? context.readInput() : readFile(path, `${what} ${path}`).toString();
+  if (options.managers === "-" && options.tokens === "-")
+    problems.add("only one of --managers and --tokens can be standard input");
   const given = Object.fromEntries(Object.entries(env).filter(([, value]) => value?.trim()));
   const variables = problems.check(FleetSchema, {
     ...given,
@@ -4025,11 +4028,15 @@ function readRunnerConfig(path: string): { text: string; sections: Section[] } {
   });
 }
 
-/** Replaces config.toml's text. The file keeps its owner, and has mode 0600. */
-function writeRunnerConfig(path: string, text: string): void {
+/**
+ * Writes config.toml or a file beside it, with mode 0600. The file keeps its owner; a new one gets that of
+ * config.toml or else of the directory, because root may run this for GitLab Runner's user.
+ */
+function writeRunnerFile(path: string, text: string, configFile = path): void {
+  const model = [path, configFile].find((file) => fs.existsSync(file)) ?? dirname(path);
   const publish = (temporary: string) => {
-    const { uid, gid } = fs.statSync(path, { throwIfNoEntry: false }) ?? fs.statSync(temporary);
-    if (uid !== process.geteuid?.()) fs.chownSync(temporary, uid, gid);
+    const { uid, gid } = fs.statSync(model);
+    if (process.geteuid?.() === 0) fs.chownSync(temporary, uid, gid);
     fs.renameSync(temporary, path);
   };
   withContext(`${path} cannot be written`, () => writeDurably(path, text, publish), "disk");
@@ -4063,20 +4070,19 @@ function removeSection(path: string, token: string): void {
   const expected = { ...before, runners: before.runners.filter((runner) => !isOurs(runner)) };
   if (JSON.stringify(after) !== JSON.stringify(expected))
     throw new Error("the section of a runner that GitLab refuses must be removed by hand");
-  writeRunnerConfig(path, left);
+  writeRunnerFile(path, left);
 }
 
 const systemIdPath = (directory: string): string => join(directory, ".runner_system_id");
 /** GitLab Runner's id of this manager, which it reads from this file as well. */
-function readSystemId(directory: string): string {
-  const path = systemIdPath(directory);
-  return withContext(`the runner's system id ${path} cannot be used`, () => {
-    const id = fs.existsSync(path) ? fs.readFileSync(path, "utf8").trim() : "";
-    if (/^[sr]_[0-9a-zA-Z]{12}$/.test(id)) return id;
-    const made = `r_${randomBytes(6).toString("hex")}`;
-    writeDurably(path, made, fs.renameSync);
-    return made;
-  });
+function readSystemId(configFile: string): string {
+  const path = systemIdPath(dirname(configFile));
+  const read = () => (fs.existsSync(path) ? fs.readFileSync(path, "utf8").trim() : "");
+  const id = withContext(`the runner's system id ${path} cannot be used`, read);
+  if (/^[sr]_[0-9a-zA-Z]{12}$/.test(id)) return id;
+  const made = `r_${randomBytes(6).toString("hex")}`;
+  writeRunnerFile(path, made, configFile);
+  return made;
 }
 
 /** The file with the name of a registration that has been sent, until its token is in config.toml. */
@@ -4152,7 +4158,7 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
   const { configFile, managers, variables, gitlab } = fleet;
   const { isRegistration, label } = runner;
   const { log, program } = context;
-  const systemId = readSystemId(dirname(configFile));
+  const systemId = readSystemId(configFile);
   const known = sectionName(fleet, runner, systemId);
   const present = readRunnerConfig(configFile).sections.find((section) =>
     isRegistration ? section.name === known : section.token === runner.token,
@@ -4178,7 +4184,7 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
   try {
     const { text } = readRunnerConfig(configFile);
     const gap = /\n\r?\n$/.test(text) ? "" : text.endsWith("\n") ? "\n" : "\n\n";
-    writeRunnerConfig(configFile, text + gap + section);
+    writeRunnerFile(configFile, text + gap + section);
   } catch (error) {
     const lost = isRegistration ? `; GitLab has registered ${name}; remove it there` : "";
     throw new Failure("system", `${reasonOf(error)}${lost}`);
@@ -4211,8 +4217,7 @@ async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: L
     const present = fs.existsSync(path)
       ? readFile(path, `the driver's configuration ${path}`).toString()
       : "";
-    if (!present)
-      withContext(`${path} cannot be written`, () => writeDurably(path, text, fs.renameSync), "disk");
+    if (!present) writeRunnerFile(path, text, configFile);
     else if (present !== text)
       log.warn("{path} differs from the manager's settings, and is left as it is; to renew it, remove it", {
         path,
@@ -4225,7 +4230,7 @@ async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: L
     shutdown_timeout: variables.SHUTDOWN_TIMEOUT,
     session_server: { session_timeout: 1800 }, // GitLab Runner's default
   };
-  writeRunnerConfig(configFile, `# Written by fargate runners.\n\n${stringify(global)}`);
+  writeRunnerFile(configFile, `# Written by fargate runners.\n\n${stringify(global)}`);
 }
 
 /** Locks config.toml against other processes of `runners`. @returns a function that unlocks it */
@@ -4465,7 +4470,7 @@ async function unregisterRunners(
   const { log, signal } = context;
   if (names.length === 0) return;
   const { configFile } = fleet;
-  const systemId = readSystemId(dirname(configFile));
+  const systemId = readSystemId(configFile);
   const gitlab = { ...fleet.gitlab, signal };
   const unregister = async ({ name, token }: Section) => {
     const runner = fleet.runners.find((runner) => sectionName(fleet, runner, systemId) === name);

@@ -656,7 +656,7 @@ describe("claims", () => {
       ],
       "docs/manager.md": [
         `it has not ended ${constant("RUNNER_EXIT_MS") / 1000} s after that`,
-        `at the same time | ${constant("UNREGISTER_MS") / 1000} s |`,
+        `at the same time | ${constant("LEAVE_MS") / 1000} s |`,
         `\`CancelGracePeriod\` is ${constant("MANAGER_CANCEL_GRACE")} seconds so that`,
         `repeated for up to ${constant("GITLAB_RETRY_MS") / 1000} seconds`,
       ],

@@ -434,7 +434,7 @@ describe("ECS manager", () => {
     const source = readFileSync(join(projectRoot, "fargate.ts"), "utf8");
     const seconds = (name: string) =>
       Number(new RegExp(`^const ${name} = ([\\d_]+);`, "m").exec(source)?.[1]?.replace("_", "")) / 1000;
-    const fixed = seconds("RUNNER_EXIT_MS") + seconds("UNREGISTER_MS");
+    const fixed = seconds("RUNNER_EXIT_MS") + seconds("LEAVE_MS");
     expect(fixed).toBeGreaterThan(0);
     expect(manager.stopTimeout).toBeLessThanOrEqual(120);
     expect(Number(variables.STOP_TIMEOUT) + Number(variables.SHUTDOWN_TIMEOUT) + fixed).toBeLessThan(
