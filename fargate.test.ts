@@ -5537,7 +5537,7 @@ describeProgram("runners", () => {
       });
       ended(finished, 0);
       expect(lines(finished).filter((line) => line.startsWith("warning"))).toEqual([
-        "warning: the tags of manager one, manager two have no effect: those set in GitLab count",
+        "warning: the tags of one, two are ignored: GitLab uses those that are set there",
       ]);
     });
 
@@ -5601,7 +5601,7 @@ describeProgram("runners", () => {
       [
         "managers that are no objects",
         managersOf(null, [], "one"),
-        ["0", "1", "2"].map((key) => `MANAGERS_CONFIGS: ${key} is not an object`),
+        [1, 2, 3].map((key) => `MANAGERS_CONFIGS: manager ${key} is not an object`),
       ],
       [
         "managers with bad names",
@@ -5635,8 +5635,8 @@ describeProgram("runners", () => {
           driver_settings: { Fargate: { StartTimeout: "long" }, SSH: { Port: 70_000 } },
         }),
         [
-          "tag_list is 5; expected: tags: a list, or a text with commas between them",
-          "tags is [1]; expected: tags: a list, or a text with commas between them",
+          "tag_list is 5; expected: a list, or a text with commas",
+          "tags is [1]; expected: a list, or a text with commas",
           `limit is -1; expected: the number of jobs that this manager runs at once, 0 for no limit, ${whole(0)}`,
           "worker_ecs_cluster_arn: Fargate.Cluster is []; expected: the name or ARN of the ECS cluster",
           "worker_aws_region: Fargate.Region is true; expected: an AWS region, such as us-east-1",
@@ -6026,7 +6026,7 @@ describeProgram("runners", () => {
         const what = `manager two: ${path}/config.toml cannot be written: ENOSPC: no space left on device, write`;
         expect(problems(finished)).toEqual([
           `${what}; GitLab has registered ${names[1]}; remove it there`,
-          "1 more runners were not looked at; run this again",
+          "1 more runner not processed; run this again",
         ]);
         fs.rmSync(fill);
         fleet.gitlab.onRequest = () => {};
@@ -6097,7 +6097,7 @@ describeProgram("runners", () => {
       const before = fleet.snapshot();
       const again = await runWith(fleet, `${list}\nlast ${old[2]}\n`);
       ended(again, 0);
-      expect(lines(again).at(-1)).toBe(`${fleet.config}: 1 runners added, 5 already there, 0 problems`);
+      expect(lines(again).at(-1)).toBe(`${fleet.config}: 1 runner added, 5 already there, 0 problems`);
       expect(fs.readFileSync(fleet.config, "latin1")).toContain(
         (before["config.toml"] ?? "").split("\n").slice(1).join("\n"),
       );
@@ -6121,7 +6121,7 @@ describeProgram("runners", () => {
     /** What the log says about a registration whose effect is unknown. */
     const mayHave = (name: string) =>
       `it may have registered ${name}; if GitLab lists a runner of this name that was never used, remove it there`;
-    const LEFT = "1 more runners were not looked at; run this again";
+    const LEFT = "1 more runner not processed; run this again";
 
     const unanswered: [fault: string, action: GitLabFaultAction, reason: RegExp | string, tookEffect: boolean][] = [
       ["answers 500 before its effect", { status: 500 }, "answers 500", false],
@@ -6292,7 +6292,7 @@ describeProgram("runners", () => {
       expect(fleet.gitlab.runners).toMatchObject(["one", "three"].map((name) => ({ description: named(fleet, name) })));
       const again = await fleet.run(managersNamed("one", "two", "three"));
       ended(again, 0);
-      expect(lines(again).at(-1)).toBe(`${fleet.config}: 1 runners added, 2 already there, 0 problems`);
+      expect(lines(again).at(-1)).toBe(`${fleet.config}: 1 runner added, 2 already there, 0 problems`);
       expect(again.stderr).not.toContain("warning");
     });
 

@@ -3612,7 +3612,7 @@ const tagList = v.pipe(
     v.array(v.string()),
   ]),
   v.transform((tags) => tags.map((tag) => tag.trim()).filter(Boolean)),
-  v.description("tags: a list, or a text with commas between them"),
+  v.description("a list, or a text with commas"),
 );
 const workerField = v.optional(v.unknown()); // checked as a setting of the driver
 const terraformField = v.optional(v.unknown()); // accepted, and not used
@@ -3708,7 +3708,8 @@ function parseManagers(text: string, source: string, problems: Problems): Table[
   const isList = Array.isArray(json);
   if (!isTable(json) && !isList) problems.add(`${source} is not a JSON object or list`);
   return Object.entries(isTable(json) || isList ? json : {}).flatMap(([key, manager]) => {
-    if (!isTable(manager)) problems.add(`${source}: ${key} is not an object`);
+    if (!isTable(manager))
+      problems.add(`${source}: manager ${isList ? Number(key) + 1 : key} is not an object`);
     return isTable(manager) ? [isList ? manager : { manager_name: key, ...manager }] : [];
   });
 }
@@ -3858,6 +3859,7 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
     problems.add("only one of --managers and --tokens can be standard input");
   const given = Object.fromEntries(Object.entries(env).filter(([, value]) => value?.trim()));
   const variables = problems.check(FleetSchema, {
+    RUNNER_NAME_PREFIX: given.RUNNER_NAME, // the name of this variable in an early image of others
     ...given,
     ...(options.url && { GITLAB_URL: options.url }),
   });
@@ -3962,7 +3964,9 @@ async function askGitLab(gitlab: GitLab, method: string, path: string, body: Tab
     const { code = "" } = error as NodeJS.ErrnoException;
     const notSent = firstMatch(NOT_SENT, code);
     const isCertificate = notSent === "certificate";
-    const reason = reasonOf(signal.aborted ? signal.reason : error).replace(HINTS, "");
+    const reason = reasonOf(signal.aborted ? signal.reason : error)
+      .replace(HINTS, "")
+      .replace(/\.$/, "");
     const hint = isCertificate ? "; for a private certificate authority, set CA_CERTIFICATES_PATH" : "";
     const what = `${url} cannot be reached: ${reason}${hint}`;
     throw new GitLabFailure(what, 0, !notSent, !signal.aborted && !isCertificate);
@@ -3991,6 +3995,9 @@ async function askPatiently(
   const until = now() + GITLAB_RETRY_MS;
   return retry(request, { until, signal: gitlab.signal, now, shouldRetry, minPause });
 }
+
+/** A count with its noun: "1 runner", "2 runners". */
+const countOf = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 /** What `runners` has done. */
 interface FleetReport {
@@ -4284,7 +4291,7 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
         if (error instanceof GitLabFailure && error.isRefusal) continue;
         // All others would fail as well: GitLab or the disk is at fault, or a signal has come.
         const left = runners.length - index - 1;
-        if (left > 0) report.problems.push(`${left} more runners were not looked at; run this again`);
+        if (left > 0) report.problems.push(`${countOf(left, "more runner")} not processed; run this again`);
         break;
       }
   } finally {
@@ -4381,8 +4388,8 @@ async function superviseRunner(
   const { STOP_TIMEOUT, SHUTDOWN_TIMEOUT } = variables;
   // Not QUIT and TERM at once: GitLab Runner receives signals without a queue, and could lose the second.
   if (quit.aborted || STOP_TIMEOUT > 0) {
-    const limit = signal.aborted ? `for ${STOP_TIMEOUT} s` : "until they have finished";
-    log.info("stopping: no new jobs; running ones go on {limit}", { limit });
+    const limit = signal.aborted ? `have ${STOP_TIMEOUT} s to finish` : "may finish";
+    log.info("stopping: taking no new jobs; running jobs {limit}", { limit });
     child.kill("SIGQUIT");
     await Promise.race([child.exited, whenAborted(signal)]);
     if (await endsWithin(STOP_TIMEOUT)) return 0;
@@ -4586,12 +4593,12 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
     .argument("<script>", "the script's path")
     .argument("<stage>", "the runner's name for the script, such as build_script");
   add(custom, "cleanup", "stop the job's task").alias("cl");
-  add(program, "runners", "configure many runners, and register them")
+  add(program, "runners", "register many runners, and write GitLab Runner's configuration")
     .option("--managers <file>", "MANAGERS_CONFIGS: managers as JSON; - for standard input")
     .option("--tokens <file>", "runner tokens, one per line; - for standard input")
     .option("--url <url>", "GITLAB_URL: the address of GitLab")
     .option("--runner-config <file>", "CONFIG_FILE: GitLab Runner's configuration file");
-  add(program, "manager", "run GitLab Runner in a container, with runners and sweep").argument(
+  add(program, "manager", "run GitLab Runner in a container: register, sweep, unregister").argument(
     "[arguments...]",
     "of gitlab-runner, after --; default: run",
   );
@@ -4719,17 +4726,14 @@ async function runFleet(
   const { log, env } = context;
   const fleet = await planFleet(context, runners);
   const named = fleet.runners.filter(({ isRegistration, tags }) => !isRegistration && tags.length > 0);
-  const labels = named.map(({ label }) => label).join(", ");
-  if (labels) log.warn("the tags of {labels} have no effect: those set in GitLab count", { labels });
+  const names = named.map(({ name }) => name).join(", ");
+  if (names) log.warn("the tags of {names} are ignored: GitLab uses those that are set there", { names });
   if (command === "manager") return manage(context, fleet, operands.length > 0 ? operands : ["run"], quit);
   const { added, present, problems } = await configureRunners(context, fleet);
-  const counts = { added: added.length, present: present.length, problems: problems.length };
-  const path = fleet.configFile;
-  log.info("{path}: {added} runners added, {present} already there, {problems} problems", {
-    path,
-    ...counts,
-  });
   for (const reason of problems) log.fatal("{reason}", { reason });
+  const counts = `${countOf(added.length, "runner")} added, ${present.length} already there`;
+  const fields = { path: fleet.configFile, counts, problems: countOf(problems.length, "problem") };
+  log.info("{path}: {counts}, {problems}", fields);
   return problems.length > 0 ? exitCode("system", env) : 0;
 }
 
