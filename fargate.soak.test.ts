@@ -22,7 +22,7 @@ import {
   straceWorks,
 } from "./fixtures/steps.ts";
 import { containerHosts, NEWER_BASE_IMAGE } from "./fixtures/tasks.ts";
-import { hosts, setUp, startTask, testSecrets } from "./fixtures/test-support.ts";
+import { hosts, plainSshd, setUp, startTask, testSecrets } from "./fixtures/test-support.ts";
 import { makeWorld } from "./fixtures/world.ts";
 
 const SOAK = process.env.SOAK === "true";
@@ -102,7 +102,8 @@ for (const cpus of [undefined, 0.25])
   );
 
 soakTest("run tries again while sshd bars the address (OpenSSH 10)", async (meta) => {
-  const newer = await containerHosts({ baseImage: NEWER_BASE_IMAGE });
+  // The worker image's own entry point turns this off.
+  const newer = await containerHosts({ baseImage: NEWER_BASE_IMAGE, lines: plainSshd() });
   const world = await makeWorld({ hosts: newer });
   meta.hosts = "container";
   try {

@@ -7,6 +7,7 @@
  */
 import { execFileSync, spawn, spawnSync } from "node:child_process";
 import { createHash, randomBytes } from "node:crypto";
+import { once } from "node:events";
 import * as fs from "node:fs";
 import { type AddressInfo, connect as connectTcp, createServer as createTcpServer, type Socket } from "node:net";
 import { hostname, networkInterfaces } from "node:os";
@@ -36,7 +37,7 @@ import { type AwsStub, mockClient } from "aws-sdk-client-mock";
 import * as commander from "commander";
 import fc from "fast-check";
 import { parse } from "smol-toml";
-import { Server as SshServerOfAPacket, utils } from "ssh2";
+import { Client, type ClientChannel, Server as SshServerOfAPacket, utils } from "ssh2";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from "vitest";
 import {
   adviceFor,
@@ -107,7 +108,14 @@ import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.
 import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
 import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { parseKey, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
-import { type ContainerHostsOptions, containerHosts, type TaskHosts } from "./fixtures/tasks.ts";
+import {
+  buildWorkerImage,
+  type ContainerHostsOptions,
+  containerHosts,
+  LIKE_ALPINE,
+  NEWER_BASE_IMAGE,
+  type TaskHosts,
+} from "./fixtures/tasks.ts";
 import {
   cleanup,
   collect,
@@ -3767,6 +3775,13 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
 // ---------------------------------------------------------------------------------------------------------
 
 describe("worker image", () => {
+  /** Makes sshd's check of its configuration report UsePAM as an sshd does that was built without PAM, as on Alpine. */
+  const SSHD_WITHOUT_PAM = [
+    "RUN mv /usr/sbin/sshd /usr/sbin/sshd.pam && printf '%s\\n' '#!/bin/sh' \\",
+    `'[ "$1" != -t ] || sed -n "s|^UsePAM .*|$3 line 2: Unsupported option UsePAM|p" "$3" >&2' \\`,
+    `'exec /usr/sbin/sshd.pam "$@"' >/usr/sbin/sshd && chmod 755 /usr/sbin/sshd`,
+  ];
+
   /** Runs a script in a new container of the image, then stops the container. */
   async function runWith(
     options: ContainerHostsOptions,
@@ -3802,6 +3817,14 @@ describe("worker image", () => {
       { user: "1000", readOnly: true, containerPort: 2022 },
       "worker",
       { SSH_PORT: "2022" },
+    ],
+    ["as root on a base like Alpine", LIKE_ALPINE, "root", {}],
+    ["as root for another user on a base like Alpine", LIKE_ALPINE, "worker", { SSH_USER: "worker" }],
+    [
+      "as user 1000 on a read-only root on a base like Alpine",
+      { ...LIKE_ALPINE, user: "1000", readOnly: true },
+      "worker",
+      {},
     ],
   ] as const)
     taskTest(
@@ -3861,49 +3884,310 @@ describe("worker image", () => {
       { containerOnly: true, timeout: 300_000 },
     );
 
+  for (const [base, options, shell] of [
+    ["", {}, "/bin/bash"],
+    [" on busybox", LIKE_ALPINE, "/bin/ash"],
+  ] as const)
+    taskTest(
+      // It passes nothing of a login or a shell.
+      `the worker image passes its own and the task definition's environment${base}`,
+      async () => {
+        const environment = {
+          FROM_DEFINITION: 'a "b" \\c $d `e` #f\ttab  ',
+          EMPTY: "",
+          "with.dot": "x",
+          SEVERAL_LINES: "one\ntwo=2",
+          FARGATE_DEADLINE: "9999999999",
+          HOME: "/nowhere",
+          USER: "nobody",
+          SHLVL: "7",
+          BASH_ENV: "/dev/null",
+          ENV: "/dev/null",
+          UID: "5",
+          EUID: "5",
+          PPID: "5",
+          SHELLOPTS: "xtrace",
+          BASHOPTS: "extglob",
+          IFS: "x",
+          PS4: "$(echo evil)",
+          "BASH_FUNC_cat%%": "() { echo evil; }",
+        };
+        const lines = ["ENV FROM_IMAGE=image PATH=/opt/tools/bin:/usr/local/bin:/usr/bin:/bin"];
+        const ran = await runWith({ ...options, lines }, "tr '\\0' '\\n' </proc/$$/environ | sort", { environment });
+        const seen = ran.stdout.split("\n").filter((line) => line && !/^(SSH_C|HOSTNAME|LANG|MOTD)/.test(line));
+        expect(seen).toEqual([
+          "EMPTY=",
+          "FARGATE_ENVIRONMENT=passed",
+          `FROM_DEFINITION=${environment.FROM_DEFINITION}`,
+          "FROM_IMAGE=image",
+          "HOME=/root",
+          "LOGNAME=root",
+          "MAIL=/var/mail/root",
+          "PATH=/opt/tools/bin:/usr/local/bin:/usr/bin:/bin",
+          `SHELL=${shell}`,
+          "USER=root",
+        ]);
+        expect(ran.log).toContain("not passed to sessions, because their values contain line breaks: SEVERAL_LINES \n");
+      },
+      { containerOnly: true, timeout: 300_000 },
+    );
+
+  /** Runs a test with a new container of the image. */
+  function withTask(
+    name: string,
+    options: ContainerHostsOptions,
+    body: (task: Awaited<ReturnType<typeof startTask>>) => Promise<void>,
+  ) {
+    taskTest(
+      name,
+      async () => {
+        const own = await containerHosts({ packages: PACKAGES, ...options });
+        try {
+          await body(await startTask(own));
+        } finally {
+          await own.close();
+        }
+      },
+      { containerOnly: true, timeout: 300_000 },
+    );
+  }
+
+  /** Runs a script in a container, and returns its output. */
+  async function outputOf(client: Client, script: string): Promise<string> {
+    const channel = await new Promise<ClientChannel>((resolve, reject) =>
+      client.exec(script, (error, opened) => (error ? reject(error) : resolve(opened))),
+    );
+    let output = "";
+    for await (const chunk of channel) output += chunk;
+    return output;
+  }
+
+  withTask("sshd-image/entrypoint.sh is a script for dash and for busybox", {}, async ({ host }) => {
+    const path = "/usr/local/bin/worker-entrypoint";
+    expect(await host.exec(`dash -n ${path} 2>&1 && busybox sh -n ${path} 2>&1`)).toEqual({ exitCode: 0, output: "" });
+  });
+
+  withTask("the worker image asks apk for its packages on a base like Alpine", LIKE_ALPINE, async ({ host }) => {
+    const packages = `bash ca-certificates curl git git-lfs musl-utils openssh ${PACKAGES.join(" ")}`;
+    expect((await host.exec("cat /etc/apk/world")).output).toBe(`add --no-cache ${packages}\n`);
+    expect((await host.exec("git config --system filter.lfs.process")).output).toBe("git-lfs filter-process\n");
+  });
+
+  withTask("the worker image lets any user write builds and caches", {}, async ({ host }) => {
+    const script = "cd /opt/gitlab-runner && mkdir builds/x cache/x && stat -c %U builds/x cache/x";
+    expect((await host.exec(`setpriv --reuid=1000 --clear-groups sh -c '${script}'`)).output).toBe("worker\nworker\n");
+  });
+
+  for (const builder of ["classic", "buildkit"] as const) {
+    for (const from of ["image", "file"] as const)
+      taskTest(
+        `the worker image gets gitlab-runner from a given ${from} (${builder} builder)`,
+        async () => {
+          const script = '#!/bin/sh\necho "stand-in $1 $(id -u)"\n';
+          const log = await buildWorkerImage({ ...LIKE_ALPINE, gitlabRunner: { script, from } }, builder);
+          expect(log).toContain("stand-in --version 0\n");
+          expect(log).not.toMatch(/^No gitlab-runner/m);
+        },
+        { containerOnly: true, timeout: 300_000 },
+      );
+    taskTest(
+      `the worker image says what is lost without gitlab-runner (${builder} builder)`,
+      async () => {
+        const log = await buildWorkerImage(LIKE_ALPINE, builder);
+        expect(log.match(/^No gitlab-runner .*/gm)).toEqual([
+          "No gitlab-runner in this image: jobs can neither pass on artifacts nor use caches (see RUNNER_IMAGE).",
+        ]);
+      },
+      { containerOnly: true, timeout: 300_000 },
+    );
+  }
+
   taskTest(
-    // It passes nothing of a login or a shell.
-    "the worker image passes its own and the task definition's environment",
+    "the worker image refuses a base without sshd and a package manager",
     async () => {
-      const environment = {
-        FROM_DEFINITION: 'a "b" \\c $d `e` #f\ttab  ',
-        EMPTY: "",
-        "with.dot": "x",
-        SEVERAL_LINES: "one\ntwo=2",
-        FARGATE_DEADLINE: "9999999999",
-        HOME: "/nowhere",
-        USER: "nobody",
-        SHLVL: "7",
-        BASH_ENV: "/dev/null",
-        ENV: "/dev/null",
-        UID: "5",
-        EUID: "5",
-        PPID: "5",
-        SHELLOPTS: "xtrace",
-        BASHOPTS: "extglob",
-        IFS: "x",
-        PS4: "$(echo evil)",
-        "BASH_FUNC_cat%%": "() { echo evil; }",
-      };
-      const lines = ["ENV FROM_IMAGE=image PATH=/opt/tools/bin:/usr/local/bin:/usr/bin:/bin"];
-      const ran = await runWith({ lines }, "tr '\\0' '\\n' </proc/$$/environ | sort", { environment });
-      const seen = ran.stdout.split("\n").filter((line) => line && !/^(SSH_C|HOSTNAME|LANG|MOTD)/.test(line));
-      expect(seen).toEqual([
-        "EMPTY=",
-        "FARGATE_ENVIRONMENT=passed",
-        `FROM_DEFINITION=${environment.FROM_DEFINITION}`,
-        "FROM_IMAGE=image",
-        "HOME=/root",
-        "LOGNAME=root",
-        "MAIL=/var/mail/root",
-        "PATH=/opt/tools/bin:/usr/local/bin:/usr/bin:/bin",
-        "SHELL=/bin/bash",
-        "USER=root",
-      ]);
-      expect(ran.log).toContain("not passed to sessions, because their values contain line breaks: SEVERAL_LINES \n");
+      const building = buildWorkerImage({ baseLines: ["RUN rm /usr/bin/apt-get"] }, "classic");
+      await expect(building).rejects.toThrow("The base image has neither apt-get nor apk, and no ");
     },
     { containerOnly: true, timeout: 300_000 },
   );
+
+  withTask(
+    "the worker image can be built on a base that has the programs already",
+    { ...LIKE_ALPINE, baseLines: [...(LIKE_ALPINE.baseLines ?? []), "RUN rm /usr/bin/apk"] },
+    async ({ logIn }) => {
+      const { client } = await logIn();
+      expect(await outputOf(client, "id -un")).toBe("root\n");
+      client.end();
+    },
+  );
+
+  withTask(
+    "a job finds the gitlab-runner of the worker image",
+    { gitlabRunner: { script: '#!/bin/sh\necho "stand-in $1"\n', from: "file" } },
+    async ({ logIn }) => {
+      const { client } = await logIn();
+      expect(await outputOf(client, "gitlab-runner artifacts-uploader")).toBe("stand-in artifacts-uploader\n");
+      client.end();
+    },
+  );
+
+  withTask("the worker image offers a login with the key only", {}, async ({ target }) => {
+    const client = new Client();
+    const offered = await new Promise((resolve, reject) =>
+      client.on("error", reject).connect({
+        host: target.host,
+        port: target.Port,
+        username: "root",
+        authHandler: (left, _partial, next) => {
+          if (left) resolve(left);
+          else next({ type: "none", username: "root" });
+        },
+      }),
+    );
+    client.destroy();
+    expect(offered).toEqual(["publickey"]);
+  });
+
+  withTask("the worker image forwards no connections", {}, async ({ logIn }) => {
+    const { client } = await logIn();
+    const answers = await Promise.all(
+      [
+        (then: (error?: Error | null) => void) => client.forwardOut("127.0.0.1", 1, "127.0.0.1", 22, then),
+        (then: (error?: Error | null) => void) => client.forwardIn("127.0.0.1", 0, then),
+        (then: (error?: Error | null) => void) => client.openssh_forwardOutStreamLocal("/run/x", then),
+        (then: (error?: Error | null) => void) => client.openssh_forwardInStreamLocal("/run/x", then),
+        (then: (error?: Error | null) => void) => client.exec("true", { x11: true }, then),
+      ].map((ask) => new Promise((resolve) => ask((error) => resolve(error?.message)))),
+    );
+    for (const answer of answers) expect(answer).toMatch(/^(\(SSH\) Channel open failure: |Unable to )/);
+    client.end();
+  });
+
+  withTask("the worker image forwards no agent", {}, async ({ target: { host, Port: port, privateKey } }) => {
+    const client = new Client();
+    client.connect({ host, port, username: "root", privateKey, agent: "/run/agent", agentForward: true });
+    await once(client, "ready");
+    const asked = new Promise((resolve) => client.exec("true", (error) => resolve(error?.message)));
+    expect(await asked).toBe("Unable to request agent forwarding");
+    client.end();
+  });
+
+  withTask(
+    "the worker image ends the session of a client that has fallen silent",
+    {
+      command: [
+        "sed -i 's/^ClientAliveInterval .*/ClientAliveInterval 1/; s/^ClientAliveCountMax .*/ClientAliveCountMax 2/' \\",
+        "  /usr/local/bin/worker-entrypoint",
+        "exec sh /usr/local/bin/worker-entrypoint",
+      ].join("\n"),
+    },
+    async ({ host, target, logIn }) => {
+      const proxy = await startProxy({ host: target.host, port: target.Port });
+      const { client } = await logIn({ ...target, host: "127.0.0.1", Port: proxy.port, KeepAliveInterval: 0 });
+      const running = outputOf(client, "sleep 600").catch(() => {});
+      const sessions = () => host.exec("cat /proc/[0-9]*/cmdline | tr '\\0' '\\n' | grep -c 'sshd.*: root@nott[y]'");
+      await expect.poll(async () => (await sessions()).output, { timeout: 30_000 }).toBe("1\n");
+      proxy.stall();
+      await expect.poll(async () => (await sessions()).output, { timeout: 50_000 }).toBe("0\n");
+      await proxy.close();
+      await running;
+    },
+  );
+
+  withTask("the worker image waits longer for a silent driver than the driver for it", {}, async ({ host }) => {
+    const { output } = await host.exec("/usr/sbin/sshd -T -f /run/sshd/config");
+    const value = (name: string) => Number(new RegExp(`^${name} (\\d+)$`, "m").exec(output)?.[1]);
+    const { KeepAliveInterval } = readConfig(configFile("guide"), "guide.toml", {}, {}).config.SSH;
+    expect(value("clientaliveinterval") * value("clientalivecountmax")).toBeGreaterThan(3 * KeepAliveInterval);
+  });
+
+  for (const [version, options, known] of [
+    ["9.2", {}, "UsePAM no\n"],
+    ["10", { baseImage: NEWER_BASE_IMAGE }, "UsePAM no\nPerSourcePenalties no\n"],
+    ["10 without PAM", { baseImage: NEWER_BASE_IMAGE, lines: SSHD_WITHOUT_PAM }, "PerSourcePenalties no\n"],
+  ] as const)
+    withTask(
+      `the worker image uses the options that sshd knows (OpenSSH ${version})`,
+      { ...options, lines: [...("lines" in options ? options.lines : [])] },
+      async ({ host }) => {
+        expect((await host.exec("grep -E 'PAM|Penalties' /run/sshd/config")).output).toBe(known);
+      },
+    );
+
+  withTask("the worker image lets a job open 50 channels on a connection", {}, async ({ logIn }) => {
+    const { client } = await logIn();
+    const channels = await Promise.all(Array.from({ length: 50 }, () => outputOf(client, "sleep 1; echo here")));
+    expect(channels).toEqual(Array(50).fill("here\n"));
+    client.end();
+  });
+
+  for (const [version, options] of [
+    ["9.2", {}],
+    ["10", { baseImage: NEWER_BASE_IMAGE }],
+  ] as const) {
+    withTask(
+      `the worker image lets the driver in beside 50 connections (OpenSSH ${version})`,
+      options,
+      async ({ host, target, logIn }) => {
+        const sockets = Array.from({ length: 50 }, () => connectTcp(target.Port, target.host));
+        const greetings = sockets.map((socket) => once(socket, "data").then(([data]) => String(data)));
+        for (const greeting of await Promise.all(greetings)) expect(greeting).toMatch(/^SSH-2\.0-/);
+        await logIn().then(({ client }) => client.end());
+        // Since 9.8, sshd by default refuses an address after some connections that end without a login.
+        for (const socket of sockets) socket.destroy();
+        const others = "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c '\\[preauth\\]\\|\\[accepted\\]'";
+        await expect.poll(async () => (await host.exec(others)).output, { timeout: 60_000 }).toBe("0\n");
+        await connect(target, 3_000, never).then(({ client }) => client.end());
+      },
+    );
+
+    withTask(`the worker image reaps orphaned processes (OpenSSH ${version})`, options, async ({ host, logIn }) => {
+      const { client } = await logIn();
+      const orphans = "for n in $(seq 100); do (exec -a orphan sleep 600 </dev/null >/dev/null 2>&1 &) ; done";
+      await outputOf(client, orphans);
+      client.end();
+      const count = (what: string) =>
+        host.exec(`cat /proc/[0-9]*/stat | grep -c '${what}'`).then(({ output }) => output);
+      expect(await count("(sleep) . 1 ")).toBe("100\n");
+      await host.exec("kill $(grep -l '(sleep) . 1 ' /proc/[0-9]*/stat | cut -d/ -f3)");
+      await expect.poll(() => count("(sleep)\\|) Z "), { timeout: 30_000 }).toBe("0\n");
+    });
+  }
+
+  for (const [base, options] of [
+    ["", {}],
+    [" under tini", { init: true }],
+    [" on a base like Alpine", LIKE_ALPINE],
+  ] as const)
+    taskTest(
+      `the worker image ends its container at FARGATE_DEADLINE${base}`,
+      async () => {
+        const own = await containerHosts({ packages: PACKAGES, ...options });
+        try {
+          const { publicKey } = await makeKeyPair("ed25519");
+          const deadline = Math.floor(Date.now() / 1000) + 10;
+          const environment = { SSH_PUBLIC_KEY: publicKey, FARGATE_DEADLINE: `000${deadline}` };
+          const host = await own.start({ name: "test", address: nextAddress(), port: 2222, environment });
+          const { exitCode, log } = await host.exited;
+          expect(log).toContain(`worker-entrypoint: the deadline ${deadline} has passed: ending the container\n`);
+          expect(exitCode).toBe(0);
+          expect(Date.now() / 1000).toBeGreaterThan(deadline);
+        } finally {
+          await own.close();
+        }
+      },
+      { containerOnly: true, timeout: 300_000 },
+    );
+
+  withTask("the worker image survives a job that kills all processes", {}, async ({ logIn }) => {
+    const { client } = await logIn();
+    const closed = once(client, "close");
+    await outputOf(client, "kill -KILL -1").catch(() => {});
+    await closed;
+    const again = await logIn();
+    expect(await outputOf(again.client, "echo here")).toBe("here\n");
+    again.client.end();
+  });
 });
 
 describe("container environment of a plain sshd under tini", () => {
