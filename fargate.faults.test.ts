@@ -47,10 +47,12 @@ import {
   containerHosts,
   DROPBEAR,
   embeddedHosts,
+  LIKE_ALPINE,
   ONE_SESSION,
   ONLY_ED25519,
 } from "./fixtures/tasks.ts";
 import {
+  DUMB_INIT,
   directory,
   PACKAGES,
   plainSshd,
@@ -2246,6 +2248,20 @@ describe.concurrent("SSH failures", () => {
       "eu-west-1",
     ],
     ["run passes the environment when tini is process 1", { lines: plainSshd(TINI) }, "root", undefined, "eu-west-1"],
+    [
+      "run passes the environment when dumb-init is process 1",
+      { packages: [...PACKAGES, "dumb-init"], lines: plainSshd(DUMB_INIT) },
+      "root",
+      undefined,
+      "eu-west-1",
+    ],
+    [
+      "run passes what a quoted SetEnv gives under tini on a base like Alpine",
+      { ...LIKE_ALPINE, lines: plainSshd(TINI, '-o "SetEnv=AWS_REGION=\\"near $AWS_REGION\\""') },
+      "root",
+      undefined,
+      "near eu-west-1",
+    ],
     [
       "run passes what SetEnv gives when sshd is process 1",
       { lines: plainSshd([], "-o SetEnv=AWS_REGION=us") },
