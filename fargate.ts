@@ -4535,6 +4535,17 @@ const withErrors = (command: Command): Command =>
 const OPTION_RULES = `Options may appear before or after the command. They override the job's
 variables; variables override the configuration file.`;
 
+const FLEET_VARIABLES = `
+Variables:
+  MANAGERS_CONFIGS              the managers, as a JSON list or object
+  GITLAB_RUNNER_TOKEN_<NAME>    the authentication token of a manager's runner
+  GITLAB_RUNNER_TOKEN           the same, if there is one manager
+  GITLAB_REGISTRATION_TOKEN     registers a runner for each manager
+  RUNNER_TOKENS_FILE            a list of tokens: TOKEN or NAME TOKEN
+  DRIVER_SETTINGS               other settings of the driver, as a JSON object
+  RUNNER_NAME_PREFIX, RUNNER_CONCURRENCY, SHUTDOWN_TIMEOUT, CONFIG_FILE,
+  GITLAB_URL, CA_CERTIFICATES_PATH; for manager: STOP_TIMEOUT, SWEEP_INTERVAL`;
+
 type Commander = typeof import("commander");
 
 /** Functions that accept an option's value, or throw an error with the valid ones. */
@@ -4597,11 +4608,11 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
     .option("--managers <file>", "MANAGERS_CONFIGS: managers as JSON; - for standard input")
     .option("--tokens <file>", "runner tokens, one per line; - for standard input")
     .option("--url <url>", "GITLAB_URL: the address of GitLab")
-    .option("--runner-config <file>", "CONFIG_FILE: GitLab Runner's configuration file");
-  add(program, "manager", "run GitLab Runner in a container: register, sweep, unregister").argument(
-    "[arguments...]",
-    "of gitlab-runner, after --; default: run",
-  );
+    .option("--runner-config <file>", "CONFIG_FILE: GitLab Runner's configuration file")
+    .addHelpText("after", FLEET_VARIABLES);
+  add(program, "manager", "run GitLab Runner in a container: register, sweep, unregister")
+    .argument("[arguments...]", "of gitlab-runner, after --; default: run")
+    .addHelpText("after", FLEET_VARIABLES);
   add(program, "sweep", "stop orphaned tasks; for cron or a systemd timer")
     .option("--dry-run", "only print what would be done")
     .option("--json", "print the report as one JSON object")
