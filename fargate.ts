@@ -1066,7 +1066,7 @@ function managerId(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint 
   const path = join(directory, ".manager-id");
   const task = endpoint && readManagerTask(directory, endpoint);
   if (task) return task;
-  return withContext(`the manager's id file in ${directory} cannot be used`, () => {
+  return withContext(`the manager's id file ${path} cannot be used`, () => {
     try {
       // link(2) is atomic, and fails if the file exists.
       if (!fs.existsSync(path)) writeDurably(path, `${randomBytes(6).toString("hex")}\n`, fs.linkSync);
@@ -1074,7 +1074,7 @@ function managerId(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint 
       if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
     }
     const id = readPrivateFile(path).trim();
-    if (!/^[0-9a-f]{12}$/.test(id)) throw new Error(`${path} does not contain 12 hex digits; remove it`);
+    if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not contain 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
 }
