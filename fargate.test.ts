@@ -1601,7 +1601,14 @@ describe("judgeTask", () => {
   const live = { ...lock, isAlive: true };
   const dead = { ...lock, isAlive: false };
   const snapshot = { time: now, uptime: 100_000, records: [record], processes: [] };
-  const rules = { MaxTaskAge: 86_400, AbandonedAfter: 900, managers: [id], stoppedManagers: [], canLock: true };
+  const rules = {
+    MaxTaskAge: 86_400,
+    AbandonedAfter: 900,
+    managers: [id],
+    sharedId: "",
+    stoppedManagers: [],
+    canLock: true,
+  };
   const task = (age: number, deadline?: number, manager = id): Task => ({
     taskArn: "arn",
     startedBy: `fargate-${manager}-${job}`,
@@ -1626,6 +1633,7 @@ describe("judgeTask", () => {
     ["stops a task without a record after 10 minutes", LOST, task(601), { records: [] }],
     ["leaves a task without a record for 10 minutes", undefined, task(600), { records: [] }],
     ["leaves another manager's task without a record", undefined, task(601, undefined, other), { records: [] }],
+    ["leaves a task whose record may be in another directory", undefined, task(601), { records: [] }, { sharedId: id }],
     ["stops a task past the deadline in its variables", LATE, task(60, now - 1), {}],
     ["stops another manager's task past its deadline", LATE, task(60, now - 1, other), { records: [] }],
     [
@@ -5353,6 +5361,57 @@ describe("manager", () => {
     expect(first.sections()).toMatchObject([{ token }]);
   });
   const systemIdOf = ({ parameters }: GitLabRequest) => parameters.system_id;
+
+  managerTest("manager keeps a user's runner whose section has the name of a registered one", async (fleet) => {
+    const { gitlab } = fleet;
+    const token = gitlab.createRunner({ description: "shared" });
+    const container = await fleet.container();
+    container.start({ GITLAB_RUNNER_TOKEN_ONE: token });
+    await gitlab.waitFor(() => gitlab.requestsTo("requestJob").length > 0, 60_000);
+    await container.kill();
+    const started = container.start();
+    await started.shows("Configuration loaded");
+    started.process.kill("SIGTERM");
+    ended(await started.finished, 0);
+    expect(gitlab.requestsTo("unregister")).toEqual([]);
+    expect(gitlab.runners).toMatchObject([{ token, managers: [] }]);
+    expect(container.sections()).toMatchObject([{ token }]);
+  });
+
+  for (const status of [401, 404, 405])
+    managerTest(`manager asks to remove a runner when GitLab answers ${status}`, async (fleet) => {
+      const { gitlab } = fleet;
+      const container = await fleet.container();
+      const started = container.start();
+      await gitlab.waitFor(() => gitlab.requestsTo("requestJob").length > 0, 60_000);
+      gitlab.inject({ operation: "unregister", times: Number.POSITIVE_INFINITY, do: { status } });
+      started.process.kill("SIGTERM");
+      const finished = await started.finished;
+      ended(finished, 0);
+      expect(finished.stderr).toMatch(
+        new RegExp(`could not be unregistered: \\S+ answers ${status}.*remove it in GitLab`),
+      );
+      expect(container.sections()).toMatchObject([{ token: gitlab.runners[0]?.token }]);
+    });
+
+  managerTest("manager warns about the section of a manager that is no longer configured", async (fleet) => {
+    const { gitlab } = fleet;
+    const container = await fleet.container();
+    container.start();
+    await gitlab.waitFor(() => gitlab.requestsTo("requestJob").length > 0, 60_000);
+    await container.kill();
+    const [former] = gitlab.runners.map(({ description }) => description);
+    const MANAGERS_CONFIGS = JSON.stringify({ two: managerFields });
+    const started = container.start({ MANAGERS_CONFIGS });
+    await started.shows(`${former} in`);
+    await gitlab.waitFor(() => gitlab.runners.length === 2, 60_000);
+    await started.shows("Configuration loaded");
+    started.process.kill("SIGTERM");
+    const finished = await started.finished;
+    ended(finished, 0);
+    expect(finished.stderr).toMatch(/fargate_one_\w+ in \S+ is of no manager; remove it there and in GitLab/);
+    expect(gitlab.runners.map(({ description }) => description)).toEqual([former]);
+  });
 
   managerTest("manager registers again when its container is restarted after TERM", async (fleet) => {
     const { gitlab } = fleet;

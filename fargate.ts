@@ -828,6 +828,7 @@ const RecordSchema = v.object({
   LoginShell: v.string(), // file name of the login user's own shell
   Deadline: epochSeconds, // when the task is overdue; 0 until RunTask is sent, 1 once it must be stopped
   UpdatedAt: epochSeconds, // when RunTask was last sent; until then, when the record was created
+  Manager: v.optional(v.string()), // the system id of the `manager` that the job runs under, if any
 });
 type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
@@ -1047,7 +1048,11 @@ function readManagerTask(directory: string, endpoint: string): string | undefine
  */
 async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment) {
   if (!endpoint || readManagerTask(directory, endpoint) !== undefined) return;
-  const task = await readOwnTask(endpoint).catch(() => undefined);
+  const again = () => readOwnTask(endpoint);
+  const task = await again()
+    .catch(again)
+    .catch(again)
+    .catch(() => undefined); // three attempts
   const path = managerTaskPath(directory);
   const write = () => {
     const content = `${sha256(endpoint).slice(0, 12)} ${task?.id ?? ""}\n`;
@@ -2646,7 +2651,9 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
   const task = { Cluster, Region, StartedBy: startedBy(context), ClientTokens: [], Unanswered: false };
   const login = { HostKey: "", Interpreter: "sh", LoginShell: "" } as const;
   const times = { Deadline: 0, UpdatedAt: Math.floor(context.wallTime() / 1000) };
-  return { Version: RECORD_VERSION, TaskARN: "", ContainerIP: "", PrivateKey, ...task, ...login, ...times };
+  const { FARGATE_MANAGER: Manager } = context.env;
+  const empty = { Version: RECORD_VERSION, TaskARN: "", ContainerIP: "" } as const;
+  return { ...empty, PrivateKey, ...task, ...login, ...times, ...(Manager && { Manager }) };
 }
 
 /** Writes a record, if given. @throws {Failure} if the old one is gone: no stage would then stop the task */
@@ -3315,6 +3322,7 @@ interface Snapshot {
 /** The rules by which sweep judges a task. */
 interface SweepRules extends Pick<Config["Fargate"], "MaxTaskAge" | "AbandonedAfter"> {
   readonly managers: readonly string[]; // ids of the managers whose tasks count as this host's
+  readonly sharedId: string; // of this ECS task: other directories or containers of it may have the record
   readonly stoppedManagers: readonly string[]; // ids of managers on ECS whose own tasks have stopped
   readonly canLock: boolean; // if not (full disk), live jobs have no locks, and none counts as abandoned
 }
@@ -3340,7 +3348,7 @@ function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Sn
   const touches = processesOf(snapshot, job).map(({ mtimeMs }) => mtimeMs);
   const lastSign = Math.max(record?.mtimeMs ?? Infinity, ...touches) / 1000; // epoch seconds
   const isIdle = rules.canLock && lastSign < time - Math.min(snapshot.uptime, rules.AbandonedAfter);
-  const isLost = isOwn && !record && time > createdAt + SWEEP_TASKS_AFTER;
+  const isLost = isOwn && manager !== rules.sharedId && !record && time > createdAt + SWEEP_TASKS_AFTER;
   let cause: keyof typeof ORPHANED | undefined;
   if (isOwn && isInUse(snapshot, job)) cause = undefined;
   else if (isUnmanaged) cause = "unmanaged";
@@ -3399,7 +3407,8 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   const listed = await aws.describeTasks(await aws.listTasks(undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
   const hasDirectory = fs.existsSync(Directory);
-  const ids = [manager, hasDirectory && hasManagerId(Directory) ? managerId(Directory, env) : undefined];
+  const ownId = hasDirectory && hasManagerId(Directory) ? managerId(Directory, env) : undefined;
+  const ids = [manager, ownId];
   const managers = ids.filter((id) => id !== undefined);
   const stoppedManagers: string[] = [];
   await attempt(async () => {
@@ -3415,7 +3424,8 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   await attempt(async () => {
     canLock = hasDirectory && AbandonedAfter > 0 && probeLock(Directory);
   });
-  const rules = { MaxTaskAge, AbandonedAfter, managers, stoppedManagers, canLock };
+  const sharedId = ownId?.length === 32 && ownId !== manager ? ownId : "";
+  const rules = { MaxTaskAge, AbandonedAfter, managers, sharedId, stoppedManagers, canLock };
   const shared: Sweep = { context, aws, tasks, rules, report, hasDirectory, takeSnapshot, limits, attempt };
   await sweepTasks(shared);
   await sweepRecords(shared);
@@ -3562,6 +3572,12 @@ const runnerName = v.pipe(
   v.check((name) => name.search(TOKEN_LIKE) < 0),
   v.description("1 to 100 of A-Z, a-z, 0-9, _, . and -"),
 );
+const namePrefix = v.pipe(
+  v.string(),
+  v.regex(/^[^\p{C}]{1,100}$/u),
+  v.check((name) => name.search(TOKEN_LIKE) < 0),
+  v.description("1 to 100 printable characters"),
+);
 const number = (fallback: string, min: number, what: string) => {
   const text = v.pipe(v.string(), v.trim(), v.regex(/^\d{1,9}$/), v.transform(Number));
   return v.optional(v.pipe(v.union([text, v.number()]), whole(min, 999_999, what)), fallback);
@@ -3579,7 +3595,7 @@ const webAddress = v.pipe(
 /** The variables of `runners` and `manager`, besides tokens and managers. Times are in seconds. */
 const FleetSchema = v.object({
   GITLAB_URL: v.optional(webAddress, "https://gitlab.com"),
-  RUNNER_NAME_PREFIX: v.optional(runnerName, "fargate"),
+  RUNNER_NAME_PREFIX: v.optional(namePrefix, "fargate"),
   RUNNER_CONCURRENCY: number("1", 1, "the number of jobs that run at once"),
   SHUTDOWN_TIMEOUT: number("18", 1, "seconds that cancelled jobs have to end"),
   STOP_TIMEOUT: number("0", 0, "seconds that jobs have to finish before they are cancelled"),
@@ -3660,7 +3676,7 @@ interface Fleet {
 interface FleetContext extends Omit<BaseContext, "config"> {
   readonly program: string; // path of this program
   readonly driverFile: string; // the file of --config, for runners without managers
-  readonly readInput: () => string; // reads standard input
+  readonly readInput: () => Promise<string>; // reads standard input
 }
 
 /** Options of `runners`. In place of a file, "-" is standard input. */
@@ -3668,7 +3684,7 @@ type RunnersOptions = { readonly [Key in "managers" | "tokens" | "url" | "runner
 
 /** Replaces tokens, and the passwords of addresses. */
 const withoutSecrets = (text: string): string =>
-  text.replace(TOKEN_LIKE, "[token]").replace(/:\/\/[^/"\s]*@/g, "://[password]@");
+  text.replace(TOKEN_LIKE, "[token]").replace(/:\/\/[^"\s]*@/g, "://[password]@");
 /** Collects the problems of all fields, to report them at once. */
 class Problems {
   readonly #found = new Set<string>();
@@ -3725,7 +3741,7 @@ function singleManager(env: Environment): Table[] {
 }
 
 /** Merges a manager's settings of the driver: defaults, DRIVER_SETTINGS, worker_* fields, driver_settings. */
-function driverSettings(manager: Table, common: Table, warnings: string[]): Table {
+function driverSettings(manager: Table, common: Table, warnings: string[], problems: Problems): Table {
   const worker = WORKER_FIELDS.map(([table, key, field]) => ({ [table]: { [key]: manager[field] ?? "" } }));
   const own = isTable(manager.driver_settings) ? manager.driver_settings : {};
   const layers = [
@@ -3742,7 +3758,7 @@ function driverSettings(manager: Table, common: Table, warnings: string[]): Tabl
         delete before[one];
         delete before[`${one}s`];
       }
-    if (isTable(merged[key]) && !isTable(value)) warnings.push(`${key} is not an object, and has no effect`);
+    if (isTable(merged[key]) && !isTable(value)) problems.add(`${key} is not an object`);
     else merged[key] = isTable(value) ? { ...before, ...value } : value;
   }
   return merged;
@@ -3751,7 +3767,7 @@ function driverSettings(manager: Table, common: Table, warnings: string[]): Tabl
 /** Checks the managers and their settings of the driver. */
 function planManagers(
   tables: readonly Table[],
-  { common, directory }: { common: Table; directory: string },
+  { common, directory, shutdownTimeout }: { common: Table; directory: string; shutdownTimeout: number },
   problems: Problems,
   log: Logger,
 ) {
@@ -3768,9 +3784,12 @@ function planManagers(
     names.add(given);
     const fields = Object.fromEntries(set);
     const manager = problems.check(ManagerSchema, fields, where);
-    const settings = driverSettings(fields, common, warnings);
+    const settings = driverSettings(fields, common, warnings, problems);
     for (const warning of warnings) log.warn("{where}{warning}", { where, warning });
     const config = problems.check(ConfigSchema, settings, where, fieldOf);
+    const needed = (config?.SSH.CancelGracePeriod ?? 0) + 10; // as in checkRunnerTimeouts
+    if (needed > shutdownTimeout)
+      log.warn("{where}SHUTDOWN_TIMEOUT should be CancelGracePeriod + 10, {needed} s", { where, needed });
     if (!manager || !config) return [];
     const { manager_name: name } = manager;
     return [{ manager, name, path: join(directory, `fargate-${name}.toml`), config, settings }];
@@ -3807,6 +3826,9 @@ function parseTokens(text: string, source: string, problems: Problems) {
     return [{ label, name, token, isRegistration: !isAuthenticationToken(token) }];
   });
 }
+
+/** The token of a runner that a user has created; a registered one begins with glrtr-, or has no prefix. */
+const isUserRunner = (token: string): boolean => /^([\w-]+-)?glrt-/.test(token);
 
 type ManagerToken = Pick<PlannedRunner, "token" | "isRegistration">;
 /** Finds each manager's token: in the list, in the variable with its name, or in one for all managers. */
@@ -3853,7 +3875,7 @@ const DEFAULT_CA_FILE = "/etc/gitlab-runner/certs/ca.crt"; // as in GitLab Runne
 async function planFleet(context: FleetContext, options: RunnersOptions): Promise<Fleet> {
   const { env, log, signal, driverFile } = context;
   const problems = new Problems();
-  const read = (path: string, what: string) =>
+  const read = async (path: string, what: string) =>
     path === "-" ? context.readInput() : readFile(path, `${what} ${path}`).toString();
   if (options.managers === "-" && options.tokens === "-")
     problems.add("only one of --managers and --tokens can be standard input");
@@ -3863,17 +3885,21 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
     ...given,
     ...(options.url && { GITLAB_URL: options.url }),
   });
-  const json = options.managers ? read(options.managers, "the list of managers") : given.MANAGERS_CONFIGS;
+  const json = options.managers
+    ? await read(options.managers, "the list of managers")
+    : given.MANAGERS_CONFIGS;
   const source = options.managers === "-" ? "standard input" : (options.managers ?? "MANAGERS_CONFIGS");
   const tables = json ? parseManagers(json, source, problems) : singleManager(env);
   const tokensFile = options.tokens ?? given.RUNNER_TOKENS_FILE;
-  const list = tokensFile ? read(tokensFile, "the list of tokens") : "";
+  const list = tokensFile ? await read(tokensFile, "the list of tokens") : "";
   const listed = parseTokens(list, tokensFile === "-" ? "standard input" : `${tokensFile}`, problems);
-  if (!json && tables.length + listed.length === 0)
+  if (json && tables.length === 0) problems.add(`${source} has no manager`);
+  else if (tables.length + listed.length === 0)
     problems.add("there are no runners; set MANAGERS_CONFIGS, or give --tokens");
   const path = resolve(options.runnerConfig ?? given.CONFIG_FILE ?? defaultConfigFile(env));
   const configFile = fs.existsSync(path) ? fs.realpathSync(path) : path;
-  const place = { common: variables?.DRIVER_SETTINGS ?? {}, directory: dirname(configFile) };
+  const { DRIVER_SETTINGS: common = {}, SHUTDOWN_TIMEOUT: shutdownTimeout = Infinity } = variables ?? {};
+  const place = { common, directory: dirname(configFile), shutdownTimeout };
   const managers = planManagers(tables, place, problems, log);
   const names = new Set(tables.map((table) => table.manager_name).filter((name) => v.is(runnerName, name)));
   const tokens = tables.length > 0 ? assignTokens([...names], listed, problems, given) : new Map();
@@ -3921,18 +3947,19 @@ class GitLabFailure extends Failure {
   ) {
     super("system", message, { isRetryable });
   }
-  /** GitLab refuses this token; others may be valid. */
+  /** GitLab refuses this token or its tags; others may be valid. */
   get isRefusal(): boolean {
-    return this.status >= 400 && this.status < 429;
+    return [400, 403, 410, 422].includes(this.status);
   }
 }
 
 const RunnerAnswerSchema = v.object({
-  id: v.optional(v.number()),
+  id: v.fallback(v.optional(v.number()), undefined),
   token: v.optional(v.string(), ""),
-  token_expires_at: v.nullish(v.pipe(v.string(), v.isoTimestamp())),
+  token_expires_at: v.fallback(v.nullish(v.pipe(v.string(), v.isoTimestamp())), undefined),
 });
 type RunnerAnswer = v.InferOutput<typeof RunnerAnswerSchema>;
+const ReasonSchema = v.object({ message: v.unknown() }); // GitLab's reason for an error: a text or an object
 
 /** Sends one request. @param path below /api/v4/runners. @throws {GitLabFailure} */
 async function askGitLab(gitlab: GitLab, method: string, path: string, body: Table): Promise<RunnerAnswer> {
@@ -3952,7 +3979,9 @@ async function askGitLab(gitlab: GitLab, method: string, path: string, body: Tab
     const text = await answer.text();
     const target = answer.headers.get("location");
     const meaning = target ? `it redirects to ${target}; set GITLAB_URL to that` : GITLAB_STATUS[status];
-    const what = `${url} answers ${status}${meaning ? `: ${meaning}` : ""}`;
+    const { output: detail } = v.safeParse(v.pipe(v.string(), v.parseJson(), ReasonSchema), text);
+    const reason = ok ? "" : (meaning ?? (v.is(ReasonSchema, detail) ? JSON.stringify(detail.message) : ""));
+    const what = withoutSecrets(`${url} answers ${status}${reason && `: ${reason}`}`);
     const isServerError = status >= 500;
     const retryAfter = Number(answer.headers.get("retry-after")) || 0;
     if (!ok)
@@ -4106,6 +4135,21 @@ function reportPending({ configFile }: Fleet, log: Logger): void {
 }
 const REMOVE_BY_HAND = "if GitLab lists a runner of this name that was never used, remove it there";
 
+/** Reports sections of former managers. They stay: GitLab Runner goes on with them until they are removed. */
+function reportStrangers(fleet: Fleet, log: Logger): void {
+  const { configFile, managers, runners, variables } = fleet;
+  const systemId = readSystemId(configFile);
+  const planned = runners.map((runner) => sectionName(fleet, runner, systemId));
+  const isOfManager = (name: string) =>
+    name.startsWith(`${variables.RUNNER_NAME_PREFIX}_`) && name.endsWith(`_${systemId.slice(2)}`);
+  for (const { name } of managers.length > 0 ? readRunnerConfig(configFile).sections : [])
+    if (isOfManager(String(name)) && !planned.includes(String(name)))
+      log.warn("{name} in {configFile} is of no manager; remove it there and in GitLab", {
+        name,
+        configFile,
+      });
+}
+
 /** Registers a runner. The request is repeated only if it certainly had no effect. */
 async function register(context: FleetContext, fleet: Fleet, { token, tags }: PlannedRunner, name: string) {
   const { gitlab, configFile } = fleet;
@@ -4175,7 +4219,7 @@ async function addRunner(context: FleetContext, fleet: Fleet, runner: PlannedRun
     const isRefused = async () =>
       verify(context, fleet, String(present.token), systemId).then(
         () => false,
-        (error) => error instanceof GitLabFailure && error.isRefusal,
+        (error) => error instanceof GitLabFailure && error.status === 403,
       );
     const isGone = isRegistration && managers.length > 0 && (await isRefused());
     if (!isGone) return void report.present.push(String(present.name));
@@ -4230,13 +4274,16 @@ async function writeBaseFiles({ configFile, managers, variables }: Fleet, log: L
         path,
       });
   }
-  if (before.trim() !== "") return;
-  const global = {
-    concurrent: variables.RUNNER_CONCURRENCY,
-    check_interval: 0, // GitLab Runner's default
-    shutdown_timeout: variables.SHUTDOWN_TIMEOUT,
-    session_server: { session_timeout: 1800 }, // GitLab Runner's default
-  };
+  const limits = { concurrent: variables.RUNNER_CONCURRENCY, shutdown_timeout: variables.SHUTDOWN_TIMEOUT };
+  if (before.trim() !== "") {
+    const { others } = parseRunnerToml(before);
+    for (const [key, value] of Object.entries(managers.length > 0 ? limits : {}))
+      if (others[key] !== value)
+        log.warn("{key} in {configFile} is not {value}, and is left as it is", { key, configFile, value });
+    return;
+  }
+  // GitLab Runner's defaults.
+  const global = { ...limits, check_interval: 0, session_server: { session_timeout: 1800 } };
   writeRunnerFile(configFile, `# Written by fargate runners.\n\n${stringify(global)}`);
 }
 
@@ -4282,6 +4329,7 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
     removeTemporaryFiles(configFile);
     reportPending(fleet, context.log);
     await writeBaseFiles(fleet, context.log);
+    reportStrangers(fleet, context.log);
     for (const [index, runner] of runners.entries())
       try {
         context.signal.throwIfAborted();
@@ -4302,6 +4350,7 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
 
 // manager: runs GitLab Runner in a container, from its start to its end.
 
+const NO_TAKEOVER = "if it is killed, its jobs' tasks run until their deadlines";
 const LEAVE_MS = 5_000; // for the last step, so that all steps fit in the 30 s that ECS gives by default
 const RUNNER_EXIT_MS = 2_000; // that GitLab Runner may take longer than its own shutdown_timeout
 /** Variables that GitLab Runner, and so the stages of jobs, must not get. */
@@ -4322,8 +4371,9 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     const warning = createDirectory(TaskMetadata.Directory);
     if (warning) log.warn("{warning}", { warning });
     await identifyManager(TaskMetadata.Directory, env);
+    if (env.ECS_CONTAINER_METADATA_URI_V4 && managerId(TaskMetadata.Directory, env).length < 32)
+      log.warn("the task metadata endpoint does not name this ECS task: {effect}", { effect: NO_TAKEOVER });
   }
-  const unlock = lockRecords(context, fleet);
   const ended = new AbortController();
   const { added, present, problems } = await configureRunners(context, fleet);
   const usable = [...added, ...present];
@@ -4338,28 +4388,7 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     ended.abort();
     const leave = { ...context, signal: AbortSignal.timeout(LEAVE_MS) };
     await Promise.all([stopRemainingTasks(leave, fleet), unregisterRunners(leave, fleet, usable)]);
-    unlock();
   }
-}
-
-const recordsStem = (directory: string, env: Environment): string =>
-  `manager-${sha256(managerId(directory, env))}`;
-/** Shows other managers that this one uses its directories of records. @returns a function that ends that */
-function lockRecords({ env }: FleetContext, fleet: Fleet): () => void {
-  const unlocks = directoriesOf(fleet).map((Directory) =>
-    createLock({ Directory }, recordsStem(Directory, env), "manager"),
-  );
-  return () => {
-    for (const unlock of unlocks) unlock();
-  };
-}
-/** Whether a live manager has the same id, and so the same records: two on one host, outside ECS. */
-function hasTwin(directory: string, { env, wallTime }: Pick<BaseContext, "env" | "wallTime">): boolean {
-  const stem = recordsStem(directory, env);
-  const isOther = ({ pid, identity }: { pid: number; identity: string }) =>
-    pid !== process.pid || identity !== identityOf("self");
-  const locks = readLocks({ Directory: directory }, wallTime());
-  return locks.some((lock) => lock.stem === stem && lock.isAlive && isOther(lock));
 }
 
 const whenAborted = (signal: AbortSignal): Promise<unknown> =>
@@ -4374,7 +4403,11 @@ async function superviseRunner(
 ): Promise<number> {
   const kept = Object.entries(env).filter(([key]) => !FLEET_SECRET.test(key));
   const options = { stdin: "ignore", stdout: "inherit", stderr: "inherit" } as const;
-  const environment = { ...Object.fromEntries(kept), CONFIG_FILE: configFile };
+  const environment = {
+    ...Object.fromEntries(kept),
+    CONFIG_FILE: configFile,
+    FARGATE_MANAGER: readSystemId(configFile),
+  };
   const start = () => Bun.spawn(["gitlab-runner", ...args], { ...options, env: environment });
   const child = withContext("gitlab-runner cannot be started", start);
   const endsWithin = (seconds: number) =>
@@ -4434,9 +4467,10 @@ async function sweepRegularly(context: Omit<BaseContext, "config">, fleet: Fleet
   }
 }
 
-/** Stops the tasks of this manager's records, when no stage is left that would. */
+/** Stops the tasks of the jobs that have run under this manager, when no stage is left that would. */
 async function stopRemainingTasks(context: Omit<BaseContext, "config">, fleet: Fleet): Promise<void> {
-  const { log, signal, env } = context;
+  const { log, signal } = context;
+  const systemId = readSystemId(fleet.configFile);
   const job = { title: "its manager was stopped" };
   const attempt = (what: string, action: () => Promise<void>) =>
     action().catch((error) => {
@@ -4444,23 +4478,17 @@ async function stopRemainingTasks(context: Omit<BaseContext, "config">, fleet: F
       const reason = signal.aborted ? late : describeFailure(error);
       log.error("a task may be left running: {reason}", { reason });
     });
-  const stop = async (directory: string, name: string) => {
-    const path = join(directory, name);
+  const stop = async (path: string) => {
     const record = readRecord(path);
-    // The directory may be shared with other managers, whose jobs go on.
-    if (!record?.StartedBy.startsWith(`fargate-${managerId(directory, env)}-`)) return;
+    // Another manager or gitlab-runner may use the directory as well. Its jobs go on.
+    if (record?.Manager !== systemId) return;
     if (await stopRecordedTask({ ...context, job }, new Aws(record, context), record, signal))
       removeQuietly(path);
   };
   const stopAll = async (directory: string) => {
-    const records = readRecords(directory);
-    if (records.length > 0 && hasTwin(directory, context))
-      return log.warn("another manager also uses {directory}; the tasks are left to its sweep", {
-        directory,
-      });
-    const stopEach = ({ name, TaskARN }: (typeof records)[number]) =>
-      attempt(TaskARN || `the task of ${name}`, () => stop(directory, name));
-    await Promise.all(records.map(stopEach));
+    const stopEach = ({ name, TaskARN }: ReturnType<typeof readRecords>[number]) =>
+      attempt(TaskARN || `the task of ${name}`, () => stop(join(directory, name)));
+    await Promise.all(readRecords(directory).map(stopEach));
   };
   await Promise.all(directoriesOf(fleet).map((directory) => attempt(directory, () => stopAll(directory))));
 }
@@ -4481,24 +4509,23 @@ async function unregisterRunners(
   const gitlab = { ...fleet.gitlab, signal };
   const unregister = async ({ name, token }: Section) => {
     const runner = fleet.runners.find((runner) => sectionName(fleet, runner, systemId) === name);
-    const [path, body] = runner?.isRegistration
-      ? ["", { token }]
-      : ["/managers", { token, system_id: systemId }];
+    // A section of a user's runner may have the name of a registered one, after a change of tokens.
+    const isRegistered = runner?.isRegistration && !isUserRunner(String(token));
+    const [path, body] = isRegistered ? ["", { token }] : ["/managers", { token, system_id: systemId }];
     try {
       await askPatiently(context, gitlab, () => askGitLab(gitlab, "DELETE", path, body));
     } catch (error) {
-      const hint = runner?.isRegistration
-        ? "remove it in GitLab"
-        : `GitLab still lists its manager ${systemId}`;
+      const hint = isRegistered ? "remove it in GitLab" : `GitLab still lists its manager ${systemId}`;
       const late = `GitLab has not confirmed it within ${LEAVE_MS / 1000} s`;
       const fields = { name, reason: signal.aborted ? late : reasonOf(error), hint };
-      if (!(error instanceof GitLabFailure && error.isRefusal))
-        return log.error("{name} could not be unregistered: {reason}; {hint}", fields);
+      const isGone =
+        error instanceof GitLabFailure && (error.status === 403 || (path && error.status === 404));
+      if (!isGone) return log.error("{name} could not be unregistered: {reason}; {hint}", fields);
     }
     // Unregistered now, or before: GitLab refuses its token.
     log.info("unregistered {name}", { name });
     try {
-      if (runner?.isRegistration) removeSection(configFile, String(token));
+      if (isRegistered) removeSection(configFile, String(token));
     } catch (error) {
       log.warn("{reason}", { reason: reasonOf(error) }); // the next start verifies the token
     }
@@ -4720,6 +4747,9 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
   }
 }
 
+const rejectWhenAborted = (signal: AbortSignal): Promise<never> =>
+  new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+
 /** The `runners` and `manager` commands. @returns the exit code */
 async function runFleet(
   { command, operands, config, runners = {} }: Invocation,
@@ -4732,7 +4762,7 @@ async function runFleet(
     wallTime: Date.now,
     program: typeof BUILD === "string" ? process.execPath : import.meta.path,
     driverFile: resolve(config),
-    readInput: () => fs.readFileSync(0, "utf8"),
+    readInput: () => Promise.race([Bun.stdin.text(), rejectWhenAborted(outside.signal)]),
   };
   const { log, env } = context;
   const fleet = await planFleet(context, runners);
