@@ -5785,6 +5785,7 @@ describeProgram("runners", () => {
       const finished = await fleet.run({
         MANAGERS_CONFIGS: JSON.stringify({ one, two }),
         DRIVER_SETTINGS: JSON.stringify(common),
+        SHUTDOWN_TIMEOUT: "30",
       });
       ended(finished, 0);
       expect(finished.stderr).not.toMatch(/warning|error/);
@@ -6007,7 +6008,7 @@ describeProgram("runners", () => {
         {
           ...managersOf(homeless, { ...one, manager_name: "two", driver_settings: 3 }),
           GITLAB_URL: "gitlab.example.com",
-          RUNNER_NAME_PREFIX: "a b",
+          RUNNER_NAME_PREFIX: "a\tb",
           RUNNER_CONCURRENCY: "0",
           SHUTDOWN_TIMEOUT: "1.5",
           STOP_TIMEOUT: "soon",
@@ -6018,7 +6019,7 @@ describeProgram("runners", () => {
         },
         [
           'GITLAB_URL is "gitlab.example.com"; expected: the address of GitLab, such as https://gitlab.com',
-          `RUNNER_NAME_PREFIX is "a b"; ${name}`,
+          'RUNNER_NAME_PREFIX is "a\\tb"; expected: 1 to 100 printable characters',
           `RUNNER_CONCURRENCY is "0"; expected: the number of jobs that run at once, ${whole(1)}`,
           `SHUTDOWN_TIMEOUT is "1.5"; expected: seconds that cancelled jobs have to end, ${whole(1)}`,
           `STOP_TIMEOUT is "soon"; expected: seconds that jobs have to finish before they are cancelled, ${whole(0)}`,
@@ -6255,7 +6256,10 @@ describeProgram("runners", () => {
       fleet.gitlab.runners.shift();
       const finished = await fleet.run(managersNamed("one", "two"));
       ended(finished, 0);
-      expect(lines(finished)[0]).toBe(`GitLab no longer knows the runner ${named(fleet, "one")}; registering it again`);
+      expect(lines(finished)).toContain(
+        `GitLab no longer knows the runner ${named(fleet, "one")}; registering it again`,
+      );
+      expect(lines(finished)[0]).toBe(`warning: concurrent in ${fleet.config} is not 1, and is left as it is`);
       const now = fs.readFileSync(fleet.config, "utf8");
       expect(now.startsWith(before + after + two)).toBe(true);
       expect(fleet.sections().map(({ name }) => name)).toEqual([
@@ -6467,8 +6471,8 @@ describeProgram("runners", () => {
     const LEFT = "1 more runner not processed; run this again";
 
     const unanswered: [fault: string, action: GitLabFaultAction, reason: RegExp | string, tookEffect: boolean][] = [
-      ["answers 500 before its effect", { status: 500 }, "answers 500", false],
-      ["answers 502 after its effect", { status: 502, after: true }, "answers 502", true],
+      ["answers 500 before its effect", { status: 500 }, 'answers 500: "500 injected by a test"', false],
+      ["answers 502 after its effect", { status: 502, after: true }, 'answers 502: "502 injected by a test"', true],
       ["is reset before its effect", "reset-before", /^cannot be reached: .+$/, false],
       ["is reset after its effect", "reset-after", /^cannot be reached: .+$/, true],
       ["is reset while it is sent", "close-unread", /^cannot be reached: .+$/, false],
@@ -6957,7 +6961,11 @@ describe("command line", () => {
         expect(await run("run", script, "build_script")).toBe("from the script\n");
         await run("cleanup");
         expect(world.aws.running()).toEqual([]);
-        const env = { MANAGERS_CONFIGS: "{}", CONFIG_FILE: join(directory(), "config.toml") };
+        const token = madeUpSecret("glrt-");
+        const CONFIG_FILE = join(directory(), "config.toml");
+        fs.writeFileSync(CONFIG_FILE, `[[runners]]\ntoken = "${token}"\n`, { mode: 0o600 });
+        const MANAGERS_CONFIGS = JSON.stringify({ one: WORKER });
+        const env = { MANAGERS_CONFIGS, GITLAB_RUNNER_TOKEN: token, CONFIG_FILE };
         ended(await start([...command, "runners"], { env }).finished, 0);
         runners = loads().at(-1) as Loaded;
         expect(loads().length).toBe(5);

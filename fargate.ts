@@ -3723,6 +3723,7 @@ function parseManagers(text: string, source: string, problems: Problems): Table[
   const { output: json } = v.safeParse(v.pipe(v.string(), v.parseJson()), text);
   const isList = Array.isArray(json);
   if (!isTable(json) && !isList) problems.add(`${source} is not a JSON object or list`);
+  else if (Object.keys(json).length === 0) problems.add(`${source} has no manager`);
   return Object.entries(isTable(json) || isList ? json : {}).flatMap(([key, manager]) => {
     if (!isTable(manager))
       problems.add(`${source}: manager ${isList ? Number(key) + 1 : key} is not an object`);
@@ -3893,8 +3894,7 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
   const tokensFile = options.tokens ?? given.RUNNER_TOKENS_FILE;
   const list = tokensFile ? await read(tokensFile, "the list of tokens") : "";
   const listed = parseTokens(list, tokensFile === "-" ? "standard input" : `${tokensFile}`, problems);
-  if (json && tables.length === 0) problems.add(`${source} has no manager`);
-  else if (tables.length + listed.length === 0)
+  if (!json && tables.length + listed.length === 0)
     problems.add("there are no runners; set MANAGERS_CONFIGS, or give --tokens");
   const path = resolve(options.runnerConfig ?? given.CONFIG_FILE ?? defaultConfigFile(env));
   const configFile = fs.existsSync(path) ? fs.realpathSync(path) : path;
@@ -3980,8 +3980,9 @@ async function askGitLab(gitlab: GitLab, method: string, path: string, body: Tab
     const target = answer.headers.get("location");
     const meaning = target ? `it redirects to ${target}; set GITLAB_URL to that` : GITLAB_STATUS[status];
     const { output: detail } = v.safeParse(v.pipe(v.string(), v.parseJson(), ReasonSchema), text);
-    const reason = ok ? "" : (meaning ?? (v.is(ReasonSchema, detail) ? JSON.stringify(detail.message) : ""));
-    const what = withoutSecrets(`${url} answers ${status}${reason && `: ${reason}`}`);
+    const given = v.is(ReasonSchema, detail) ? withoutSecrets(JSON.stringify(detail.message)) : "";
+    const reason = meaning ?? given;
+    const what = `${url} answers ${status}${reason && `: ${reason}`}`;
     const isServerError = status >= 500;
     const retryAfter = Number(answer.headers.get("retry-after")) || 0;
     if (!ok)
@@ -4364,6 +4365,7 @@ const FLEET_SECRET = /^(GITLAB_REGISTRATION_TOKEN|GITLAB_RUNNER_TOKEN.*)$/;
  */
 async function manage(context: FleetContext, fleet: Fleet, args: readonly string[], quit: AbortSignal) {
   const { log, env } = context;
+  const { ECS_CONTAINER_METADATA_URI_V4: endpoint } = env;
   if (fleet.managers.length === 0) throw new Failure("system", "there are no managers; set MANAGERS_CONFIGS");
   if (!Bun.which("gitlab-runner", { PATH: env.PATH ?? "" }))
     throw new Failure("system", "gitlab-runner is not in PATH");
@@ -4371,7 +4373,7 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     const warning = createDirectory(TaskMetadata.Directory);
     if (warning) log.warn("{warning}", { warning });
     await identifyManager(TaskMetadata.Directory, env);
-    if (env.ECS_CONTAINER_METADATA_URI_V4 && managerId(TaskMetadata.Directory, env).length < 32)
+    if (endpoint && managerId(TaskMetadata.Directory, env).length < 32)
       log.warn("the task metadata endpoint does not name this ECS task: {effect}", { effect: NO_TAKEOVER });
   }
   const ended = new AbortController();
