@@ -29,14 +29,19 @@ const SOAK = process.env.SOAK === "true";
 
 setUp({ hosts: SOAK });
 
-/** Adds a test that takes minutes. Without SOAK=true, only its name is registered. */
+/**
+ * Adds a test that takes minutes. Without SOAK=true, only its name is registered.
+ *
+ * @param concurrent whether to run it beside its neighbours, because it mostly waits
+ */
 function soakTest(
   name: string,
   body: (task: TaskMeta, skip: (why: string) => never) => Promise<Omit<FaultRow, "fault">>,
+  { concurrent = false } = {},
 ): void {
   soaks.push(name);
   if (!SOAK) return;
-  test(name, { timeout: 900_000 }, async ({ task, skip }) => {
+  test(name, { timeout: 900_000, concurrent }, async ({ task, skip }) => {
     const row = await body(task.meta, (why) => skip(why));
     addRow({ fault: name, ...row });
     expect(row.left).toBe(0);
@@ -269,7 +274,7 @@ const runnersStepTest = (signal: "SIGKILL" | "SIGTERM", ended: string) =>
 runnersStepTest("SIGKILL", "runners: SIGKILL");
 runnersStepTest("SIGTERM", "runners: 2, or 0 once it has ended");
 
-soakTest("runners tries for a minute to reach GitLab where nothing listens", async () => {
+const reachNothing = async () => {
   const fleet = await makeFleet();
   await fleet.close();
   const finished = await fleet.run(managersNamed("one", "two"));
@@ -277,7 +282,8 @@ soakTest("runners tries for a minute to reach GitLab where nothing listens", asy
   expect(finished.stderr).toMatch(/error: manager one: http:\S+ cannot be reached: .*\n.*1 more runner not processed/);
   expect(fleet.names().filter((name) => name.includes("pending"))).toEqual([]);
   return { ended: "runners: 2", says: "", left: 0 };
-});
+};
+soakTest("runners tries for a minute to reach GitLab where nothing listens", reachNothing, { concurrent: true });
 
 /** The worst cases of a shutdown. The container is killed `seconds` after TERM. */
 const SHUTDOWNS: {
@@ -332,11 +338,12 @@ async function shutDown({ seconds, env, grace, hangs = false, starts = false }: 
   }
 }
 
-soakTest("manager leaves nothing when its container is killed after 30 s or 120 s", async () => {
+const shutAllDown = async () => {
   const results = await Promise.all(SHUTDOWNS.map(shutDown));
   expect(results).toEqual(SHUTDOWNS.map(() => ({ code: 0, workers: 0, runners: 0, records: 0, errors: [] })));
   return { ended: "manager: 0", says: "", left: results.reduce((sum, { workers }) => sum + workers, 0) };
-});
+};
+soakTest("manager leaves nothing when its container is killed after 30 s or 120 s", shutAllDown, { concurrent: true });
 
 testTable("soak");
 

@@ -2595,7 +2595,7 @@ describe("stages with ECS mocked", () => {
         metadata.fault = undefined;
         expect(managerId(records, metadata.environment)).toBe(id);
         expect(await idOfPrepare(metadata.environment)).toBe(id);
-        expect(metadata.requests).toHaveLength(1);
+        expect(metadata.requests).toHaveLength(3); // all of them by the first prepare
         metadata.replaceContainer();
         expect(await idOfPrepare(metadata.environment)).toBe(metadata.id);
         expect(warnings()).toEqual([]);

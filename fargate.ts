@@ -1048,11 +1048,11 @@ function readManagerTask(directory: string, endpoint: string): string | undefine
  */
 async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment) {
   if (!endpoint || readManagerTask(directory, endpoint) !== undefined) return;
-  const again = () => readOwnTask(endpoint);
-  const task = await again()
+  const again = () => delay(500).then(() => readOwnTask(endpoint));
+  const task = await readOwnTask(endpoint)
     .catch(again)
     .catch(again)
-    .catch(() => undefined); // three attempts
+    .catch(() => undefined);
   const path = managerTaskPath(directory);
   const write = () => {
     const content = `${sha256(endpoint).slice(0, 12)} ${task?.id ?? ""}\n`;
