@@ -3134,7 +3134,7 @@ describe.concurrent("manager", () => {
     expect(run?.input.startedBy).toMatch(/^fargate-[0-9a-f]{12}-[0-9a-f]{32}$/);
     expect(container.metadata?.requests).toHaveLength(3); // all before the first job
     expect(lines(finished).filter((line) => /^(warning|error): (?!Starting)/.test(line))).toEqual([
-      expect.stringMatching(/^warning: the task metadata endpoint does not name this ECS task: /),
+      expect.stringMatching(/^warning: the task metadata endpoint does not answer: /),
     ]);
     return { stage: "manager", finished, says: /unregistered/ };
   });

@@ -1006,32 +1006,6 @@ function readLocks({ Directory }: Config["TaskMetadata"], wallTime: number) {
   });
 }
 
-/** A manager that is itself an ECS task. Cluster: name or ARN */
-type ManagerTask = Readonly<Record<"id" | "Cluster" | "Region", string>>;
-const METADATA_TIMEOUT_MS = 2_000;
-const MetadataSchema = v.object({
-  Cluster: v.string(),
-  TaskARN: v.pipe(v.string(), v.regex(/^arn:aws[\w-]*:ecs:[\w-]+:\d{12}:task\/([\w-]+\/)?[0-9a-f]{32}$/)),
-});
-/** The ECS task that this process runs in, from the task metadata endpoint, version 4. @throws {Failure} */
-async function readOwnTask(endpoint: string): Promise<ManagerTask> {
-  // Not by `fetch`, which would ask a proxy for this link-local address.
-  const { get } = await import("node:http");
-  const signal = AbortSignal.timeout(METADATA_TIMEOUT_MS);
-  try {
-    const text = await new Promise<string>((resolve, reject) => {
-      const onAnswer = (answer: Readable) =>
-        answer.toArray().then((parts) => resolve(parts.join("")), reject);
-      get(`${endpoint}/task`, { signal }, onAnswer).on("error", reject);
-    });
-    const { Cluster, TaskARN } = readJson(text, MetadataSchema);
-    return { id: TaskARN.slice(-32), Cluster, Region: TaskARN.split(":")[3] ?? "" };
-  } catch (error) {
-    const reason = signal.aborted ? `no answer within ${METADATA_TIMEOUT_MS / 1000} s` : reasonOf(error);
-    throw new Failure("system", `the ECS task metadata endpoint ${endpoint} cannot be used: ${reason}`);
-  }
-}
-
 const managerTaskPath = (directory: string) => join(directory, ".manager-task");
 /** The manager's own task as last written: "" if unknown; undefined if the file is of another container. */
 function readManagerTask(directory: string, endpoint: string): string | undefined {
@@ -1042,21 +1016,11 @@ function readManagerTask(directory: string, endpoint: string): string | undefine
   return container === sha256(endpoint).slice(0, 12) ? (id ?? "") : undefined;
 }
 
-/**
- * On ECS, finds out the manager's own task, once for each container. If the metadata endpoint does not
- * answer, that stays so: a manager must not change its id between the stages of a job.
- */
-async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment) {
-  if (!endpoint || readManagerTask(directory, endpoint) !== undefined) return;
-  const again = () => delay(500).then(() => readOwnTask(endpoint));
-  const task = await readOwnTask(endpoint)
-    .catch(again)
-    .catch(again)
-    .catch(() => undefined);
+/** Stores the manager's own task, or "" if unknown, unless another process of this container has done so. */
+function writeManagerTask(directory: string, endpoint: string, id: string): void {
   const path = managerTaskPath(directory);
   const write = () => {
-    const content = `${sha256(endpoint).slice(0, 12)} ${task?.id ?? ""}\n`;
-    // Another process of this container may have written it meanwhile; the first one counts.
+    const content = `${sha256(endpoint).slice(0, 12)} ${id}\n`;
     if (readManagerTask(directory, endpoint) === undefined) writeDurably(path, content, fs.renameSync);
   };
   withContext(`the manager's id file ${path} cannot be written`, write, "disk");
@@ -1131,8 +1095,9 @@ async function makeKeyPair(type: Config["SSH"]["KeyType"]): Promise<KeyPair> {
 }
 
 // 8. ECS ------------------------------------------------------------------------------------------------
-// Builds requests to AWS, sends them, and explains the answers. Uses failures, configuration, and types of
-// the job and the record. Must not touch records, log in to a task, or decide when tasks start or stop.
+// Builds requests to AWS, sends them, and explains the answers; asks the task metadata endpoint. Uses
+// failures, configuration, and types of the job and the record. Must not touch records, log in to a task, or
+// decide when tasks start or stop.
 
 const CONTAINER = "ci-coordinator"; // the container that gets the public key, as in the official driver
 
@@ -1648,6 +1613,32 @@ function pollPause(waited: number, addressKnown: boolean, random: number, thrott
   const forAddress = waited < 500 ? 500 : waited <= 60_000 ? 2_000 : 5_000;
   const pause = addressKnown ? Math.min(Math.max(waited / 2.5, 5_000), 15_000) : forAddress;
   return Math.min(pause * (1 + throttled), addressKnown ? 30_000 : 10_000) * (0.75 + random / 2);
+}
+
+/** A manager that is itself an ECS task. Cluster: name or ARN */
+type ManagerTask = Readonly<Record<"id" | "Cluster" | "Region", string>>;
+const METADATA_TIMEOUT_MS = 2_000;
+const MetadataSchema = v.object({
+  Cluster: v.string(),
+  TaskARN: v.pipe(v.string(), v.regex(/^arn:aws[\w-]*:ecs:[\w-]+:\d{12}:task\/([\w-]+\/)?[0-9a-f]{32}$/)),
+});
+/** The ECS task that this process runs in, from the task metadata endpoint, version 4. @throws {Failure} */
+async function readOwnTask(endpoint: string): Promise<ManagerTask> {
+  // Not by `fetch`, which would ask a proxy for this link-local address.
+  const { get } = await import("node:http");
+  const signal = AbortSignal.timeout(METADATA_TIMEOUT_MS);
+  try {
+    const text = await new Promise<string>((resolve, reject) => {
+      const onAnswer = (answer: Readable) =>
+        answer.toArray().then((parts) => resolve(parts.join("")), reject);
+      get(`${endpoint}/task`, { signal }, onAnswer).on("error", reject);
+    });
+    const { Cluster, TaskARN } = readJson(text, MetadataSchema);
+    return { id: TaskARN.slice(-32), Cluster, Region: TaskARN.split(":")[3] ?? "" };
+  } catch (error) {
+    const reason = signal.aborted ? `no answer within ${METADATA_TIMEOUT_MS / 1000} s` : reasonOf(error);
+    throw new Failure("system", `the ECS task metadata endpoint ${endpoint} cannot be used: ${reason}`);
+  }
 }
 
 // 9. SSH ------------------------------------------------------------------------------------------------
@@ -2512,6 +2503,21 @@ const recordPath = ({ config, job }: Context): string =>
 const startedBy = ({ config, job, env }: Context): string =>
   `fargate-${managerId(config.TaskMetadata.Directory, env)}-${job.hash.slice(0, 32)}`;
 
+/**
+ * On ECS, looks up the manager's own task and stores its id for `managerId`, once per container. If the
+ * metadata endpoint does not answer, the manager keeps its random id for as long as the container lives,
+ * because the id must not change between the stages of a job.
+ */
+async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint }: Environment) {
+  if (!endpoint || readManagerTask(directory, endpoint) !== undefined) return;
+  const again = () => sleep(500).then(() => readOwnTask(endpoint));
+  const task = await readOwnTask(endpoint)
+    .catch(again)
+    .catch(again)
+    .catch(() => undefined);
+  writeManagerTask(directory, endpoint, task?.id ?? "");
+}
+
 /** The output of the `config` stage. It leaves builds_dir and cache_dir to the runner's config.toml. */
 function configAnswer(job: Job | undefined, host = hostname()): string {
   const name = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : ""; // the runner quotes it with "" in a script
@@ -3322,7 +3328,7 @@ interface Snapshot {
 /** The rules by which sweep judges a task. */
 interface SweepRules extends Pick<Config["Fargate"], "MaxTaskAge" | "AbandonedAfter"> {
   readonly managers: readonly string[]; // ids of the managers whose tasks count as this host's
-  readonly sharedId: string; // of this ECS task: other directories or containers of it may have the record
+  readonly sharedId: string; // on ECS, this manager's id, which other containers of its ECS task share
   readonly stoppedManagers: readonly string[]; // ids of managers on ECS whose own tasks have stopped
   readonly canLock: boolean; // if not (full disk), live jobs have no locks, and none counts as abandoned
 }
@@ -3890,11 +3896,11 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
     ? await read(options.managers, "the list of managers")
     : given.MANAGERS_CONFIGS;
   const source = options.managers === "-" ? "standard input" : (options.managers ?? "MANAGERS_CONFIGS");
-  const tables = json ? parseManagers(json, source, problems) : singleManager(env);
+  const tables = json === undefined ? singleManager(env) : parseManagers(json, source, problems);
   const tokensFile = options.tokens ?? given.RUNNER_TOKENS_FILE;
   const list = tokensFile ? await read(tokensFile, "the list of tokens") : "";
   const listed = parseTokens(list, tokensFile === "-" ? "standard input" : `${tokensFile}`, problems);
-  if (!json && tables.length + listed.length === 0)
+  if (json === undefined && tables.length + listed.length === 0)
     problems.add("there are no runners; set MANAGERS_CONFIGS, or give --tokens");
   const path = resolve(options.runnerConfig ?? given.CONFIG_FILE ?? defaultConfigFile(env));
   const configFile = fs.existsSync(path) ? fs.realpathSync(path) : path;
@@ -4351,7 +4357,6 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
 
 // manager: runs GitLab Runner in a container, from its start to its end.
 
-const NO_TAKEOVER = "if it is killed, its jobs' tasks run until their deadlines";
 const LEAVE_MS = 5_000; // for the last step, so that all steps fit in the 30 s that ECS gives by default
 const RUNNER_EXIT_MS = 2_000; // that GitLab Runner may take longer than its own shutdown_timeout
 /** Variables that GitLab Runner, and so the stages of jobs, must not get. */
@@ -4374,7 +4379,9 @@ async function manage(context: FleetContext, fleet: Fleet, args: readonly string
     if (warning) log.warn("{warning}", { warning });
     await identifyManager(TaskMetadata.Directory, env);
     if (endpoint && managerId(TaskMetadata.Directory, env).length < 32)
-      log.warn("the task metadata endpoint does not name this ECS task: {effect}", { effect: NO_TAKEOVER });
+      log.warn(
+        "the task metadata endpoint does not answer: if this manager is killed, no sweep stops its tasks",
+      );
   }
   const ended = new AbortController();
   const { added, present, problems } = await configureRunners(context, fleet);

@@ -789,8 +789,8 @@ describe("claims", () => {
     // Every place that calls another server or starts a program. The first fetch is that of the AWS SDK.
     expect(code.match(/\bfetch\([^,]*/g)).toEqual(["fetch(request", "fetch(`${url}/api/v4/runners${path}`"]);
     expect(code.match(/import\("node:(https?|tls|net|child_process)"\)/g)).toEqual([
-      'import("node:http")', // for the metadata endpoint
       'import("node:tls")', // for getCACertificates
+      'import("node:http")', // for the metadata endpoint
       'import("node:net")', // for the socket that ssh2 uses
     ]);
     expect(code.match(/\bspawn\(\[[^\]]*\]/g)).toEqual(['spawn(["gitlab-runner", ...args]']);
