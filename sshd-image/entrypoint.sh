@@ -110,20 +110,21 @@ set_env=$(printf '%s\n' "$environment" | LC_ALL=C sed -e "/$line_break/d" -e '/^
   tr '\n' ' ')
 
 # Options that not every sshd has. sshd refuses to start if it does not know an option, and logs a warning if it was built
-# without one. So check a configuration of these options only, and leave out those that it reports.
+# without one. So set only those that it accepts without a complaint.
 #   UsePAM              Alpine's sshd is built without PAM. With PAM, its loginuid module ends every session if the
 #                       container may not set a login uid.
 #   PerSourcePenalties  since 9.8, sshd refuses an address after failed logins. Behind a NAT gateway, the driver's address
 #                       may be that of others, too; and the driver tries to log in until the container is ready.
-printf '%s\n' "HostKey $state/host_ed25519" 'UsePAM no' 'PerSourcePenalties no' >"$state/probe"
-complaints=$(/usr/sbin/sshd -t -f "$state/probe" 2>&1) || :
+accepts() {
+  printf '%s\n' "HostKey $state/host_ed25519" "$1" >"$state/probe"
+  complaint=$(/usr/sbin/sshd -t -f "$state/probe" 2>&1) && [ -z "$complaint" ]
+}
 optional=
-for option in UsePAM PerSourcePenalties; do
-  case $complaints in
-    *"option $option"* | *"option: $option"*) ;;
-    *) optional="$optional$option no
-" ;;
-  esac
+for line in 'UsePAM no' 'PerSourcePenalties no'; do
+  if accepts "$line"; then
+    optional="$optional$line
+"
+  fi
 done
 
 # The complete configuration: the image's /etc/ssh/sshd_config is not used.
