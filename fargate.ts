@@ -4142,8 +4142,8 @@ function reportPending({ configFile }: Fleet, log: Logger): void {
 }
 const REMOVE_BY_HAND = "if GitLab lists a runner of this name that was never used, remove it there";
 
-/** Reports sections of former managers. They stay: GitLab Runner goes on with them until they are removed. */
-function reportStrangers(fleet: Fleet, log: Logger): void {
+/** Warns about sections of former managers, which GitLab Runner continues to use. */
+function reportFormerManagers(fleet: Fleet, log: Logger): void {
   const { configFile, managers, runners, variables } = fleet;
   const systemId = readSystemId(configFile);
   const planned = runners.map((runner) => sectionName(fleet, runner, systemId));
@@ -4336,7 +4336,7 @@ async function configureRunners(context: FleetContext, fleet: Fleet): Promise<Fl
     removeTemporaryFiles(configFile);
     reportPending(fleet, context.log);
     await writeBaseFiles(fleet, context.log);
-    reportStrangers(fleet, context.log);
+    reportFormerManagers(fleet, context.log);
     for (const [index, runner] of runners.entries())
       try {
         context.signal.throwIfAborted();
