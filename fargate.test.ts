@@ -1090,7 +1090,7 @@ describe("job identity", () => {
     const hash = sha256(
       JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711, gitlabJob().response.token]),
     );
-    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, ignoredImages: [] };
+    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, imageNames: [] };
     expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
     for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
       for (const value of ["", "other", "../../x", "a\u0000b", "\u001b[0K\n", "x".repeat(5_000)])
@@ -1129,11 +1129,11 @@ describe("job identity", () => {
     const services = [{ name: "postgres:16", alias: "db" }, { name: "redis" }];
     expect(jobOf({ image: { name: "ruby:3.2" }, services })).toEqual({
       ...none,
-      ignoredImages: ["ruby:3.2", "postgres:16", "redis"],
+      imageNames: ["ruby:3.2", "postgres:16", "redis"],
     });
     for (const odd of [null, 3, "ruby", [], {}, { name: 3 }, undefined])
       expect(jobOf({ image: odd, services: odd })).toEqual(none);
-    expect(jobOf({ services: [null, { name: null }, "x", { name: "y" }] })?.ignoredImages).toEqual(["y"]);
+    expect(jobOf({ services: [null, { name: null }, "x", { name: "y" }] })?.imageNames).toEqual(["y"]);
   });
 
   test("readJob shows no token of a response that it refuses", () => {

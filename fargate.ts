@@ -49,9 +49,11 @@
  *     9. SSH                 logging in; running and terminating scripts
  *    10. Stages              config, prepare, run, cleanup
  *    11. Operator commands   sweep, runners, manager
- *    12. Command line        arguments, exit codes, signals
+ *    12. Job images          `image:` and `services:`, by derived task definitions
+ *    13. Command line        arguments, exit codes, signals
  *
- * The sections follow the life of a job. None depends on a later one.
+ * The sections follow the life of a job. None depends on a later one, except that section 12 is called from
+ * sections 3, 10, 11 and 13 in one place for each stage.
  */
 
 import * as fs from "node:fs";
@@ -61,7 +63,18 @@ import { basename, dirname, join, resolve } from "node:path";
 import type { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import type { EC2 } from "@aws-sdk/client-ec2";
-import type { ECS, RunTaskCommandInput, Task } from "@aws-sdk/client-ecs";
+import type {
+  Container,
+  ContainerDefinition,
+  ContainerOverride,
+  ECS,
+  HealthCheck,
+  MountPoint,
+  RegisterTaskDefinitionCommandInput,
+  RunTaskCommandInput,
+  Task,
+  TaskDefinition,
+} from "@aws-sdk/client-ecs";
 import type { Command } from "commander";
 import { distance } from "fastest-levenshtein";
 import { parse as parseToml, TomlError } from "smol-toml";
@@ -98,6 +111,7 @@ interface Cause {
   readonly error?: string; // AWS's name for the error
   readonly isRetryable?: boolean; // the same call may succeed if it is repeated
   readonly mayHaveStarted?: boolean; // RunTask may have started a task although it failed
+  readonly containers?: readonly string[]; // the containers whose reasons show the problem
 }
 
 /**
@@ -319,6 +333,33 @@ const strategy = v.pipe(
     '1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0',
   ),
 );
+const IMAGE_PATTERN =
+  "registry/repository:tag or @digest; * for any text but /, ** for any path, {project_id}; none in the registry";
+const imagePattern = v.pipe(
+  v.string(),
+  v.trim(),
+  v.check((pattern) => parseImagePattern(pattern) !== undefined),
+  v.description(IMAGE_PATTERN),
+);
+const hostedPattern = v.pipe(
+  imagePattern,
+  v.check((pattern) => parseImagePattern(pattern)?.hasHost === true),
+  v.description(`${IMAGE_PATTERN}; the registry must be named`),
+);
+const images = (what: string) =>
+  v.optional(listOfUpTo100(imagePattern, `${what}: a list of up to 100, each ${IMAGE_PATTERN}`), []);
+const upTo100Tables = <T extends v.ObjectEntries>(entries: T, what: string) =>
+  v.optional(
+    v.pipe(v.array(v.object(entries)), v.maxLength(100), v.description(`a list of up to 100 ${what}`)),
+    [],
+  );
+const directory = (meaning: string) =>
+  v.pipe(
+    v.string(),
+    v.trim(),
+    v.regex(/^(\/[\w-][\w.-]*){1,16}$/),
+    v.description(`${meaning}: an absolute path`),
+  );
 const RESERVED = ["__proto__", "constructor", "prototype"]; // keys that valibot's `record` drops
 const tags = v.pipe(
   v.custom<Record<string, string>>(
@@ -386,6 +427,40 @@ const ConfigSchema = v.object({
       if (has("LaunchType") && has("CapacityProviderStrategy"))
         addIssue({ message: `Fargate.LaunchType: ${both}` });
     }),
+  ),
+  JobImage: v.optional(
+    v.pipe(
+      v.object({
+        TaskDefinitions: upTo100Tables(
+          {
+            Image: imagePattern,
+            TaskDefinition: text("family, family:revision or ARN of the task definition"),
+          },
+          'of {Image = "registry.example.com/ci/node:*", TaskDefinition = "ci-node"}',
+        ),
+        AllowedImages: images("the images that a job may run its script in"),
+        AllowedServices: images("the images that a job may use for services"),
+        PullCredentials: upTo100Tables(
+          {
+            Image: hostedPattern,
+            SecretArn: text("the ARN of a secret with a registry's user name and password"),
+          },
+          'of {Image = "registry.example.com/**", SecretArn = "arn:aws:secretsmanager:..."}',
+        ),
+        SecretsInServices: v.optional(
+          flag("whether variables of services may contain secret variables"),
+          false,
+        ),
+        BuildsDirectory: v.optional(directory("builds_dir of jobs with an image of their own"), "/builds"),
+        CacheDirectory: v.optional(directory("cache_dir of jobs with an image of their own"), "/cache"),
+      }),
+      v.check(
+        ({ BuildsDirectory: a, CacheDirectory: b }) =>
+          !`${a}/`.startsWith(`${b}/`) && !`${b}/`.startsWith(`${a}/`),
+      ),
+      v.description("a table in which neither BuildsDirectory nor CacheDirectory contains the other"),
+    ),
+    {},
   ),
   TaskMetadata: v.object({ Directory: text("the directory for the records of running tasks") }),
   SSH: v.object({
@@ -531,6 +606,9 @@ function refuseOverride(
   const refused = (key: JobSetting, why: string) =>
     `${JOB_VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
   const { TaskDefinition: chosen, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
+  const family = chosen.replace(/^.*\//s, "").replace(/:\d*$/, "");
+  if (jobOverrides.includes("TaskDefinition") && DERIVED_FAMILY.test(family))
+    return refused("TaskDefinition", "it belongs to the jobs whose image: and services: it contains");
   if (jobOverrides.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
     return refused("PlatformVersion", `AllowedPlatformVersions is ${versions.join(", ") || "empty"}`);
   if (!jobOverrides.includes("TaskDefinition") || !patterns) return undefined;
@@ -712,7 +790,7 @@ interface Job {
   readonly hash: string; // 64 hex digits of SHA-256; identifies the job
   readonly title: string; // for StopTask's reason: ids only, no text that a job's author can choose
   readonly timeout: number; // seconds
-  readonly ignoredImages?: readonly string[]; // names in image: and services:, which are only logged
+  readonly imageNames?: readonly string[]; // names in image: and services:
 }
 
 /** What every command works with. */
@@ -731,6 +809,7 @@ interface Context extends BaseContext {
   readonly jobOverrides: readonly string[]; // the settings that the job's variables set
   readonly refusal?: string | undefined; // why one of these is not allowed, if so
   readonly warned?: Set<string>; // values of startedBy that cleanup has already warned about
+  readonly jobTask?: JobTask; // containers for image: and services:, if the job has any
 }
 
 /** Where the output of a script goes. `done` is called once, when the part has been written or is lost. */
@@ -786,7 +865,7 @@ function readJob(env: Environment): Job | undefined {
       hash,
       title: `job ${response.id} of project ${project}`,
       timeout: timeout > 0 ? Math.min(timeout, MAX_JOB_TIMEOUT) : DEFAULT_JOB_TIMEOUT,
-      ignoredImages: [response.image, ...response.services].flatMap(({ name }) => name || []),
+      imageNames: [response.image, ...response.services].flatMap(({ name }) => name || []),
     };
   }
   // The official driver's formula; never used if JOB_RESPONSE_FILE is set but cannot be read.
@@ -828,6 +907,11 @@ const RecordSchema = v.object({
   LoginShell: v.string(), // file name of the login user's own shell
   Deadline: epochSeconds, // when the task is overdue; 0 until RunTask is sent, 1 once it must be stopped
   UpdatedAt: epochSeconds, // when RunTask was last sent; until then, when the record was created
+  // With containers for image: and services:. Users are numeric ids.
+  Build: v.optional(
+    v.object({ Shell: v.picklist(["bash", "sh"]), User: v.number(), CoordinatorUser: v.number() }),
+  ),
+  Services: v.optional(v.array(v.object({ Container: v.string(), Image: v.string(), Log: v.string() }))),
   Manager: v.optional(v.string()), // the system id of the `manager` that the job runs under, if any
 });
 type TaskRecord = v.InferOutput<typeof RecordSchema>;
@@ -1105,24 +1189,30 @@ const CONTAINER = "ci-coordinator"; // the container that gets the public key, a
  * The input of RunTask: the fields that the official driver sends, and those of further settings. Pure.
  * @param identity makes the task findable and a repeated call harmless
  * @param environment variables for the container, or undefined to send no override
+ * @param services overrides for the containers of services
  * @example runTaskInput(config, { startedBy, clientToken }, { SSH_PUBLIC_KEY: publicKey })
  */
 function runTaskInput(
   { Fargate: f }: Config,
   identity: { startedBy: string; clientToken: string },
   environment: Readonly<Record<string, string>> | undefined,
+  services: ContainerOverride[] = [],
 ): RunTaskCommandInput {
   const subnets = f.Subnets ?? [f.Subnet as string];
   const securityGroups = f.SecurityGroups ?? [f.SecurityGroup as string];
   const assignPublicIp = f.EnablePublicIP ? "ENABLED" : "DISABLED";
-  const variables = environment && Object.entries(environment).map(([name, value]) => ({ name, value }));
+  const variables = Object.entries(environment ?? {}).map(([name, value]) => ({ name, value }));
+  const containerOverrides = [
+    ...(environment ? [{ name: CONTAINER, environment: variables }] : []),
+    ...services,
+  ];
   return {
     cluster: f.Cluster,
     taskDefinition: f.TaskDefinition,
     platformVersion: f.PlatformVersion,
     count: 1,
     networkConfiguration: { awsvpcConfiguration: { subnets, securityGroups, assignPublicIp } },
-    ...(variables && { overrides: { containerOverrides: [{ name: CONTAINER, environment: variables }] } }),
+    ...(containerOverrides.length > 0 && { overrides: { containerOverrides } }),
     launchType: f.LaunchType,
     capacityProviderStrategy: f.CapacityProviderStrategy?.map(
       ({ CapacityProvider: capacityProvider, Weight: weight, Base: base }) => ({
@@ -1199,7 +1289,7 @@ const BY_TEXT: Patterns = [
   ["clock", /^Signature (expired|not yet current)/],
   ["credentials", /^The (request signature we calculated|security token included in the request)/],
   ["noTask", /^The referenced task was not found/],
-  ["definition", /^TaskDefinition (not found|is inactive)/],
+  ["definition", /^(TaskDefinition (not found|is inactive)|Unable to describe task definition)/],
   ["incompatible", /^Task definition does not support launch_type/],
   ["incompatible", /^The selected task definition is not compatible/],
   ["networkMode", /^Network Configuration is not valid for the given networkMode/],
@@ -1329,17 +1419,22 @@ const networkInterfaces = listOfObjects(texts("privateIpv4Address", "ipv6Address
 const AnswerSchema = v.object({
   tasks: listOfObjects({
     ...texts("taskArn", "startedBy", "lastStatus", "desiredStatus", "stopCode", "stoppedReason"),
+    ...texts("taskDefinitionArn"),
     createdAt: ifValid(v.date()),
     attachments: listOfObjects({ ...texts("type"), details: pairs }),
     containers: listOfObjects({
-      ...texts("name", "reason", "healthStatus"),
+      ...texts("name", "reason", "healthStatus", "lastStatus"),
       exitCode: ifValid(v.number()),
       networkInterfaces,
     }),
-    overrides: ifValid(v.object({ containerOverrides: listOfObjects({ environment: pairs }) })),
+    overrides: ifValid(
+      v.object({ containerOverrides: listOfObjects({ ...texts("name"), environment: pairs }) }),
+    ),
   }),
   failures: listOfObjects(texts("reason", "detail")),
   taskArns: ifValid(v.array(v.string())),
+  taskDefinition: ifValid(v.looseObject({ taskDefinitionArn: v.string() })),
+  taskDefinitionArns: ifValid(v.array(v.string())),
   ...texts("nextToken"),
 });
 type Answer = v.InferOutput<typeof AnswerSchema>;
@@ -1349,6 +1444,10 @@ const IS_COMPLETE = {
   DescribeTasks: ({ tasks }: Answer) => Boolean(tasks),
   ListTasks: ({ taskArns }: Answer) => Boolean(taskArns),
   StopTask: () => true,
+  DescribeTaskDefinition: ({ taskDefinition }: Answer) => Boolean(taskDefinition),
+  RegisterTaskDefinition: ({ taskDefinition }: Answer) => Boolean(taskDefinition),
+  ListTaskDefinitions: ({ taskDefinitionArns }: Answer) => Boolean(taskDefinitionArns),
+  DeregisterTaskDefinition: () => true,
 };
 
 /** An error like the SDK's own for a missing or incomplete answer. */
@@ -1549,6 +1648,39 @@ class Aws {
     return [...(page.taskArns ?? []), ...(await this.listTasks(startedBy, limits, page.nextToken))];
   }
 
+  /** Describes a task definition: by family, the latest active revision; undefined if there is none. */
+  async describeTaskDefinition(taskDefinition: string, limits: Limits): Promise<TaskDefinition | undefined> {
+    const describe = (ecs: ECS, abort: Abort) => ecs.describeTaskDefinition({ taskDefinition }, abort);
+    const answer = await this.#ecs("DescribeTaskDefinition", limits, describe).catch((error) => {
+      if (causeOf(error).problem !== "definition") throw error;
+    });
+    return answer?.taskDefinition;
+  }
+
+  /** Registers a task definition, in one call that is not repeated. @returns its ARN, with its revision */
+  async registerTaskDefinition(input: RegisterTaskDefinitionCommandInput, limits: Limits): Promise<string> {
+    const once = { ...limits, shouldRetry: () => false };
+    const { taskDefinition } = await this.#ecs("RegisterTaskDefinition", once, (ecs, abort) =>
+      ecs.registerTaskDefinition(input, abort),
+    );
+    return `${taskDefinition?.taskDefinitionArn}`;
+  }
+
+  /** The ARNs of all active task definitions of the account and region. */
+  async listTaskDefinitions(limits: Limits, nextToken?: string): Promise<string[]> {
+    const page = await this.#ecs("ListTaskDefinitions", limits, (ecs, abort) =>
+      ecs.listTaskDefinitions({ nextToken }, abort),
+    );
+    const arns = page.taskDefinitionArns ?? [];
+    return page.nextToken ? [...arns, ...(await this.listTaskDefinitions(limits, page.nextToken))] : arns;
+  }
+
+  async deregisterTaskDefinition(taskDefinition: string, limits: Limits): Promise<void> {
+    await this.#ecs("DeregisterTaskDefinition", limits, (ecs, abort) =>
+      ecs.deregisterTaskDefinition({ taskDefinition }, abort),
+    );
+  }
+
   /** The public address of a network interface; undefined if it has none, or EC2 does not know it yet. */
   async publicAddress(networkInterfaceId: string, limits: Limits): Promise<string | undefined> {
     this.#ec2Client ??= this.#settings().then(
@@ -1599,7 +1731,9 @@ function stopCause({ stopCode, stoppedReason = "", containers = [] }: Task): Cau
   const reasons = containers.map((container) => container.reason);
   const { problem, subject } = recognize(stopCode ?? "", stoppedReason, ...reasons, stopCode);
   const isOwn = problem === "userStop" && OWN_STOP.test(stoppedReason);
-  return { operation: STOPPED, problem: isOwn ? "ownStop" : problem, subject };
+  const named = containers.filter(({ reason }) => reason && recognize("", reason).problem === problem);
+  const names = named.map(({ name = "" }) => name);
+  return { operation: STOPPED, problem: isOwn ? "ownStop" : problem, subject, containers: names };
 }
 
 /**
@@ -2286,7 +2420,7 @@ async function terminate(connection: Connection, { pid, session, start }: NonNul
 
 /** How a script ended. `begun`: part of it may have run. `wasSilent`: no answer to keep-alive requests. */
 type Outcome =
-  | { readonly ended: "exited"; readonly code: number }
+  | { readonly ended: "exited"; readonly code: number; readonly isExplained?: boolean }
   | { readonly ended: "lost"; readonly begun: boolean; readonly wasSilent: boolean; readonly reason: string };
 
 /**
@@ -2518,10 +2652,17 @@ async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V
   writeManagerTask(directory, endpoint, task?.id ?? "");
 }
 
-/** The output of the `config` stage. It leaves builds_dir and cache_dir to the runner's config.toml. */
-function configAnswer(job: Job | undefined, host = hostname()): string {
+/**
+ * The output of the `config` stage.
+ * @param directories builds_dir and cache_dir, for a job with its own image; otherwise those of config.toml count
+ */
+function configAnswer(
+  job: Job | undefined,
+  host = hostname(),
+  directories: Record<string, string> = {},
+): string {
   const name = job ? host.replace(/[^A-Za-z0-9.-]/g, "") : ""; // the runner quotes it with "" in a script
-  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: name });
+  return JSON.stringify({ driver: { name: "fargate", version: VERSION }, hostname: name, ...directories });
 }
 
 /** The operator's own key, if PrivateKeyPath names one that can be used. */
@@ -2563,10 +2704,13 @@ const RUN_TASK_GRACE_MS = 3_000; // of these, how long RunTask may take to answe
 /** Logs parts of the job that have no effect, a missing restriction, and short time limits of the runner. */
 function checkJob(context: Context): void {
   const { config, job, log, env } = context;
-  const noEffect =
-    "image: and services: have no effect; set FARGATE_TASK_DEFINITION instead. Ignored: {names}";
-  const names = job.ignoredImages?.join(", ");
-  if (names) log.warn(noEffect, { names });
+  const { TaskDefinitions, AllowedImages, AllowedServices } = config.JobImage;
+  const isOff = TaskDefinitions.length + AllowedImages.length + AllowedServices.length === 0;
+  const instead =
+    "to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION";
+  const names = job.imageNames?.join(", ");
+  if (names && isOff)
+    log.warn("image: and services: have no effect ({names}); {instead}", { names, instead });
   const unused = unusedVariables(env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
   for (const { name, meant } of unused.slice(0, 20))
     if (meant) log.warn("the job's variable {name} has no effect; did you mean {meant}?", { name, meant });
@@ -2596,12 +2740,12 @@ async function prepare(context: Context): Promise<void> {
     const key = own ?? (await makeKeyPair(config.SSH.KeyType));
     const aws = new Aws(config.Fargate, context);
     await identifyManager(config.TaskMetadata.Directory, env);
+    const begun = now();
     const record = newRecord(context, own ? "" : key.privateKey);
     writeRecord(recordPath(context), record);
-    const begun = now();
     try {
-      const { host, connection } = await startUntilReady(context, aws, record, key, begun);
-      await recordLogin(context, record, host, connection);
+      const { host, connection, placed } = await startWithImages(context, aws, record, key, begun);
+      await recordLogin(placed, aws, record, host, connection, begun);
       const fields = { host, user: config.SSH.Username, seconds: Math.round((now() - begun) / 1000) };
       log.info("Ready: logged in to {host} as {user} ({seconds} s)", fields);
     } catch (error) {
@@ -2617,9 +2761,11 @@ async function prepare(context: Context): Promise<void> {
 /** Adds the address, the host key and the shells to the record, and closes the connection. */
 async function recordLogin(
   context: Context,
+  aws: Aws,
   record: TaskRecord,
   host: string,
   connection: Connection,
+  begun: number,
 ): Promise<void> {
   const { log, signal } = context;
   record.ContainerIP = host;
@@ -2627,6 +2773,7 @@ async function recordLogin(
   const { warning, ...shells } = await findShells(connection, signal);
   Object.assign(record, shells);
   if (warning) log.warn("{warning}", { warning });
+  await joinContainers(context, aws, record, connection, begun);
   connection.client.end();
   await sleep(0, signal); // bun delivers signals between turns of the event loop
   signal.throwIfAborted();
@@ -2692,7 +2839,8 @@ async function startUntilReady(context: Context, aws: Aws, record: TaskRecord, k
   let tries = 0;
   let lastWarning = -Infinity; // ms of `now`
   const nextPlacement = () => ({ ...config.Fargate, ...choices[tries % choices.length] });
-  const { TaskDefinition: definition, Cluster: cluster, Region: region } = config.Fargate;
+  const { TaskDefinition, Cluster: cluster, Region: region } = config.Fargate;
+  const definition = context.jobTask ? TaskDefinition.split("/").at(-1) : TaskDefinition;
   log.info("Starting a task of {definition} on cluster {cluster} in {region}", {
     definition,
     cluster,
@@ -2740,7 +2888,12 @@ async function startTask(
     const clientToken = crypto.randomUUID();
     record.TaskARN = "";
     record.ClientTokens.push(clientToken);
-    const input = runTaskInput(config, { startedBy: record.StartedBy, clientToken }, environment);
+    const input = runTaskInput(
+      config,
+      { startedBy: record.StartedBy, clientToken },
+      environment,
+      context.jobTask?.overrides,
+    );
     const onSend = () => {
       record.UpdatedAt = Math.floor(wallTime() / 1000);
       updateRecord(context, { ...record, Unanswered: true });
@@ -3058,13 +3211,13 @@ async function verifyTask({ context, record, stage }: ScriptRun): Promise<SshFai
 
 /** Connects once and runs the script. @throws {SshFailure} if no command of the script can have run */
 async function runOnce(scriptRun: ScriptRun): Promise<number> {
-  const { context, record, target, script, stage, shells, lastSeen } = scriptRun;
+  const { context, record, target, stage, lastSeen } = scriptRun;
   const connection = await connect(target, MAX_SILENCE_MS, context.signal);
   try {
     const isTrusted = record.PrivateKey && Math.abs(context.now() - lastSeen) <= ADDRESS_TRUST_MS;
     const unverified = isTrusted ? undefined : await verifyTask(scriptRun);
     if (unverified) throw unverified;
-    const outcome = await runScript(connection, script, shells, context);
+    const outcome = await runJobScript(scriptRun, connection);
     if (outcome.ended === "lost") {
       if (!outcome.begun) throw new SshFailure("unreachable", outcome.reason);
       // ECS may learn of the end some seconds late; unanswered keep-alive requests have taken longer.
@@ -3072,23 +3225,26 @@ async function runOnce(scriptRun: ScriptRun): Promise<number> {
       const lost = `the connection to the container was lost while ${stage} ran: ${outcome.reason}; ${state}`;
       throw new Failure("system", lost, cause);
     }
-    if (outcome.code === 137) await explainKill(context, record, connection, stage);
+    const counters = () => runCommand(connection, MEMORY_COUNTERS, context.signal).catch(() => "");
+    if (outcome.code === 137 && !outcome.isExplained) await explainKill(context, record, counters, stage);
     return outcome.code;
   } finally {
     connection.client.end();
   }
 }
 
+/** Prints the counters of control groups version 2 and 1. */
+const MEMORY_COUNTERS =
+  "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null";
+
 /** Exit code 137 means SIGKILL. Logs it if the reason was a lack of memory. */
 async function explainKill(
   context: Context,
   record: TaskRecord,
-  connection: Connection,
+  readCounters: () => Promise<string>, // the output of MEMORY_COUNTERS in the script's container
   stage: string,
 ): Promise<void> {
-  // The counters of control groups version 2 and 1. The container may still be running.
-  const counters = "cat /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control 2>/dev/null";
-  const counted = runCommand(connection, counters, context.signal).catch(() => "");
+  const counted = readCounters(); // the container may still be running
   const { state, cause } = await describeTaskState(context, record, 0);
   const isOfTask = cause.problem === "memory";
   if (!/oom_kill [1-9]/.test(await counted) && !isOfTask) return;
@@ -3292,6 +3448,7 @@ interface SweptTask extends Readonly<Record<"taskArn" | "startedBy", string>> {
 interface SweepReport extends Readonly<Record<"stopped" | "left", SweptTask[]>> {
   readonly dryRun: boolean;
   readonly removedRecords: string[]; // file names
+  readonly deregistered?: string[]; // ARNs of derived task definitions, if JobImage allows images
   readonly problems: string[];
 }
 
@@ -3347,7 +3504,9 @@ function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Sn
   const isOwn = isUnmanaged || rules.managers.includes(manager);
   const record = isOwn ? snapshot.records.find((record) => record.job === job) : undefined;
   const createdAt = Math.floor(task.createdAt ? task.createdAt.getTime() / 1000 : time);
-  const variables = task.overrides?.containerOverrides?.flatMap((container) => container.environment ?? []);
+  // A service's container gets variables of the job.
+  const overrides = task.overrides?.containerOverrides?.filter(({ name }) => name === CONTAINER);
+  const variables = overrides?.flatMap((container) => container.environment ?? []);
   const fromTask = Number(variables?.find(({ name }) => name === "FARGATE_DEADLINE")?.value);
   const knownDeadline = Math.min(fromTask > 0 ? fromTask : Infinity, record?.Deadline || Infinity);
   const deadline = Math.floor(Number.isFinite(knownDeadline) ? knownDeadline : createdAt + rules.MaxTaskAge);
@@ -3375,6 +3534,7 @@ function judgeTask({ taskArn = "", startedBy = "", ...task }: Task, snapshot: Sn
 interface Sweep {
   readonly context: BaseContext;
   readonly aws: Aws;
+  readonly listed: readonly Task[]; // all tasks of the cluster
   readonly tasks: readonly Task[]; // of this driver, of all managers
   readonly rules: SweepRules;
   readonly report: SweepReport;
@@ -3401,7 +3561,16 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   checkDirectory(Directory);
   const limits = () => ({ until: now() + STOP_RETRY_MS, signal });
   const aws = new Aws(config.Fargate, context);
-  const report: SweepReport = { dryRun, stopped: [], left: [], removedRecords: [], problems: [] };
+  const { AllowedImages, AllowedServices } = config.JobImage;
+  const deregistered = AllowedImages.length + AllowedServices.length > 0 && { deregistered: [] };
+  const report: SweepReport = {
+    dryRun,
+    stopped: [],
+    left: [],
+    removedRecords: [],
+    ...deregistered,
+    problems: [],
+  };
   const attempt = async (action: () => Promise<void>) => {
     signal.throwIfAborted();
     await action().catch((error) => {
@@ -3432,10 +3601,12 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   });
   const sharedId = ownId?.length === 32 && ownId !== manager ? ownId : "";
   const rules = { MaxTaskAge, AbandonedAfter, managers, sharedId, stoppedManagers, canLock };
-  const shared: Sweep = { context, aws, tasks, rules, report, hasDirectory, takeSnapshot, limits, attempt };
+  const steps = { takeSnapshot, limits, attempt };
+  const shared: Sweep = { context, aws, listed, tasks, rules, report, hasDirectory, ...steps };
   await sweepTasks(shared);
   await sweepRecords(shared);
   sweepTemporaryFiles(shared);
+  await sweepDefinitions(shared);
   takeSnapshot(); // removes the locks of dead processes
   log.debug("sweep leaves {left} tasks running", { left: report.left.length });
   return report;
@@ -3543,7 +3714,11 @@ async function sweepRecords(shared: Sweep): Promise<void> {
 function sweepTemporaryFiles({ context, hasDirectory, report }: Sweep): void {
   const { Directory } = context.config.TaskMetadata;
   for (const name of hasDirectory && !report.dryRun ? fs.readdirSync(Directory) : []) {
-    if (!/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-(id|task))\.[0-9a-f]{12}\.(tmp|swept)$/.test(name))
+    if (
+      !/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-(id|task)|\.definition-\w+)\.[0-9a-f]{12}\.(tmp|swept)$/.test(
+        name,
+      )
+    )
       continue;
     const { mtimeMs = Infinity } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
     if (context.wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
@@ -3560,6 +3735,7 @@ function formatSweep(report: SweepReport, json: boolean): string {
       (task) => `${task.taskArn} ${would}stopped: ${task.why}; created ${time(task.createdAt)}`,
     ),
     ...report.removedRecords.map((name) => `${name} ${would}removed: its task is gone`),
+    ...(report.deregistered ?? []).map((arn) => `${arn} ${would}deregistered: no job has used it for a week`),
     `tasks: ${report.stopped.length} ${would}stopped, ${report.left.length} left running; ` +
       `records: ${report.removedRecords.length} ${would}removed; problems: ${report.problems.length}`,
   ];
@@ -4543,7 +4719,1223 @@ async function unregisterRunners(
   await Promise.all(sections.filter(({ name }) => names.includes(String(name))).map(unregister));
 }
 
-// 12. Command line --------------------------------------------------------------------------------------
+// 12. Job image and services ----------------------------------------------------------------------------
+// Runs a job's script in the image of `image:`, beside containers for `services:`. ECS cannot override an
+// image in RunTask, so this section registers task definitions: the configured one, with containers added.
+// Each stage, and sweep, calls it in one place. May use all sections above. Must not use an image that no
+// pattern allows, nor put a secret of the job into a task definition or an override.
+//
+// The container `build` needs no SSH server: a small shell program, AGENT, is its first process. A script for
+// it is wrapped in another script, the relay, which runs in ci-coordinator like any script over SSH, and
+// passes the real script on through named pipes in a volume that both containers mount.
+
+const BUILD_CONTAINER = "build";
+const INIT_CONTAINER = "permissions";
+const LINK = "/.fargate"; // where the shared volume is mounted
+const ACCEPT_SECONDS = 4; // for the agent to accept a script; then ECS is asked about its container
+const HEX_32 = "[0-9a-f]{32}";
+/** The names of derived families: <base>-job-<hash>. */
+const DERIVED_FAMILY = new RegExp(`^[\\w-]{1,218}-job-${HEX_32}$`);
+const MAX_CONTAINERS = 10; // of a task definition
+const MAX_OVERRIDES = 8_192; // characters of JSON, for all overrides of RunTask together
+const COORDINATOR_OVERRIDE = 1_000; // of these, for the public key and the deadline; an RSA key takes 540
+
+// The grammar of image references, from Docker's documentation (distribution/reference).
+const LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?";
+const HOST = new RegExp(`^${LABEL}(?:\\.${LABEL})*(?::\\d{1,5})?$`);
+const COMPONENT = "[a-z0-9]+(?:(?:\\.|__?|-+)[a-z0-9]+)*";
+const REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`);
+const DOCKER_HUB = "docker.io";
+
+/** An image reference with Docker's defaults. `version` is `:tag` or `@digest`. */
+interface Image extends Readonly<Record<"host" | "repository" | "version", string>> {}
+const nameOfImage = ({ host, repository, version }: Image): string => `${host}/${repository}${version}`;
+
+/** Splits a reference or a pattern into host, path and version. As in Docker, a digest overrides a tag. */
+function splitImage(text: string) {
+  const [first = ""] = text.split("/", 1);
+  const hasHost = text.includes("/") && (/[.:]/.test(first) || first === "localhost");
+  const host = hasHost ? first.toLowerCase() : DOCKER_HUB;
+  const rest = hasHost ? text.slice(first.length + 1) : text;
+  const [, path = "", tag, digest] = /^([^:@]*)(?::([^:@]*))?(?:@(.*))?$/s.exec(rest) ?? [];
+  const version = digest !== undefined ? `@${digest}` : tag !== undefined ? `:${tag}` : undefined;
+  return { host: host === "index.docker.io" ? DOCKER_HUB : host, hasHost, path, tag, version };
+}
+
+/**
+ * Parses an image reference and adds Docker's defaults. Pure.
+ * @returns undefined if it is none
+ * @example parseImage("node:22") // { host: "docker.io", repository: "library/node", version: ":22" }
+ */
+function parseImage(text: string): Image | undefined {
+  if (text.length > 512) return undefined;
+  const { host, path, tag, version = ":latest" } = splitImage(text);
+  const isValid =
+    HOST.test(host) &&
+    REPOSITORY.test(path) &&
+    host.length + path.length < 255 &&
+    !/^[0-9a-f]{64}$/.test(path) && // Docker takes this for the id of an image
+    (tag === undefined || /^\w[\w.-]{0,127}$/.test(tag)) &&
+    (version.startsWith(":") || /^@sha256:[0-9a-f]{64}$/.test(version));
+  const isOfficial = host === DOCKER_HUB && !path.includes("/");
+  return isValid ? { host, repository: isOfficial ? `library/${path}` : path, version } : undefined;
+}
+
+/**
+ * Parses an image pattern: a reference, in which `*` stands for any characters of a component, tag or digest,
+ * `**` for any components, and `{project_id}` for the number of the job's project. At the end of a pattern,
+ * `**` covers any tag and digest, too. The host has no wildcard.
+ * @returns undefined if it is none; `hasHost`: whether it names its host
+ */
+function parseImagePattern(text: string, project = 0) {
+  const { host, hasHost, path, tag, version } = splitImage(text.replaceAll("{project_id}", `${project}`));
+  const isValid =
+    HOST.test(host) &&
+    /^(?!.*(\*{3}|\/\/|^\/|\/$))[a-z0-9._/*-]{1,255}$/.test(path) &&
+    /^(:[\w.*-]{1,128}|@[a-z0-9:*]{1,80})?$/.test(version ?? "") &&
+    !(tag && version?.startsWith("@")) &&
+    [path, version ?? ""].every((part) => part.split(/\*+/).length <= 4);
+  const isOfficial = host === DOCKER_HUB && !path.includes("/") && path !== "**";
+  const anyVersion = path.endsWith("**") ? undefined : ":latest";
+  return isValid
+    ? { host, hasHost, path: isOfficial ? `library/${path}` : path, version: version ?? anyVersion }
+    : undefined;
+}
+
+/** Whether a pattern of the configuration file covers an image. */
+function matchesImage(pattern: string, image: Image, project: number): boolean {
+  const parsed = parseImagePattern(pattern, project);
+  const matches = (glob: string, text: string) => {
+    const any = (stars: string) => (stars === "**" ? ".*" : "[^/]*");
+    const source = glob.split(/(\*+)/).map((part, i) => (i % 2 ? any(part) : part.replace(/\W/g, "\\$&")));
+    return new RegExp(`^${source.join("")}$`).test(text);
+  };
+  return (
+    parsed?.host === image.host &&
+    matches(parsed.path, image.repository) &&
+    (parsed.version === undefined || matches(parsed.version, image.version))
+  );
+}
+
+const optionalText = ifValid(v.string());
+const words = ifValid(v.array(v.string()));
+const userOption = ifValid(v.object({ user: ifValid(v.union([v.string(), v.number()])) }));
+const platformOption = ifValid(v.object({ platform: optionalText }));
+const VariableSchema = v.object({
+  key: v.string(),
+  value: v.string(),
+  public: v.fallback(v.boolean(), false),
+  masked: v.fallback(v.boolean(), false),
+  file: v.fallback(v.boolean(), false),
+  raw: v.fallback(v.boolean(), false),
+});
+type Variable = v.InferOutput<typeof VariableSchema>;
+const variables = v.fallback(v.array(VariableSchema), []);
+/** `image:` or one of `services:`, as the runner passes it. */
+const KeywordSchema = v.object({
+  ...{ name: v.string(), alias: optionalText, entrypoint: words, command: words, pull_policy: words },
+  variables,
+  ports: ifValid(v.array(v.object({ number: v.number() }))),
+  executor_opts: ifValid(
+    v.object({ docker: v.intersect([userOption, platformOption]), kubernetes: userOption }),
+  ),
+});
+type Keyword = v.InferOutput<typeof KeywordSchema>;
+const KeywordsSchema = v.object({
+  job_info: v.object({ project_id: v.number() }),
+  image: v.fallback(v.nullable(KeywordSchema), null),
+  services: v.fallback(v.array(KeywordSchema), []),
+  variables,
+});
+
+/** A container for the job's image or for a service. */
+interface JobContainer {
+  readonly name: string; // of the container
+  readonly image: Image;
+  readonly keyword: Keyword;
+  readonly user?: string | undefined;
+  readonly secretArn?: string | undefined; // the secret with the registry's credentials
+}
+
+/** What a job gets of its `image:` and `services:`. */
+interface ImagePlan {
+  readonly taskDefinition?: string | undefined; // the operator's own, by JobImage.TaskDefinitions
+  readonly build?: JobContainer | undefined;
+  readonly services: readonly JobContainer[];
+  readonly variables: readonly Variable[]; // of the job
+  readonly unused: readonly string[]; // parts of the keywords that have no effect, for the log
+}
+type ImageContext = Pick<Context, "config" | "job" | "jobOverrides" | "env">;
+
+/** The user that a container runs as, by `docker:user` or `kubernetes:user`. */
+const userOf = ({ executor_opts: options }: Keyword): string | undefined => {
+  const user = options?.docker?.user ?? options?.kubernetes?.user;
+  return user === undefined || user === null || user === "" ? undefined : String(user);
+};
+
+/** The container for an image that the patterns allow. @throws {Failure} of the job, if there is none */
+function allowContainer(
+  name: string,
+  keyword: Keyword,
+  patterns: readonly string[],
+  project: number,
+  f: Config["JobImage"],
+): JobContainer {
+  const isBuild = name === BUILD_CONTAINER;
+  const [what, key] = isBuild ? ["image:", "AllowedImages"] : ["services:", "AllowedServices"];
+  const refuse = (why: string) => new Failure("build", `${what} ${keyword.name.slice(0, 300)} ${why}`);
+  const image = parseImage(keyword.name);
+  if (!image) throw refuse("is not an image reference, such as registry.example.com/group/image:tag");
+  if (!patterns.some((pattern) => matchesImage(pattern, image, project)))
+    throw refuse(`(${nameOfImage(image)}) is not allowed: ${key} is ${patterns.join(", ")}`);
+  const user = userOf(keyword);
+  if (user !== undefined && !/^[\w.-]{1,64}(:[\w.-]{1,64})?$/.test(user))
+    throw refuse(`has an invalid user, ${user.slice(0, 100)}; expected: name, id, or either with :group`);
+  const credentials = f.PullCredentials.find(({ Image }) => matchesImage(Image, image, project));
+  return { name, image, keyword, user, secretArn: credentials?.SecretArn };
+}
+
+/**
+ * Decides what a job gets of its `image:` and `services:`. Reads them from JOB_RESPONSE_FILE, never from a
+ * variable of the job.
+ * @returns undefined if the job uses neither keyword, or the configuration file has no JobImage
+ * @throws {Failure} of the job, if something is not allowed
+ */
+function planImages({
+  config: { JobImage: f },
+  job,
+  jobOverrides,
+  env,
+}: ImageContext): ImagePlan | undefined {
+  const isOn = f.TaskDefinitions.length + f.AllowedImages.length + f.AllowedServices.length > 0;
+  if (!isOn || !job.imageNames?.length) return undefined;
+  const keywords = readJson(fs.readFileSync(`${env.JOB_RESPONSE_FILE}`, "utf8"), KeywordsSchema);
+  const project = keywords.job_info.project_id;
+  const wanted = keywords.image?.name ? keywords.image : undefined;
+  const named = keywords.services.filter(({ name }) => name !== "");
+  const none = { services: [], variables: [] };
+  const list = [...(wanted ? [wanted] : []), ...named].map(({ name }) => name).join(", ");
+  if (jobOverrides.includes("TaskDefinition"))
+    return { ...none, unused: [`image: and services: (${list}): the job sets FARGATE_TASK_DEFINITION`] };
+  const unused: string[] = [];
+  const image = wanted && parseImage(wanted.name);
+  const row = f.TaskDefinitions.find(({ Image }) => image && matchesImage(Image, image, project));
+  let build: JobContainer | undefined;
+  if (wanted && !row && f.AllowedImages.length > 0)
+    build = allowContainer(BUILD_CONTAINER, wanted, f.AllowedImages, project, f);
+  else if (wanted && !row)
+    unused.push(`image: ${wanted.name}: no row of TaskDefinitions matches, and AllowedImages is empty`);
+  const isAllowed = f.AllowedServices.length > 0;
+  if (named.length > 0 && !isAllowed)
+    unused.push(`services: ${named.map(({ name }) => name).join(", ")}: AllowedServices is empty`);
+  const services = (isAllowed ? named : []).map((keyword, i) => {
+    const last = parseImage(keyword.name)?.repository.split("/").at(-1)?.replace(/\W/g, "-");
+    return allowContainer(`service-${i + 1}-${last}`, keyword, f.AllowedServices, project, f);
+  });
+  for (const { keyword } of build ? [build, ...services] : services)
+    if (keyword.pull_policy?.some((policy) => policy !== "always"))
+      unused.push(`pull_policy of ${keyword.name}: ECS pulls the images of each task`);
+  return { taskDefinition: row?.TaskDefinition, build, services, variables: keywords.variables, unused };
+}
+
+/** The directories that `config` returns, if the job's script runs in its own image. */
+function imageDirectories(context: ImageContext): Record<"builds_dir" | "cache_dir", string> | undefined {
+  const { BuildsDirectory: builds_dir, CacheDirectory: cache_dir } = context.config.JobImage;
+  return planImages(context)?.build && { builds_dir, cache_dir };
+}
+
+/** Shell code that opens up the volumes and creates the pipe on which the agent waits for scripts. */
+const openVolumes = (directories: readonly string[]) =>
+  `umask 0; chmod 777 ${[LINK, ...directories].join(" ")} && mkfifo ${LINK}/calls`;
+
+/** The volumes for a job with its own image, and where the containers mount them. */
+function jobVolumes({ JobImage: f }: Config, coordinator: ContainerDefinition) {
+  const directories = { "fargate-builds": f.BuildsDirectory, "fargate-cache": f.CacheDirectory };
+  const mounts = Object.entries({ "fargate-link": LINK, ...directories }).map(([name, containerPath]) => {
+    // A mount of the configured definition stays, such as one of EFS.
+    const own = coordinator.mountPoints?.find((mount) => mount.containerPath === containerPath);
+    return { own, mount: own ?? { sourceVolume: name, containerPath, readOnly: false } };
+  });
+  const added = mounts.flatMap(({ own, mount }) => (own ? [] : [mount]));
+  return { mounts: mounts.map(({ mount }) => mount), added };
+}
+
+/**
+ * The health check for an SSH server without one: each address family must have a listener on the port.
+ * Services start after it, so none of them can take the port first and pass for the SSH server.
+ */
+function sshHealthCheck(port: number): HealthCheck {
+  const hex = port.toString(16).toUpperCase().padStart(4, "0");
+  // In /proc/net/tcp: local address, remote address, state; 0A is LISTEN.
+  const listens = (file: string) => `grep -q ':${hex} [0-9A-F]*:0000 0A ' ${file}`;
+  const hasNoIpv6 = "[ ! -e /proc/net/tcp6 ] || grep -q 1 /proc/sys/net/ipv6/conf/all/disable_ipv6";
+  const command = `${listens("/proc/net/tcp")} && { ${hasNoIpv6} || ${listens("/proc/net/tcp6")}; }`;
+  return { command: ["CMD-SHELL", command], interval: 5, timeout: 5, retries: 10, startPeriod: 60 };
+}
+
+/** The container definitions for a job's image and services. */
+function jobContainers(
+  coordinator: ContainerDefinition,
+  plan: ImagePlan,
+  mounts: MountPoint[],
+  hasSize: boolean,
+) {
+  const { logConfiguration, memory, memoryReservation } = coordinator;
+  // Without a size of the task, as on EC2, ECS asks for one of each container.
+  const size = hasSize ? {} : { memory, memoryReservation };
+  const define = ({ name, image, user, secretArn }: JobContainer): ContainerDefinition => ({
+    ...{ name, image: nameOfImage(image), essential: false, user, logConfiguration, ...size },
+    repositoryCredentials: secretArn ? { credentialsParameter: secretArn } : undefined,
+  });
+  const given = (words: readonly string[] | null | undefined) =>
+    words?.some((word) => word !== "") ? [...words] : undefined;
+  const agent = ["sh", "-c", AGENT];
+  const build = plan.build && {
+    ...define(plan.build),
+    entryPoint: given(plan.build.keyword.entrypoint) ?? agent.slice(0, 2),
+    command: given(plan.build.keyword.entrypoint) ? agent : agent.slice(2),
+    mountPoints: mounts,
+    stopTimeout: 2, // seconds; the agent ignores SIGTERM, which a script may send to its process group
+    dependsOn: [{ containerName: INIT_CONTAINER, condition: "SUCCESS" as const }],
+  };
+  const services = plan.services.map((service) => {
+    const { entrypoint, command } = service.keyword;
+    // Without entry point, [""] or [], the command takes its place. ECS has no empty one.
+    const start = entrypoint && !given(entrypoint) && given(command);
+    return {
+      ...define(service),
+      ...(start ? { entryPoint: start } : { entryPoint: given(entrypoint), command: given(command) }),
+      dependsOn: [{ containerName: CONTAINER, condition: "HEALTHY" as const }],
+    };
+  });
+  return build ? [build, ...services] : services;
+}
+
+/** The parts of a described definition that RegisterTaskDefinition takes. */
+const REGISTERED = [
+  ...["taskRoleArn", "executionRoleArn", "networkMode", "containerDefinitions", "volumes", "cpu", "memory"],
+  ...["placementConstraints", "requiresCompatibilities", "pidMode", "ipcMode", "proxyConfiguration"],
+  ...["inferenceAccelerators", "ephemeralStorage", "runtimePlatform", "enableFaultInjection"],
+] as const;
+
+/** Why a definition cannot be derived from this one; undefined if it can. */
+function refuseDefinition(base: TaskDefinition, plan: ImagePlan): string | undefined {
+  const containers = base.containerDefinitions ?? [];
+  const names = containers.map(({ name }) => name);
+  const added = [
+    ...(plan.build ? [BUILD_CONTAINER, INIT_CONTAINER] : []),
+    ...plan.services.map((s) => s.name),
+  ];
+  const taken = added.filter((name) => names.includes(name));
+  if (!names.includes(CONTAINER)) return `it has no container ${CONTAINER}`;
+  if (taken.length > 0) return `it has a container ${taken.join(", ")}, the name of one that is added`;
+  if (plan.build && base.pidMode) return "it sets pidMode, but the job's container needs process 1";
+  const total = names.length + added.length;
+  if (total > MAX_CONTAINERS)
+    return `${names.length} containers and ${added.length} for the job are ${total}; ECS allows ${MAX_CONTAINERS}`;
+}
+
+/** Checks what a job asks for against the definition. @throws {Failure} of the job */
+function checkPlan(base: TaskDefinition, plan: ImagePlan, sshPort: number): void {
+  const { build, services } = plan;
+  const available = base.runtimePlatform?.cpuArchitecture === "ARM64" ? "linux/arm64" : "linux/amd64";
+  const ports = new Map<number, string>([[sshPort, "the SSH server"]]);
+  for (const { keyword } of build ? [build, ...services] : services) {
+    const platform = keyword.executor_opts?.docker?.platform || available;
+    if (platform !== available && platform !== `${available}/v8`)
+      throw new Failure("build", `${keyword.name} asks for platform ${platform}; available: ${available}`);
+  }
+  for (const { keyword } of services)
+    for (const port of portsOf(keyword)) {
+      const other = ports.get(port);
+      const both = `services: ${keyword.name} and ${other} cannot both listen on port ${port}`;
+      if (other) throw new Failure("build", `${both}: the containers of a task share one network`);
+      ports.set(port, keyword.name);
+    }
+}
+
+/**
+ * The definition for a job: the configured one, with containers for its image and services. Pure.
+ * @param base as DescribeTaskDefinition returned it
+ */
+function deriveDefinition(
+  base: TaskDefinition,
+  plan: ImagePlan,
+  config: Config,
+): RegisterTaskDefinitionCommandInput {
+  const containers = base.containerDefinitions ?? [];
+  const coordinator = containers.find(({ name }) => name === CONTAINER) as ContainerDefinition;
+  const { mounts, added } = jobVolumes(config, coordinator);
+  const { image, logConfiguration, mountPoints = [], dependsOn = [], healthCheck } = coordinator;
+  const init: ContainerDefinition = {
+    ...{ name: INIT_CONTAINER, image, logConfiguration, essential: false, user: "0", mountPoints: added },
+    ...{ repositoryCredentials: coordinator.repositoryCredentials },
+    entryPoint: ["/bin/sh", "-c"],
+    command: [
+      openVolumes(added.map(({ containerPath }) => `${containerPath}`).filter((path) => path !== LINK)),
+    ],
+  };
+  const isHeld = plan.services.length > 0;
+  const extended: ContainerDefinition = {
+    ...coordinator,
+    ...(plan.build && {
+      mountPoints: [...mountPoints, ...added],
+      dependsOn: [...dependsOn, { containerName: INIT_CONTAINER, condition: "SUCCESS" }],
+    }),
+    ...(isHeld && !healthCheck && { healthCheck: sshHealthCheck(config.SSH.Port) }),
+  };
+  const hasSize = base.memory !== undefined;
+  const names = added.map(({ sourceVolume: name }) => ({ name }));
+  const tags = Object.entries(config.Fargate.Tags).map(([key, value]) => ({ key, value }));
+  const kept = Object.fromEntries(REGISTERED.map((key) => [key, base[key as keyof TaskDefinition]]));
+  const input = {
+    ...kept,
+    containerDefinitions: [
+      ...containers.map((container) => (container === coordinator ? extended : container)),
+      ...(plan.build ? [init] : []),
+      ...jobContainers(coordinator, plan, mounts, hasSize),
+    ],
+    volumes: [...(base.volumes ?? []), ...(plan.build ? names : [])],
+    ...(tags.length > 0 && { tags }),
+  };
+  const [, place = "", family = ""] = /^(.*)\/([^:]+)/.exec(base.taskDefinitionArn ?? "") ?? [];
+  const hash = sha256(place + canonical(input)).slice(0, 32);
+  return { ...input, family: `${family.slice(0, 218)}-job-${hash}` };
+}
+
+/**
+ * A definition as JSON without what ECS adds to it in answers: defaults, empty values, and the order of keys
+ * and of named items. Two definitions with the same text do the same.
+ */
+function canonical(definition: object): string {
+  const isEmpty = (value: unknown) =>
+    value === undefined || value === null || (typeof value === "object" && Object.keys(value).length === 0);
+  const DEFAULTS: Table = {
+    cpu: 0,
+    essential: true,
+    protocol: "tcp",
+    readOnly: false,
+    retries: 3,
+    timeout: 5,
+    interval: 30,
+  };
+  const normalize = (value: unknown): unknown => {
+    if (Array.isArray(value)) {
+      const items = value.map(normalize);
+      const isNamed = items.every((item) => isTable(item) && typeof item.name === "string");
+      return isNamed
+        ? items.sort((a, b) => (String((a as Table).name) < String((b as Table).name) ? -1 : 1))
+        : items;
+    }
+    if (!isTable(value)) return value;
+    const entries = Object.entries(value)
+      .map(([key, item]) => [key, normalize(item)] as const)
+      .filter(([key, item]) => !isEmpty(item) && item !== DEFAULTS[key])
+      .filter(([key, item]) => !(key === "hostPort" && (item === 0 || item === value.containerPort)));
+    return Object.fromEntries(entries.sort(([a], [b]) => (a < b ? -1 : 1)));
+  };
+  return JSON.stringify(normalize(definition));
+}
+/** Whether a described definition does the same as what would be registered. */
+function isSameDefinition(described: TaskDefinition, input: RegisterTaskDefinitionCommandInput): boolean {
+  const pick = (from: object) => Object.fromEntries(REGISTERED.map((key) => [key, (from as Table)[key]]));
+  return canonical(pick(described)) === canonical(pick(input));
+}
+
+const definitionPath = ({ TaskMetadata }: Config, family: string): string =>
+  join(TaskMetadata.Directory, `.definition-${family.slice(-32)}`);
+
+/**
+ * Takes the lock of a family, so that identical jobs of a host wait for one registration.
+ * @returns a function that releases it; undefined while another live process has it
+ */
+function lockFamily(path: string, wallTime: number): (() => void) | undefined {
+  const lock = `${path}.lock`;
+  try {
+    fs.writeFileSync(lock, `${process.pid} ${identityOf("self")}`, { flag: "wx", mode: 0o600 });
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") return () => {}; // do without, as on a full disk
+    const { mtimeMs = 0 } = fs.lstatSync(lock, { throwIfNoEntry: false }) ?? {};
+    const [pid, identity = ""] = readIfPrivate(lock).split(" ");
+    const isHere = identity.split(".")[1] === identityOf("self").split(".")[1];
+    const isDead = isHere ? identityOf(Number(pid)) !== identity : wallTime - mtimeMs > LOCK_EXPIRY_MS;
+    // Two processes may both find it dead. The second registration does no harm.
+    if (isDead && mtimeMs > 0) removeQuietly(lock);
+    return undefined;
+  }
+  const touch = () => fs.existsSync(lock) && fs.lutimesSync(lock, new Date(), new Date());
+  const timer = setInterval(touch, LOCK_TOUCH_MS).unref();
+  return () => {
+    clearInterval(timer);
+    removeQuietly(lock);
+  };
+}
+
+/** The content of a file of this user; "" if there is none. */
+function readIfPrivate(path: string): string {
+  try {
+    return readPrivateFile(path);
+  } catch {
+    return "";
+  }
+}
+
+/**
+ * The ARN of a definition that does the same as `input`, with its revision: another revision of the family
+ * may be anybody's. Looks for it in the directory of records, then at ECS, and registers it if there is none.
+ */
+async function registerDefinition(
+  { config, log, now, wallTime, signal }: Context,
+  aws: Aws,
+  input: RegisterTaskDefinitionCommandInput,
+  until: number,
+): Promise<string> {
+  const path = definitionPath(config, `${input.family}`);
+  const limits = { until, signal };
+  const find = async () => {
+    const found = await aws.describeTaskDefinition(`${input.family}`, limits);
+    return found?.taskDefinitionArn && isSameDefinition(found, input) ? found.taskDefinitionArn : undefined;
+  };
+  // Register is limited to one call per second for the account: after a throttled one, another host may
+  // have registered it.
+  const findOrRegister = async () => (await find()) ?? (await aws.registerTaskDefinition(input, limits));
+  for (;;) {
+    signal.throwIfAborted();
+    const known = readIfPrivate(path).trim();
+    if (known.includes(`/${input.family}:`)) return known;
+    const unlock = lockFamily(path, wallTime());
+    if (!unlock) {
+      if (now() > until)
+        throw new Failure("system", `${input.family} was not registered within StartTimeout`);
+      await sleep(100 + 100 * Math.random(), signal);
+      continue;
+    }
+    try {
+      const minPause = (error: unknown) => (isThrottling(error) ? 1_000 : 0);
+      const arn = await retry(findOrRegister, { until, now, signal, minPause });
+      try {
+        writeDurably(path, `${arn}\n`, fs.renameSync);
+      } catch (error) {
+        log.debug("{path} cannot be written: {reason}", { path, reason: reasonOf(error) });
+      }
+      return arn;
+    } finally {
+      unlock();
+    }
+  }
+}
+
+/** A task with containers of the job: what `startTask` and the later steps of prepare need. */
+interface JobTask {
+  readonly plan: ImagePlan;
+  readonly family: string; // of the derived definition
+  readonly overrides: ContainerOverride[]; // variables of the services
+  readonly logs: Readonly<Record<string, string>>; // log group and stream of each container, without the task's id
+  readonly knownPorts: ReadonlySet<number>; // of the configured definition's containers
+}
+
+/**
+ * Prepares the job's `image:` and `services:`: finds or registers the task definition.
+ * @returns the context to start the task with: the same if the job uses no keyword
+ * @throws {Failure} of the job, if something is not allowed or does not fit
+ */
+async function prepareImages(context: Context, aws: Aws, until: number): Promise<Context> {
+  const { config, log, signal } = context;
+  const plan = planImages(context);
+  if (!plan) return context;
+  for (const what of plan.unused) log.warn("no effect: {what}", { what });
+  const TaskDefinition = plan.taskDefinition ?? config.Fargate.TaskDefinition;
+  const mapped: Context = {
+    ...context,
+    config: { ...config, Fargate: { ...config.Fargate, TaskDefinition } },
+  };
+  if (!plan.build && plan.services.length === 0) return mapped;
+  const base = await aws.describeTaskDefinition(TaskDefinition, { until, signal });
+  if (!base)
+    throw new Failure("system", `task definition ${TaskDefinition} does not exist`, {
+      problem: "definition",
+    });
+  const refusal = refuseDefinition(base, plan);
+  if (refusal)
+    throw new Failure("system", `${TaskDefinition} cannot be used with image: and services:: ${refusal}`);
+  checkPlan(base, plan, config.SSH.Port);
+  const overrides = serviceOverrides(context, plan);
+  const input = deriveDefinition(base, plan, mapped.config);
+  const taskDefinition = await registerDefinition(mapped, aws, input, until);
+  const images = [plan.build, ...plan.services].flatMap((container) =>
+    container ? nameOfImage(container.image) : [],
+  );
+  const unused = "ECS pulls them, without the job's registry credentials and DOCKER_AUTH_CONFIG";
+  log.info("Images: {images}. {unused}", { images: images.join(", "), unused });
+  const known = (base.containerDefinitions ?? []).flatMap(({ portMappings = [] }) => portMappings);
+  const jobTask: JobTask = {
+    ...{ plan, family: `${input.family}`, overrides, logs: logStreams(input) },
+    knownPorts: new Set(known.flatMap(({ containerPort }) => containerPort ?? [])),
+  };
+  const Fargate = { ...mapped.config.Fargate, TaskDefinition: taskDefinition };
+  return { ...mapped, config: { ...config, Fargate }, jobTask };
+}
+
+/** Problems of an image that its job has chosen. */
+const IMAGE_FAULTS: readonly (Problem | undefined)[] = ["pull", "architecture", "command"];
+
+/**
+ * Starts the task with the job's containers and waits for a login. If ECS no longer accepts the definition,
+ * which another host may have deregistered, registers it once more.
+ * @returns `placed`: the context that the task was started with
+ */
+async function startWithImages(context: Context, aws: Aws, record: TaskRecord, key: KeyPair, begun: number) {
+  const until = begun + context.config.Fargate.StartTimeout * 1000;
+  let placed = await prepareImages(context, aws, until);
+  const { jobTask } = placed;
+  try {
+    return { ...(await startUntilReady(placed, aws, record, key, begun)), placed };
+  } catch (error) {
+    const { operation, problem, containers = [] } = causeOf(error);
+    const own = [jobTask?.plan.build, ...(jobTask?.plan.services ?? [])].map((container) => container?.name);
+    const isOfJob = containers.length > 0 && containers.every((name) => own.includes(name));
+    if (isOfJob && IMAGE_FAULTS.includes(problem))
+      throw new Failure("build", `an image of this job cannot be used: ${reasonOf(error)}`, causeOf(error));
+    const isGone = operation === "ecs:RunTask" && problem === "definition" && !record.Unanswered;
+    if (!jobTask || !isGone) throw error;
+    context.log.debug("{reason}; registering it again", { reason: reasonOf(error) });
+    removeQuietly(definitionPath(context.config, jobTask.family));
+    placed = await prepareImages(context, aws, until);
+    return { ...(await startUntilReady(placed, aws, record, key, begun)), placed };
+  }
+}
+
+/** The ports of a service: HEALTHCHECK_TCP_PORT of its own variables, or `ports`. */
+function portsOf({ variables, ports }: Keyword): number[] {
+  const declared = Number(variables.find(({ key }) => key === "HEALTHCHECK_TCP_PORT")?.value);
+  const isPort = (port: number) => Number.isInteger(port) && port > 0 && port < 65_536;
+  return [
+    ...new Set(isPort(declared) ? [declared] : (ports ?? []).map(({ number }) => number).filter(isPort)),
+  ];
+}
+
+/**
+ * Expands `$NAME` and `${NAME}` as GitLab Runner does: once, an unknown name to nothing, and `$$` to `$`.
+ * @returns `secrets`: the names of secret variables that the value contains
+ */
+function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Variable>) {
+  const secrets = new Set<string>();
+  const use = (name: string, depth: number): string => {
+    const found = all.get(name);
+    if (!found || found.file) return "";
+    if (isSecret(found)) secrets.add(name);
+    return found.raw || depth > 10 ? found.value : expand(found.value, depth + 1);
+  };
+  const expand = (text: string, depth: number): string =>
+    text.replace(
+      /\$(?:(\$)|(\w+)|\{(\w+)\})/g,
+      (_, dollar, plain, braced) => dollar ?? use(plain ?? braced, depth),
+    );
+  return { value: raw ? value : expand(value, 0), secrets: [...secrets] };
+}
+
+/** GitLab marks the variables of its settings as not public. Those of .gitlab-ci.yml are public, never masked. */
+const isSecret = (variable: Variable): boolean => !variable.public || variable.masked;
+const isPredefined = (name: string): boolean => /^(CI|GITLAB|FF)_/.test(name) || name === "CI";
+/** Names that the driver or ECS sets. A service must not pass for the task's container. */
+const isReserved = (name: string): boolean => /^(FARGATE_|ECS_|AWS_CONTAINER_)|^SSH_PUBLIC_KEY$/.test(name);
+
+/**
+ * The variables of each service, as overrides of RunTask: its own, then the job's public ones, then GitLab's
+ * predefined ones while there is room. Anybody who may call DescribeTasks can read them, so none contains
+ * a secret variable.
+ * @throws {Failure} of the job, if the first two groups do not fit, or a service's variable uses a secret
+ */
+function serviceOverrides({ config, log }: Context, plan: ImagePlan): ContainerOverride[] {
+  const all = new Map(plan.variables.map((variable) => [variable.key, variable])); // the last one counts
+  const expanded = [...all.values()]
+    .filter((variable) => !isSecret(variable) && !variable.file && !isReserved(variable.key))
+    .map((variable) => ({ name: variable.key, ...expandVariable(variable, all) }));
+  const hidden = expanded.filter(({ secrets }) => secrets.length > 0).map(({ name }) => name);
+  const open = expanded.filter(({ secrets }) => secrets.length === 0);
+  const own = open.filter(({ name }) => !isPredefined(name));
+  const services = plan.services.map(({ name, keyword }) => {
+    const environment = new Map(own.map((variable) => [variable.name, variable.value]));
+    for (const variable of keyword.variables.filter(({ key }) => !isReserved(key))) {
+      const { value, secrets } = expandVariable(variable, all);
+      const uses = `services: ${keyword.name}: its variable ${variable.key} contains ${secrets.join(", ")}`;
+      const refused = "secret variables are passed to services only with SecretsInServices";
+      if (secrets.length > 0 && !config.JobImage.SecretsInServices)
+        throw new Failure("build", `${uses}; ${refused}`);
+      environment.set(variable.key, value);
+    }
+    return { name, environment };
+  });
+  const overrides = () =>
+    services.map(({ name, environment }) => ({
+      name,
+      environment: [...environment].map(([name, value]) => ({ name, value })),
+    }));
+  const limit = MAX_OVERRIDES - COORDINATOR_OVERRIDE;
+  const size = Buffer.byteLength(JSON.stringify(overrides()));
+  const tooLong = `the variables of services: take ${size} characters; ECS accepts ${limit} for all of a task`;
+  if (size > limit) throw new Failure("build", tooLong);
+  let [left, used] = [0, size];
+  for (const { name, value } of open.filter(({ name }) => isPredefined(name))) {
+    const missing = services.filter(({ environment }) => !environment.has(name));
+    const length = missing.length * (Buffer.byteLength(JSON.stringify({ name, value })) + 1);
+    if (used + length > limit) left++;
+    else for (const { environment } of missing) environment.set(name, value);
+    if (used + length <= limit) used += length;
+  }
+  if (services.length > 0 && left > 0)
+    log.info("{left} predefined variables are not passed to services: ECS limits their length", { left });
+  if (services.length > 0 && hidden.length > 0)
+    log.info("Not passed to services, since they contain secrets: {names}", { names: hidden.join(", ") });
+  return overrides();
+}
+
+/** Where the output of each container goes: log group and stream without the task's id, with awslogs. */
+function logStreams({
+  containerDefinitions = [],
+}: RegisterTaskDefinitionCommandInput): Record<string, string> {
+  const entries = containerDefinitions.flatMap(({ name = "", logConfiguration: log }) => {
+    const { "awslogs-group": group, "awslogs-stream-prefix": prefix } = log?.options ?? {};
+    return log?.logDriver === "awslogs" && group ? [[name, `${group} ${prefix}/${name}/`]] : [];
+  });
+  return Object.fromEntries(entries);
+}
+
+/**
+ * The first process of the container `build`. It needs sh, cat, sleep and kill. Each script has a directory
+ * in the shared volume, named after its mark and its shell, with named pipes: `in` for the script and the
+ * mark, `out` and `err` for its output, `exit` for its exit code, `gone` for the end of a cancel. Some rules:
+ *  - Workers wait for a line in `calls`; the first to claim a directory serves it. They are parts of a
+ *    pipeline, because a shell makes processes in the background ignore SIGINT, which scripts need.
+ *  - The first process only restarts workers, and reaps processes. A script cannot end it: a signal without
+ *    a handler does nothing to process 1 of a container, and SIGTERM may be meant for a process group.
+ *  - The script runs only if its mark has arrived, and starts in the shell that evaluates it.
+ *  - The exit code comes after the last filter behind a process substitution, such as `tee`, has ended. If
+ *    any other process holds the pipes open, the file `held` tells the relay not to wait for their end.
+ *  - A cancel sends SIGTERM to all processes but the workers, and SIGKILL after the grace period.
+ */
+const AGENT = `
+# Runs the scripts of a GitLab CI job, which its container ci-coordinator passes on.
+link=${LINK}
+if [ $$ -ne 1 ]; then
+  echo "fargate: the entry point runs this as process $$, not as process 1" >&2
+  echo $$ >$link/refused
+  exit 1
+fi
+# Reads the script up to its mark, then evaluates it in the same shell.
+boot='FARGATE_SCRIPT=$(cat); case $FARGATE_SCRIPT in *"$FARGATE_MARK") ;; *) exit 1;; esac
+exec </dev/null; FARGATE_SCRIPT=\${FARGATE_SCRIPT%"$FARGATE_MARK"}; unset FARGATE_MARK
+eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT"'
+pause() { sleep 0.1 || sleep 1; }
+# Whether a process holds the output of call $1 open; with "filter", one that reads from a pipe.
+holds() {
+  for p in /proc/[0-9]*; do
+    for f in 1 2; do
+      if [ $p/fd/$f -ef $1/out ] || [ $p/fd/$f -ef $1/err ]; then
+        if [ $2 = any ] || [ -p $p/fd/0 ]; then return 0; fi
+      fi
+    done
+  done
+  return 1
+}
+# Whether there are processes besides this program's own, which hold the pipe "calls".
+others() {
+  for p in /proc/[0-9]*; do
+    if [ $p != /proc/1 ] && ! [ $p/fd/3 -ef $link/calls ] && [ -e $p ]; then return 0; fi
+  done
+  return 1
+}
+# Waits while "$@" holds, for at most $limit tenths of a second.
+wait_while() { while [ $limit -gt 0 ] && "$@"; do pause; limit=$((limit - 1)); done; }
+serve() (
+  trap : HUP INT QUIT TERM
+  exec 4<>$1/exit
+  name=\${1##*/} shell=\${1##*.}
+  (
+    exec <$1/in >$1/out 2>$1/err 3>&-
+    echo accepted >&4
+    exec 4>&-
+    export FARGATE_MARK=\${name%.*}
+    exec $shell -c "$boot" $shell
+  )
+  code=$? limit=100
+  wait_while holds $1 filter
+  if holds $1 any; then : >$1/held; fi
+  echo $code >&4
+)
+cancel() {
+  read -r grace <$1/cancel
+  kill -TERM -1
+  limit=$((grace * 10))
+  wait_while others
+  if others; then kill -KILL -1; fi
+  limit=20
+  wait_while others
+  echo gone >$1/gone
+}
+claim() { (set -C; : >$1); }
+worker() {
+  trap : HUP INT QUIT TERM
+  while :; do
+    for call in $link/*.bash $link/*.sh; do
+      if ! [ -p $call/in ]; then continue; fi
+      if [ -e $call/cancel ]; then
+        # Ends after it: SIGKILL may have ended the other workers, and a new pipeline replaces them all.
+        if claim $call/cancelled; then cancel $call; exit; fi
+      elif claim $call/taken; then serve $call
+      fi
+    done
+    read -r line <&3
+  done
+}
+trap : HUP INT QUIT TERM
+exec 3<>$link/calls
+while :; do worker | worker | worker | worker; done 2>/dev/null`.trim();
+
+/** Quotes bytes for a POSIX shell. */
+const shellQuote = (bytes: Buffer): Buffer =>
+  Buffer.from(`'${bytes.toString("latin1").replaceAll("'", "'\\''")}'`, "latin1");
+
+/**
+ * The script that passes another script on to the agent, and ends as that one ended. Needs mkfifo.
+ *
+ * It opens its ends of the pipes before it calls the agent, so that no side blocks on a missing one, and sends
+ * the script only after the agent has accepted it: otherwise, a script could run whose relay has given up. When
+ * the agent's process ends, the pipe `exit` ends, too. The file `failed` then states why there is no exit code;
+ * `code` confirms one other than 0.
+ */
+function relayScript(script: Buffer, mark: string, shell: "bash" | "sh", grace: number): Buffer {
+  const text = RELAY.replaceAll("@CALL@", `${LINK}/${mark}.${shell}`).replaceAll("@GRACE@", `${grace}`);
+  const [before = "", after = ""] = text.split("@SCRIPT@");
+  return Buffer.concat([Buffer.from(before), shellQuote(script), Buffer.from(` ${mark}${after}`)]);
+}
+const RELAY = `
+d=@CALL@
+umask 0
+mkdir $d && mkfifo $d/in $d/out $d/err $d/exit $d/gone || exit 1
+# Both ends of each pipe, until the agent has opened its own; then only the ends to read from.
+exec 3<>${LINK}/calls 5<>$d/in 6<>$d/out 7<>$d/err 9<>$d/exit
+exec 0<$d/exit 4<$d/out 8<$d/err
+(trap "" TERM; exec cat <&4 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-) & a=$!
+(trap "" TERM; exec cat <&8 >&2 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-) & b=$!
+cancel() {
+  exec 3<>${LINK}/calls 6<>$d/gone
+  echo @GRACE@ >$d/grace && mv $d/grace $d/cancel
+  echo >&3
+  read -r s <&6
+}
+trap cancel TERM
+# bash reports a process that a signal has ended, unless its standard error leads elsewhere meanwhile.
+end() { { kill -KILL "$@"; wait "$@"; } 2>/dev/null; }
+drain() {
+  trap : USR1
+  (sleep $1; kill -USR1 $$) >/dev/null 2>&1 4>&- 8>&- 9>&- & t=$!
+  wait $a $b
+  end $t
+}
+(sleep ${ACCEPT_SECONDS} 9>&-; echo late >&9) >/dev/null 2>&1 4>&- 5>&- 6>&- 7>&- 8>&- & t=$!
+if [ -e ${LINK}/refused ]; then echo refused >&9; else echo >&3; fi
+read -r s
+end $t
+if [ "$s" != accepted ]; then
+  if [ -e ${LINK}/refused ]; then s=refused; fi
+  echo $s >$d/failed
+  end $a $b
+  exit 1
+fi
+(exec >$d/in 3>&- 5>&- 6>&- 7>&- 9>&-; printf %s%s @SCRIPT@) 2>/dev/null &
+exec 3>&- 5>&- 6>&- 7>&- 9>&- 9<&0
+(trap "" TERM; read -r c <&9 && exit $c; echo dead >$d/failed) & e=$!
+while wait $e; c=$?; kill -0 $e 2>/dev/null; do :; done
+if [ -e $d/failed ]; then drain 2; exit 1; fi
+if [ ! -e $d/held ]; then drain 10; fi
+if [ $c = 0 ]; then rm -rf $d; else echo $c >$d/code; fi
+exit $c`.trim();
+
+/** The end of a script in `build`. late: not sent. refused: the agent is not process 1. dead: its process has ended */
+type BuildOutcome = Outcome | { readonly ended: "late" | "refused" | "dead" };
+type Sinks = Pick<Context, "signal" | "log"> & OutputSinks;
+
+/** Runs a script in the container `build`, by a relay in the coordinator. @throws {Failure} */
+async function callBuild(
+  connection: Connection,
+  shell: "bash" | "sh",
+  script: Buffer,
+  shells: Shells,
+  context: Sinks,
+): Promise<BuildOutcome> {
+  const { target } = connection;
+  const grace = target.CancelGracePeriod;
+  const mark = randomBytes(16).toString("hex");
+  // The relay must outlive the script's grace period.
+  const own = { ...connection, target: { ...target, CancelGracePeriod: grace + 1, PassEnvironment: [] } };
+  const outcome = await runScript(own, relayScript(script, mark, shell, grace), shells, context);
+  if (outcome.ended !== "exited" || outcome.code === 0) return outcome;
+  const directory = `${LINK}/${mark}.${shell}`;
+  const program = `cat ${directory}/failed ${directory}/code 2>/dev/null; rm -rf ${directory}`;
+  const answer = (await runCommand(own, program, context.signal)).trim();
+  if (answer === "late" || answer === "refused" || answer === "dead") return { ended: answer };
+  if (answer === `${outcome.code}`) return outcome;
+  throw new Failure(
+    "system",
+    `the relay to container ${BUILD_CONTAINER} ended with exit code ${outcome.code}`,
+  );
+}
+
+/** Collects a script's output. */
+function collectOutput() {
+  const parts: Buffer[] = [];
+  const write: OutputSink["write"] = (part, done) => {
+    parts.push(part);
+    done();
+  };
+  return { sinks: { stdout: { write }, stderr: { write } }, text: () => Buffer.concat(parts).toString() };
+}
+
+const findContainer = (task: Task | undefined, name: string) =>
+  task?.containers?.find((container) => container.name === name);
+const hasEnded = (container: Container | undefined): boolean =>
+  container?.lastStatus === "STOPPED" || container?.exitCode !== undefined || Boolean(container?.reason);
+
+/** A container's exit code and reason, in ECS's words. */
+const explainContainer = ({ exitCode, reason }: Container): string =>
+  [exitCode === undefined ? "no exit code" : `exit code ${exitCode}`, reason].filter(Boolean).join(", ");
+
+/** Names that GitLab gives a service: of its image, without port and version, and its aliases. */
+function hostNames({ name, alias }: Keyword): string[] {
+  const { host, hasHost, path } = splitImage(name);
+  const plain = hasHost ? `${host.replace(/:\d+$/, "")}/${path}` : path;
+  const names = [plain.replaceAll("/", "__"), plain.replaceAll("/", "-"), ...(alias ?? "").split(/[\s,]+/)];
+  return [...new Set(names.filter((name) => /^[\w.-]{1,253}$/.test(name)))];
+}
+
+/** Shell code that prints the user's id, and makes names of services resolve if /etc/hosts is writable. */
+function greeting(names: readonly string[]): string {
+  const hosts = `{ echo "127.0.0.1 ${names.join(" ")}" >>/etc/hosts; } 2>/dev/null || h=no`;
+  return [
+    "u=0; h=ok; while read -r k v w; do case $k in Uid:) u=$v;; esac; done </proc/self/status;",
+    ...(names.length > 0 ? [`${hosts};`] : []),
+    'b=sh; command -v bash >/dev/null && b=bash; echo "fargate-hello $u $h $b"',
+  ].join(" ");
+}
+const readGreeting = (output: string) => {
+  const [, user, hosts, shell] = /fargate-hello (\d+) (ok|no) (bash|sh)/.exec(output) ?? [];
+  return user ? { user: Number(user), canResolve: hosts === "ok", shell: shell as "bash" | "sh" } : undefined;
+};
+
+/** git's configuration for containers with different users: it must not refuse the other's directories. */
+const GIT_CONFIG = "[include]\\n\\tpath = /etc/gitconfig\\n[safe]\\n\\tdirectory = *\\n";
+
+/**
+ * Waits until the container `build` has answered and the services are ready. Completes the record.
+ * @throws {Failure} if a container has ended, or there is no answer until StartTimeout
+ */
+async function joinContainers(
+  context: Context,
+  aws: Aws,
+  record: TaskRecord,
+  connection: Connection,
+  begun: number,
+): Promise<void> {
+  const { jobTask, log, signal, config } = context;
+  if (!jobTask) return;
+  const until = begun + config.Fargate.StartTimeout * 1000;
+  const { plan, logs } = jobTask;
+  const names = plan.services.flatMap(({ keyword }) => hostNames(keyword));
+  const gitConfig = plan.build ? `printf "${GIT_CONFIG}" >${LINK}/gitconfig; ` : "";
+  const answer = await runCommand(connection, gitConfig + greeting(names), signal);
+  const coordinator = readGreeting(answer);
+  const build = plan.build && (await greetBuild(context, aws, record, connection, names, until));
+  const unresolved = [
+    coordinator?.canResolve ? "" : CONTAINER,
+    build?.canResolve === false ? BUILD_CONTAINER : "",
+  ];
+  const where = unresolved.filter(Boolean).join(" and ");
+  if (names.length > 0 && where)
+    log.warn("in {where}, names of services do not resolve: use localhost (/etc/hosts is not writable)", {
+      where,
+    });
+  if (build && coordinator)
+    record.Build = { Shell: build.shell, User: build.user, CoordinatorUser: coordinator.user };
+  record.Services = plan.services.map(({ name, keyword }) => ({
+    ...{ Container: name, Image: keyword.name.slice(0, 300), Log: logs[name] ?? "" },
+  }));
+  if (plan.services.length > 0) await waitForServices(context, aws, record, connection, until);
+}
+
+/** Waits until the agent answers. @throws {Failure} of the job, if its container cannot run it */
+async function greetBuild(
+  context: Context,
+  aws: Aws,
+  record: TaskRecord,
+  connection: Connection,
+  names: readonly string[],
+  until: number,
+) {
+  const { now, signal, jobTask } = context;
+  const image = jobTask?.plan.build?.keyword.name;
+  const script = Buffer.from(`${greeting(names)}\n`);
+  const shells: Shells = { interpreter: record.Interpreter, loginShell: record.LoginShell };
+  for (;;) {
+    const output = collectOutput();
+    const outcome = await callBuild(connection, "sh", script, shells, { ...context, ...output.sinks });
+    const answer = outcome.ended === "exited" ? readGreeting(output.text()) : undefined;
+    if (answer) return answer;
+    if (outcome.ended === "lost") throw new SshFailure("unreachable", outcome.reason);
+    const entryPoint = `the entry point of image: ${image} does not end in exec; set entrypoint: [""]`;
+    if (outcome.ended === "refused") throw new Failure("build", entryPoint);
+    const unusable = `image: ${image} cannot run scripts: it needs sh, cat, sleep and kill: ${output.text()}`;
+    if (outcome.ended === "exited") throw new Failure("build", unusable.slice(0, 1_000));
+    const task = await aws.describeTask(record.TaskARN, { until, signal });
+    if (!task || isEnding(task)) throw stoppedEarly(task ?? {});
+    const container = findContainer(task, BUILD_CONTAINER);
+    if (container && hasEnded(container)) {
+      const text = `the container of image: ${image} has ended: ${explainContainer(container)}`;
+      throw new Failure("build", text, recognize("", container.reason));
+    }
+    if (now() > until)
+      throw new Failure("system", `the container of image: ${image} did not answer within StartTimeout`);
+  }
+}
+
+/** The ports with a listener, in the text of /proc/net/tcp and tcp6. Pure. */
+const listeningPorts = (text: string): Set<number> =>
+  new Set([...text.matchAll(/^ *\d+: \S+:([0-9A-F]{4}) \S+ 0A /gm)].map(([, port]) => Number(`0x${port}`)));
+
+const SERVICE_WAIT_MS = 30_000; // from the start of all services until prepare no longer waits for their ports
+const SERVICE_POLL_MS = 500;
+
+/** Asks ECS about the services. Warns of those that have ended, and no longer waits for them. */
+async function pollServices(
+  context: Context,
+  aws: Aws,
+  record: TaskRecord,
+  waiting: Map<string, JobContainer>,
+  until: number,
+): Promise<Task> {
+  const { signal, log } = context;
+  const task = await aws.describeTask(record.TaskARN, { until, signal });
+  if (!task || isEnding(task)) throw stoppedEarly(task ?? {});
+  if (findContainer(task, CONTAINER)?.healthStatus === "UNHEALTHY")
+    throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
+  for (const name of warnOfEndedServices(log, record, task)) waiting.delete(name);
+  return task;
+}
+
+/** Warns of each service that has ended. @returns the names of their containers */
+function warnOfEndedServices(log: Logger, { Services = [], TaskARN }: TaskRecord, task: Task): string[] {
+  const ended = Services.flatMap((service) => {
+    const container = findContainer(task, service.Container);
+    return container && hasEnded(container) ? [{ ...service, reason: explainContainer(container) }] : [];
+  });
+  for (const { Image, Log, reason } of ended) {
+    const where = Log ? `; its log: ${Log}${TaskARN.split("/").at(-1)}` : "";
+    log.warn("the service {Image} has ended: {reason}{where}", { Image, reason, where });
+  }
+  return ended.map(({ Container }) => Container);
+}
+
+/** Waits until each service listens, or has ended. Warns of those that do not. */
+async function waitForServices(
+  context: Context,
+  aws: Aws,
+  record: TaskRecord,
+  connection: Connection,
+  until: number,
+): Promise<void> {
+  const { config, log, now, signal, jobTask } = context;
+  const waiting = new Map(jobTask?.plan.services.map((service) => [service.name, service]));
+  const ports = [...waiting.values()].map(({ keyword }) => portsOf(keyword));
+  const known = new Set([config.SSH.Port, ...(jobTask?.knownPorts ?? []), ...ports.flat()]);
+  const images = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
+  log.info("Waiting for services: {images}", { images });
+  const begun = now();
+  let startedAt = Infinity;
+  let nextPoll = 0;
+  while (waiting.size > 0) {
+    let canHaveServices = true;
+    if (now() >= nextPoll) {
+      nextPoll = now() + pollPause(now() - begun, false, Math.random(), aws.throttled);
+      const task = await pollServices(context, aws, record, waiting, until);
+      canHaveServices = findContainer(task, CONTAINER)?.healthStatus === "HEALTHY";
+      const all = [...waiting.keys()].map((name) => findContainer(task, name));
+      if (all.every((container) => container?.lastStatus === "RUNNING"))
+        startedAt = Math.min(startedAt, now());
+    }
+    const program = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null";
+    const open = listeningPorts(await runCommand(connection, program, signal));
+    // Services start when the coordinator is healthy: earlier listeners belong to other containers.
+    if (!canHaveServices) for (const port of open) known.add(port);
+    const others = [...open].filter((port) => !known.has(port)).length;
+    const silent = [...waiting.values()].filter(({ keyword }) => portsOf(keyword).length === 0).length;
+    for (const [name, { keyword }] of waiting) {
+      const own = portsOf(keyword);
+      const isReady = own.length > 0 ? own.every((port) => open.has(port)) : others >= silent;
+      if (isReady) waiting.delete(name);
+    }
+    const late = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
+    if (late && now() > Math.min(startedAt + SERVICE_WAIT_MS, until)) {
+      log.warn("services do not listen after {seconds} s: {late}", { seconds: SERVICE_WAIT_MS / 1000, late });
+      return;
+    }
+    if (waiting.size > 0) await sleep(SERVICE_POLL_MS, signal);
+  }
+  log.info("Services are ready ({seconds} s)", { seconds: Math.round((now() - begun) / 1000) });
+}
+
+/** Stages whose scripts run in the job's own image. */
+const isBuildStage = (stage: string): boolean => /^(build_script|after_script|step_.+)$/.test(stage);
+
+/**
+ * Shell code that lets both containers use each other's files, if their users differ.
+ * @param self the user that it runs as: root corrects the modes of files that the other could not write
+ */
+function shareFiles({ Build }: TaskRecord, { JobImage }: Config, self: number, isBuild: boolean): string {
+  if (!Build || Build.User === Build.CoordinatorUser) return "";
+  const open = `find ${JobImage.BuildsDirectory} ! -type l ! -perm -0666 -exec chmod a+rwX {} + 2>/dev/null`;
+  const atEnd = self === 0 && isBuild ? `trap 'c=$?; ${open}; exit $c' 0; ` : "";
+  return `umask 0; export GIT_CONFIG_SYSTEM="\${GIT_CONFIG_SYSTEM:-${LINK}/gitconfig}"; ${atEnd}\n`;
+}
+
+/** Runs a stage's script where it belongs. Without containers of the job, in the coordinator as it is. */
+async function runJobScript(scriptRun: ScriptRun, connection: Connection): Promise<Outcome> {
+  const { context, record, script, stage, shells } = scriptRun;
+  const { Build, Services = [] } = record;
+  if (!Build && Services.length === 0) return runScript(connection, script, shells, context);
+  const share = shareFiles(record, context.config, Build?.CoordinatorUser ?? 0, false);
+  const shared = share ? Buffer.concat([Buffer.from(share), script]) : script;
+  const outcome =
+    Build && isBuildStage(stage)
+      ? await runInBuild(scriptRun, Build, connection)
+      : await runScript(connection, shared, shells, context);
+  if (outcome.ended !== "exited" || outcome.code === 0 || Services.length === 0) return outcome;
+  const limits = { until: context.now() + 5_000, signal: context.signal };
+  const task = await new Aws(record, context).describeTask(record.TaskARN, limits).catch(() => undefined);
+  if (task) warnOfEndedServices(context.log, record, task);
+  return outcome;
+}
+
+const BUILD_END_MS = 5_000; // how long ECS may take to learn of the end of a container
+
+/** Runs a script in the container `build`. If that has ended, the job is at fault: its task still runs. */
+async function runInBuild(
+  scriptRun: ScriptRun,
+  build: NonNullable<TaskRecord["Build"]>,
+  connection: Connection,
+): Promise<Outcome> {
+  const { context, record, script, stage, shells } = scriptRun;
+  const { log, now, signal, config } = context;
+  const until = now() + config.SSH.ConnectTimeout * 1000;
+  const prefix = shareFiles(record, config, build.User, true);
+  const shell = interpreterOf(script, build.Shell);
+  const text = prefix ? Buffer.concat([Buffer.from(prefix), script]) : script;
+  for (;;) {
+    const outcome = await callBuild(connection, shell, text, shells, context);
+    if (outcome.ended === "lost") return outcome;
+    if (outcome.ended === "exited") {
+      if (outcome.code !== 137) return outcome;
+      const counters = () => readInBuild(scriptRun, connection, MEMORY_COUNTERS);
+      await explainKill(context, record, counters, stage);
+      return { ...outcome, isExplained: true };
+    }
+    const container = await findBuildEnd(context, record, outcome.ended === "dead" ? BUILD_END_MS : 0);
+    if (container || outcome.ended === "dead") {
+      const what = container ? explainContainer(container) : "its processes were killed";
+      log.error("the container of image: has ended while {stage} ran: {what}", { stage, what });
+      const advice = recognize("", container?.reason).problem;
+      if (advice) log.error("what to do: {advice}", { advice: ADVICE[advice] });
+      return { ended: "exited", code: container?.exitCode || 137, isExplained: true };
+    }
+    if (now() > until)
+      throw new Failure(
+        "system",
+        `${stage} did not begin: the container ${BUILD_CONTAINER} accepts no script`,
+      );
+    await sleep(1_000, signal);
+  }
+}
+
+/** The output of a short script in the container `build`; "" if it fails. */
+async function readInBuild(
+  { context, shells }: ScriptRun,
+  connection: Connection,
+  program: string,
+): Promise<string> {
+  const output = collectOutput();
+  const own = { ...context, ...output.sinks };
+  await callBuild(connection, "sh", Buffer.from(program), shells, own).catch(() => undefined);
+  return output.text();
+}
+
+/** The container `build`, if ECS knows that it has ended. @throws {Failure} if the whole task has */
+async function findBuildEnd(
+  context: Context,
+  record: TaskRecord,
+  patience: number,
+): Promise<Container | undefined> {
+  const { now, signal } = context;
+  const aws = new Aws(record, context);
+  for (const begun = now(); ; ) {
+    const limits = { until: now() + 3_000, signal };
+    const task = await aws.describeTask(record.TaskARN, limits).catch(() => undefined);
+    if (task && isEnding(task))
+      throw new Failure("system", `the task stopped: ${explainStop(task)}`, stopCause(task));
+    const container = task && findContainer(task, BUILD_CONTAINER);
+    if (container && hasEnded(container)) return container;
+    if (now() > begun + patience - 1_000) return undefined;
+    await sleep(1_000, signal);
+  }
+}
+
+const DEFINITION_AGE = 7 * 86_400; // seconds after which sweep deregisters an unused definition
+const MAX_DEREGISTERED = 10; // per sweep: jobs need the same rate to register theirs
+const DatesSchema = v.record(v.string(), v.number());
+
+/** The part of sweep for derived definitions: deregisters old ones that no task of the cluster uses. */
+async function sweepDefinitions({
+  context,
+  aws,
+  listed,
+  report,
+  limits,
+  attempt,
+  hasDirectory,
+}: Sweep): Promise<void> {
+  const { JobImage: f, TaskMetadata, Fargate } = context.config;
+  if (f.AllowedImages.length + f.AllowedServices.length === 0) return;
+  const bases = [Fargate, ...f.TaskDefinitions].map(({ TaskDefinition: name }) =>
+    name.replace(/^.*\//, "").replace(/:\d+$/, "").slice(0, 218),
+  );
+  const path = join(TaskMetadata.Directory, ".definition-dates");
+  await attempt(async () => {
+    const all = await aws.listTaskDefinitions(limits());
+    const own = all.filter((arn) => {
+      const [, family = ""] = /\/([\w-]+):\d+$/.exec(arn) ?? [];
+      return DERIVED_FAMILY.test(family) && bases.includes(family.slice(0, -"-job-".length - 32));
+    });
+    const text = readIfPrivate(path);
+    const known = v.parse(v.fallback(DatesSchema, {}), text ? JSON.parse(text) : {});
+    const dates: Record<string, number> = {};
+    for (const arn of own) {
+      const read = async () =>
+        (await aws.describeTaskDefinition(arn, limits()))?.registeredAt?.getTime() ?? Infinity;
+      dates[arn] = known[arn] ?? (await read()) / 1000;
+    }
+    const isUsed = (arn: string) => listed.some((task) => task.taskDefinitionArn === arn && !isEnding(task));
+    const limit = context.wallTime() / 1000 - DEFINITION_AGE;
+    const old = own.filter((arn) => (dates[arn] ?? Infinity) < limit && !isUsed(arn));
+    for (const arn of old.slice(0, MAX_DEREGISTERED)) {
+      if (!report.dryRun) await aws.deregisterTaskDefinition(arn, limits());
+      report.deregistered?.push(arn);
+      delete dates[arn];
+      const [, family = ""] = /\/([\w-]+):\d+$/.exec(arn) ?? [];
+      if (!report.dryRun) removeQuietly(definitionPath(context.config, family));
+    }
+    if (hasDirectory && !report.dryRun) writeDurably(path, JSON.stringify(dates), fs.renameSync);
+  });
+}
+
+// 13. Command line --------------------------------------------------------------------------------------
 // Parses the arguments, builds a command's context, and turns its result into an exit code. Uses all sections
 // above. Must not decide anything about a task. Only this section passes process.env on and handles signals.
 
@@ -4730,7 +6122,8 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
     const invocation = parseStage(argv) ?? parseCommandLine(argv, await import("commander"));
     if (!invocation) return 0;
     if (invocation.command === "config") {
-      writeWhole(1, `${configAnswer(readJob(env))}\n`);
+      const job = readJob(env);
+      writeWhole(1, `${configAnswer(job, hostname(), readDirectories(invocation, job, env))}\n`);
       return 0;
     }
     if (invocation.runners) {
@@ -4753,6 +6146,19 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
     for (const line of lines) log.fatal(line);
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
     return exitCode(failure.kind, env);
+  }
+}
+
+/** builds_dir and cache_dir of a job with its own image. Any problem is left to prepare, which reports it. */
+function readDirectories({ config: path, options }: Invocation, job: Job | undefined, env: Environment) {
+  try {
+    const file = job?.imageNames?.length ? fs.readFileSync(path, "utf8") : "";
+    // Without the table, this stage needs no setting.
+    return job && /jobimage/i.test(file)
+      ? imageDirectories({ ...readConfig(file, path, options, env), job, env })
+      : undefined;
+  } catch {
+    return undefined;
   }
 }
 
@@ -4871,47 +6277,68 @@ export type {
   TaskRecord,
 };
 export {
+  AGENT,
   Aws,
   adviceFor,
   awsFailure,
   CONTAINER,
   ConfigSchema,
+  callBuild,
+  canonical,
+  checkPlan,
   cleanup,
   configAnswer,
   connect,
   createDirectory,
   createLock,
+  deriveDefinition,
   encodeEd25519,
   exitCode,
+  expandVariable,
   explainStop,
   Failure,
   findPipeHolders,
   findShells,
   formatRecord,
   formatSweep,
+  hostNames,
+  imageDirectories,
   interfaceOf,
   interpreterOf,
+  isSameDefinition,
   judgeTask,
   keyPairOf,
+  listeningPorts,
   makeKeyPair,
   makeLogger,
   managerId,
+  matchesImage,
   Preamble,
   parseCommandLine,
+  parseImage,
+  parseImagePattern,
   parseStage,
+  planImages,
   pollPause,
+  portsOf,
   prepare,
   readConfig,
   readJob,
   readLocks,
   readRecord,
   recognize,
+  refuseDefinition,
+  registerDefinition,
+  relayScript,
   remoteProgram,
   retry,
   run,
   runScript,
   runTaskInput,
   salvageRecord,
+  serviceOverrides,
+  shareFiles,
+  sshHealthCheck,
   startRetryPause,
   stopCause,
   sweep,

@@ -303,6 +303,10 @@ describe("IAM policies", () => {
       stopTask: () => aws.stopTask("arn", "reason", limits),
       listTasks: () => aws.listTasks(undefined, limits),
       publicAddress: () => aws.publicAddress("eni-1", limits),
+      describeTaskDefinition: () => aws.describeTaskDefinition("family", limits),
+      registerTaskDefinition: () => aws.registerTaskDefinition({ family: "a", containerDefinitions: [] }, limits),
+      listTaskDefinitions: () => aws.listTaskDefinitions(limits),
+      deregisterTaskDefinition: () => aws.deregisterTaskDefinition("family:1", limits),
     };
     expect(Object.keys(calls).sort()).toEqual(
       Object.getOwnPropertyNames(Aws.prototype)
