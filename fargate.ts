@@ -4863,7 +4863,7 @@ interface ImagePlan {
   readonly build?: JobContainer | undefined;
   readonly services: readonly JobContainer[];
   readonly variables: readonly Variable[]; // of the job
-  readonly unused: readonly string[]; // parts of the keywords that have no effect, for the log
+  readonly unused: readonly (readonly [what: string, why: string])[]; // what has no effect, for the log
 }
 type ImageContext = Pick<Context, "config" | "job" | "jobOverrides" | "env">;
 
@@ -4916,25 +4916,25 @@ function planImages({
   const none = { services: [], variables: [] };
   const list = [...(wanted ? [wanted] : []), ...named].map(({ name }) => name).join(", ");
   if (jobOverrides.includes("TaskDefinition"))
-    return { ...none, unused: [`image: and services: (${list}): the job sets FARGATE_TASK_DEFINITION`] };
-  const unused: string[] = [];
+    return { ...none, unused: [[`image: and services: (${list})`, "the job sets FARGATE_TASK_DEFINITION"]] };
+  const unused: [string, string][] = [];
   const image = wanted && parseImage(wanted.name);
   const row = f.TaskDefinitions.find(({ Image }) => image && matchesImage(Image, image, project));
   let build: JobContainer | undefined;
   if (wanted && !row && f.AllowedImages.length > 0)
     build = allowContainer(BUILD_CONTAINER, wanted, f.AllowedImages, project, f);
   else if (wanted && !row)
-    unused.push(`image: ${wanted.name}: no row of TaskDefinitions matches, and AllowedImages is empty`);
+    unused.push([`image: ${wanted.name}`, "no row of TaskDefinitions matches, and AllowedImages is empty"]);
   const isAllowed = f.AllowedServices.length > 0;
   if (named.length > 0 && !isAllowed)
-    unused.push(`services: ${named.map(({ name }) => name).join(", ")}: AllowedServices is empty`);
+    unused.push([`services: ${named.map(({ name }) => name).join(", ")}`, "AllowedServices is empty"]);
   const services = (isAllowed ? named : []).map((keyword, i) => {
     const last = parseImage(keyword.name)?.repository.split("/").at(-1)?.replace(/\W/g, "-");
     return allowContainer(`service-${i + 1}-${last}`, keyword, f.AllowedServices, project, f);
   });
   for (const { keyword } of build ? [build, ...services] : services)
     if (keyword.pull_policy?.some((policy) => policy !== "always"))
-      unused.push(`pull_policy of ${keyword.name}: ECS pulls the images of each task`);
+      unused.push([`pull_policy of ${keyword.name}`, "ECS pulls the images of each task"]);
   return { taskDefinition: row?.TaskDefinition, build, services, variables: keywords.variables, unused };
 }
 
@@ -5040,6 +5040,9 @@ function checkPlan(base: TaskDefinition, plan: ImagePlan, sshPort: number): void
   const { build, services } = plan;
   const available = base.runtimePlatform?.cpuArchitecture === "ARM64" ? "linux/arm64" : "linux/amd64";
   const ports = new Map<number, string>([[sshPort, "the SSH server"]]);
+  for (const { name, portMappings = [] } of base.containerDefinitions ?? [])
+    for (const { containerPort = 0 } of portMappings)
+      if (!ports.has(containerPort)) ports.set(containerPort, `container ${name}`);
   for (const { keyword } of build ? [build, ...services] : services) {
     const platform = keyword.executor_opts?.docker?.platform || available;
     if (platform !== available && platform !== `${available}/v8`)
@@ -5163,7 +5166,11 @@ function lockFamily(path: string, wallTime: number): (() => void) | undefined {
     if (isDead && mtimeMs > 0) removeQuietly(lock);
     return undefined;
   }
-  const touch = () => fs.existsSync(lock) && fs.lutimesSync(lock, new Date(), new Date());
+  const touch = () => {
+    try {
+      fs.lutimesSync(lock, new Date(), new Date());
+    } catch {} // best effort
+  };
   const timer = setInterval(touch, LOCK_TOUCH_MS).unref();
   return () => {
     clearInterval(timer);
@@ -5243,7 +5250,7 @@ async function prepareImages(context: Context, aws: Aws, until: number): Promise
   const { config, log, signal } = context;
   const plan = planImages(context);
   if (!plan) return context;
-  for (const what of plan.unused) log.warn("no effect: {what}", { what });
+  for (const [what, why] of plan.unused) log.warn("{what} has no effect: {why}", { what, why });
   const TaskDefinition = plan.taskDefinition ?? config.Fargate.TaskDefinition;
   const mapped: Context = {
     ...context,
@@ -5314,24 +5321,28 @@ function portsOf({ variables, ports }: Keyword): number[] {
   ];
 }
 
+const MAX_EXPANDED = 65_536; // characters; more than fits into any override
+
 /**
- * Expands `$NAME` and `${NAME}` as GitLab Runner does: once, an unknown name to nothing, and `$$` to `$`.
+ * Expands `$NAME` and `${NAME}` as GitLab Runner does: an unknown name to nothing, `$$` to `$`, and references
+ * in the values of other variables only if `levels` is 2, as for variables of a service.
  * @returns `secrets`: the names of secret variables that the value contains
  */
-function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Variable>) {
+function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Variable>, levels: 1 | 2) {
   const secrets = new Set<string>();
-  const use = (name: string, depth: number): string => {
+  let length = 0;
+  const use = (name: string, left: number): string => {
     const found = all.get(name);
-    if (!found || found.file) return "";
+    if (!found || found.file || length > MAX_EXPANDED) return "";
     if (isSecret(found)) secrets.add(name);
-    return found.raw || depth > 10 ? found.value : expand(found.value, depth + 1);
+    length += found.value.length;
+    return found.raw || left === 0 ? found.value : expand(found.value, left);
   };
-  const expand = (text: string, depth: number): string =>
-    text.replace(
-      /\$(?:(\$)|(\w+)|\{(\w+)\})/g,
-      (_, dollar, plain, braced) => dollar ?? use(plain ?? braced, depth),
-    );
-  return { value: raw ? value : expand(value, 0), secrets: [...secrets] };
+  const expand = (text: string, left: number): string =>
+    text.replace(/\$(?:(\$)|(\w+)|\{(\w+)\})/g, (_, dollar, plain, braced) => {
+      return dollar ?? use(plain ?? braced, left - 1);
+    });
+  return { value: raw ? value : expand(value, levels), secrets: [...secrets] };
 }
 
 /** GitLab marks the variables of its settings as not public. Those of .gitlab-ci.yml are public, never masked. */
@@ -5350,14 +5361,14 @@ function serviceOverrides({ config, log }: Context, plan: ImagePlan): ContainerO
   const all = new Map(plan.variables.map((variable) => [variable.key, variable])); // the last one counts
   const expanded = [...all.values()]
     .filter((variable) => !isSecret(variable) && !variable.file && !isReserved(variable.key))
-    .map((variable) => ({ name: variable.key, ...expandVariable(variable, all) }));
+    .map((variable) => ({ name: variable.key, ...expandVariable(variable, all, 1) }));
   const hidden = expanded.filter(({ secrets }) => secrets.length > 0).map(({ name }) => name);
   const open = expanded.filter(({ secrets }) => secrets.length === 0);
   const own = open.filter(({ name }) => !isPredefined(name));
   const services = plan.services.map(({ name, keyword }) => {
     const environment = new Map(own.map((variable) => [variable.name, variable.value]));
     for (const variable of keyword.variables.filter(({ key }) => !isReserved(key))) {
-      const { value, secrets } = expandVariable(variable, all);
+      const { value, secrets } = expandVariable(variable, all, 2);
       const uses = `services: ${keyword.name}: its variable ${variable.key} contains ${secrets.join(", ")}`;
       const refused = "secret variables are passed to services only with SecretsInServices";
       if (secrets.length > 0 && !config.JobImage.SecretsInServices)
