@@ -5535,7 +5535,7 @@ cancel() {
   echo >&3
   read -r s <&6
 }
-trap cancel TERM
+trap "exit 143" TERM
 # bash reports a process that a signal has ended, unless its standard error leads elsewhere meanwhile.
 end() { { kill -KILL "$@"; wait "$@"; } 2>/dev/null; }
 drain() {
@@ -5554,6 +5554,7 @@ if [ "$s" != accepted ]; then
   end $a $b
   exit 1
 fi
+trap cancel TERM
 (exec >$d/in 3>&- 5>&- 6>&- 7>&- 9>&-; printf %s%s @SCRIPT@) 2>/dev/null &
 exec 3>&- 5>&- 6>&- 7>&- 9>&- 9<&0
 (trap "" TERM; read -r c <&9 && exit $c; echo dead >$d/failed) & e=$!
@@ -5567,20 +5568,26 @@ exit $c`.trim();
 type BuildOutcome = Outcome | { readonly ended: "late" | "refused" | "dead" };
 type Sinks = Pick<Context, "signal" | "log"> & OutputSinks;
 
-/** Runs a script in the container `build`, by a relay in the coordinator. @throws {Failure} */
+/**
+ * Runs a script in the container `build`, by a relay in the coordinator.
+ * @param before shell code for the coordinator to run first
+ * @throws {Failure}
+ */
 async function callBuild(
   connection: Connection,
   shell: "bash" | "sh",
   script: Buffer,
   shells: Shells,
   context: Sinks,
+  before = "",
 ): Promise<BuildOutcome> {
   const { target } = connection;
   const grace = target.CancelGracePeriod;
   const mark = randomBytes(16).toString("hex");
   // The relay must outlive the script's grace period.
   const own = { ...connection, target: { ...target, CancelGracePeriod: grace + 1, PassEnvironment: [] } };
-  const outcome = await runScript(own, relayScript(script, mark, shell, grace), shells, context);
+  const relay = Buffer.concat([Buffer.from(`${before}\n`), relayScript(script, mark, shell, grace)]);
+  const outcome = await runScript(own, relay, shells, context);
   if (outcome.ended !== "exited" || outcome.code === 0) return outcome;
   const directory = `${LINK}/${mark}.${shell}`;
   const program = `cat ${directory}/failed ${directory}/code 2>/dev/null; rm -rf ${directory}`;
@@ -5652,13 +5659,14 @@ async function joinContainers(
   if (!jobTask) return;
   const until = begun + config.Fargate.StartTimeout * 1000;
   const { plan, logs } = jobTask;
-  const names = plan.services.flatMap(({ keyword }) => hostNames(keyword));
+  const names = plan.services.flatMap(({ keyword }) => hostNames(keyword)).slice(0, 100);
   const gitConfig = plan.build ? `printf "${GIT_CONFIG}" >${LINK}/gitconfig; ` : "";
   const answer = await runCommand(connection, gitConfig + greeting(names), signal);
   const coordinator = readGreeting(answer);
+  if (!coordinator) throw new Failure("system", `${CONTAINER} does not run a short command: ${answer}`);
   const build = plan.build && (await greetBuild(context, aws, record, connection, names, until));
   const unresolved = [
-    coordinator?.canResolve ? "" : CONTAINER,
+    coordinator.canResolve ? "" : CONTAINER,
     build?.canResolve === false ? BUILD_CONTAINER : "",
   ];
   const where = unresolved.filter(Boolean).join(" and ");
@@ -5666,8 +5674,7 @@ async function joinContainers(
     log.warn("in {where}, names of services do not resolve: use localhost (/etc/hosts is not writable)", {
       where,
     });
-  if (build && coordinator)
-    record.Build = { Shell: build.shell, User: build.user, CoordinatorUser: coordinator.user };
+  if (build) record.Build = { Shell: build.shell, User: build.user, CoordinatorUser: coordinator.user };
   record.Services = plan.services.map(({ name, keyword }) => ({
     ...{ Container: name, Image: keyword.name.slice(0, 300), Log: logs[name] ?? "" },
   }));
@@ -5683,13 +5690,15 @@ async function greetBuild(
   names: readonly string[],
   until: number,
 ) {
-  const { now, signal, jobTask } = context;
+  const { now, signal, log, jobTask } = context;
   const image = jobTask?.plan.build?.keyword.name;
   const script = Buffer.from(`${greeting(names)}\n`);
+  const hurried = { ...connection, target: { ...connection.target, CancelGracePeriod: 0 } };
+  let isFirst = true;
   const shells: Shells = { interpreter: record.Interpreter, loginShell: record.LoginShell };
   for (;;) {
     const output = collectOutput();
-    const outcome = await callBuild(connection, "sh", script, shells, { ...context, ...output.sinks });
+    const outcome = await callBuild(hurried, "sh", script, shells, { ...context, ...output.sinks });
     const answer = outcome.ended === "exited" ? readGreeting(output.text()) : undefined;
     if (answer) return answer;
     if (outcome.ended === "lost") throw new SshFailure("unreachable", outcome.reason);
@@ -5706,6 +5715,8 @@ async function greetBuild(
     }
     if (now() > until)
       throw new Failure("system", `the container of image: ${image} did not answer within StartTimeout`);
+    if (isFirst) log.info("Waiting for the container of image: {image}", { image });
+    isFirst = false;
   }
 }
 
@@ -5785,7 +5796,11 @@ async function waitForServices(
       if (isReady) waiting.delete(name);
     }
     const late = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
-    if (late && now() > Math.min(startedAt + SERVICE_WAIT_MS, until)) {
+    if (late && startedAt === Infinity && now() > until)
+      throw new Failure("system", `services did not start within StartTimeout: ${late}`, {
+        problem: "unhealthy",
+      });
+    if (late && now() > startedAt + SERVICE_WAIT_MS) {
       log.warn("services do not listen after {seconds} s: {late}", { seconds: SERVICE_WAIT_MS / 1000, late });
       return;
     }
@@ -5797,15 +5812,21 @@ async function waitForServices(
 /** Stages whose scripts run in the job's own image. */
 const isBuildStage = (stage: string): boolean => /^(build_script|after_script|step_.+)$/.test(stage);
 
-/**
- * Shell code that lets both containers use each other's files, if their users differ.
- * @param self the user that it runs as: root corrects the modes of files that the other could not write
- */
-function shareFiles({ Build }: TaskRecord, { JobImage }: Config, self: number, isBuild: boolean): string {
-  if (!Build || Build.User === Build.CoordinatorUser) return "";
-  const open = `find ${JobImage.BuildsDirectory} ! -type l ! -perm -0666 -exec chmod a+rwX {} + 2>/dev/null`;
-  const atEnd = self === 0 && isBuild ? `trap 'c=$?; ${open}; exit $c' 0; ` : "";
-  return `umask 0; export GIT_CONFIG_SYSTEM="\${GIT_CONFIG_SYSTEM:-${LINK}/gitconfig}"; ${atEnd}\n`;
+/** Whether the two containers need help to use each other's files. */
+const hasTwoUsers = ({ Build }: TaskRecord): boolean =>
+  Build !== undefined && Build.User !== Build.CoordinatorUser;
+/** Shell code with which root makes files that its scripts left usable for the other container's user. */
+const openFiles = ({ JobImage }: Config): string =>
+  `find ${JobImage.BuildsDirectory} ! -type l ! -perm -0666 -exec chmod a+rwX {} + 2>/dev/null`;
+
+/** A script with what the other container's user needs of it. @param self the user that it runs as */
+function shareFiles(script: Buffer, record: TaskRecord, config: Config, self: number | undefined): Buffer {
+  if (!hasTwoUsers(record)) return script;
+  // ci-coordinator does this before each script of the other container instead (see callBuild).
+  const isRootOfBuild = self === 0 && record.Build?.User === 0;
+  const atEnd = isRootOfBuild ? `trap 'c=$?; ${openFiles(config)}; exit $c' 0; ` : "";
+  const share = `umask 0; export GIT_CONFIG_SYSTEM="\${GIT_CONFIG_SYSTEM:-${LINK}/gitconfig}"; ${atEnd}\n`;
+  return Buffer.concat([Buffer.from(share), script]);
 }
 
 /** Runs a stage's script where it belongs. Without containers of the job, in the coordinator as it is. */
@@ -5813,8 +5834,7 @@ async function runJobScript(scriptRun: ScriptRun, connection: Connection): Promi
   const { context, record, script, stage, shells } = scriptRun;
   const { Build, Services = [] } = record;
   if (!Build && Services.length === 0) return runScript(connection, script, shells, context);
-  const share = shareFiles(record, context.config, Build?.CoordinatorUser ?? 0, false);
-  const shared = share ? Buffer.concat([Buffer.from(share), script]) : script;
+  const shared = shareFiles(script, record, context.config, Build?.CoordinatorUser);
   const outcome =
     Build && isBuildStage(stage)
       ? await runInBuild(scriptRun, Build, connection)
@@ -5837,11 +5857,11 @@ async function runInBuild(
   const { context, record, script, stage, shells } = scriptRun;
   const { log, now, signal, config } = context;
   const until = now() + config.SSH.ConnectTimeout * 1000;
-  const prefix = shareFiles(record, config, build.User, true);
   const shell = interpreterOf(script, build.Shell);
-  const text = prefix ? Buffer.concat([Buffer.from(prefix), script]) : script;
+  const text = shareFiles(script, record, config, build.User);
+  const before = hasTwoUsers(record) && build.CoordinatorUser === 0 ? openFiles(config) : "";
   for (;;) {
-    const outcome = await callBuild(connection, shell, text, shells, context);
+    const outcome = await callBuild(connection, shell, text, shells, context, before);
     if (outcome.ended === "lost") return outcome;
     if (outcome.ended === "exited") {
       if (outcome.code !== 137) return outcome;
