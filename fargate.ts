@@ -52,8 +52,8 @@
  *    12. Job images          `image:` and `services:`, by derived task definitions
  *    13. Command line        arguments, exit codes, signals
  *
- * The sections follow the life of a job. None depends on a later one, except that section 12 is called from
- * sections 3, 10, 11 and 13 in one place for each stage.
+ * The sections follow the life of a job. None depends on a later one, except that sections 10 and 11 call
+ * section 12: each stage, and sweep, in one place.
  */
 
 import * as fs from "node:fs";
@@ -333,8 +333,85 @@ const strategy = v.pipe(
     '1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0',
   ),
 );
+// The grammar of image references, from Docker's documentation (distribution/reference).
+const LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?";
+const HOST = new RegExp(`^${LABEL}(?:\\.${LABEL})*(?::\\d{1,5})?$`);
+const COMPONENT = "[a-z0-9]+(?:(?:\\.|__?|-+)[a-z0-9]+)*";
+const REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`);
+const DOCKER_HUB = "docker.io";
+
+/** An image reference with Docker's defaults. `version` is `:tag` or `@digest`. */
+interface Image extends Readonly<Record<"host" | "repository" | "version", string>> {}
+const nameOfImage = ({ host, repository, version }: Image): string => `${host}/${repository}${version}`;
+
+/** Splits a reference or a pattern into host, path and version. As in Docker, a digest overrides a tag. */
+function splitImage(text: string) {
+  const [first = ""] = text.split("/", 1);
+  const hasHost = text.includes("/") && (/[.:]/.test(first) || first === "localhost");
+  const host = hasHost ? first.toLowerCase() : DOCKER_HUB;
+  const rest = hasHost ? text.slice(first.length + 1) : text;
+  const [, path = "", tag, digest] = /^([^:@]*)(?::([^:@]*))?(?:@(.*))?$/s.exec(rest) ?? [];
+  const version = digest !== undefined ? `@${digest}` : tag !== undefined ? `:${tag}` : undefined;
+  return { host: host === "index.docker.io" ? DOCKER_HUB : host, hasHost, path, tag, version };
+}
+
+/**
+ * Parses an image reference and adds Docker's defaults. Pure.
+ * @returns undefined if it is none
+ * @example parseImage("node:22") // { host: "docker.io", repository: "library/node", version: ":22" }
+ */
+function parseImage(text: string): Image | undefined {
+  if (text.length > 512) return undefined;
+  const { host, path, tag, version = ":latest" } = splitImage(text);
+  const isValid =
+    HOST.test(host) &&
+    REPOSITORY.test(path) &&
+    host.length + path.length < 255 &&
+    !/^[0-9a-f]{64}$/.test(path) && // Docker takes this for the id of an image
+    (tag === undefined || /^\w[\w.-]{0,127}$/.test(tag)) &&
+    (version.startsWith(":") || /^@sha256:[0-9a-f]{64}$/.test(version));
+  const isOfficial = host === DOCKER_HUB && !path.includes("/");
+  return isValid ? { host, repository: isOfficial ? `library/${path}` : path, version } : undefined;
+}
+
+/**
+ * Parses an image pattern: a reference, in which `*` stands for any characters of a component, tag or digest,
+ * `**` for any components, and `{project_id}` for the number of the job's project. At the end of a pattern,
+ * `**` covers any tag and digest, too. The host has no wildcard.
+ * @returns undefined if it is none; `hasHost`: whether it names its host
+ */
+function parseImagePattern(text: string, project = 0) {
+  const { host, hasHost, path, tag, version } = splitImage(text.replaceAll("{project_id}", `${project}`));
+  const isValid =
+    HOST.test(host) &&
+    /^(?!.*(\*{3}|\/\/|^\/|\/$))[a-z0-9._/*-]{1,255}$/.test(path) &&
+    /^(:[\w.*-]{1,128}|@[a-z0-9:*]{1,80})?$/.test(version ?? "") &&
+    !(tag && version?.startsWith("@")) &&
+    [path, version ?? ""].every((part) => part.split(/\*+/).length <= 4);
+  const isOfficial = host === DOCKER_HUB && !path.includes("/") && path !== "**";
+  const anyVersion = path.endsWith("**") ? undefined : ":latest";
+  return isValid
+    ? { host, hasHost, path: isOfficial ? `library/${path}` : path, version: version ?? anyVersion }
+    : undefined;
+}
+
+/** Whether a pattern of the configuration file covers an image. */
+function matchesImage(pattern: string, image: Image, project: number): boolean {
+  const parsed = parseImagePattern(pattern, project);
+  const matches = (glob: string, text: string) => {
+    const any = (stars: string) => (stars === "**" ? ".*" : "[^/]*");
+    const source = glob.split(/(\*+)/).map((part, i) => (i % 2 ? any(part) : part.replace(/\W/g, "\\$&")));
+    return new RegExp(`^${source.join("")}$`).test(text);
+  };
+  return (
+    parsed?.host === image.host &&
+    matches(parsed.path, image.repository) &&
+    (parsed.version === undefined || matches(parsed.version, image.version))
+  );
+}
+
 const IMAGE_PATTERN =
-  "registry/repository:tag or @digest; * for any text but /, ** for any path, {project_id}; none in the registry";
+  "registry/repository:tag or @digest, with * for any text but / and ** for any path, not in the registry";
 const imagePattern = v.pipe(
   v.string(),
   v.trim(),
@@ -590,6 +667,9 @@ function describeIssue(issue: v.BaseIssue<unknown>, root: v.GenericSchema = Conf
   const state = value === undefined ? "is missing" : `is ${formatValue(value)}`;
   return `${steps.join("").slice(1)} ${state}; expected: ${expected}`;
 }
+
+/** The families of task definitions that section 12 derives for jobs: <base>-job-<hash>. */
+const DERIVED_FAMILY = /^[\w-]{1,218}-job-[0-9a-f]{32}$/;
 
 /** Whether an allowed pattern such as `team-*` covers a family or family:revision. */
 function matchesPattern(pattern: string, name: string): boolean {
@@ -2654,7 +2734,7 @@ async function identifyManager(directory: string, { ECS_CONTAINER_METADATA_URI_V
 
 /**
  * The output of the `config` stage.
- * @param directories builds_dir and cache_dir, for a job with its own image; otherwise those of config.toml count
+ * @param directories builds_dir and cache_dir of a job with its own image; without it, config.toml has them
  */
 function configAnswer(
   job: Job | undefined,
@@ -3544,6 +3624,12 @@ interface Sweep {
   readonly attempt: (action: () => Promise<void>) => Promise<void>; // a failure gets into the report
 }
 
+const emptyReport = ({ JobImage: f }: Config, dryRun: boolean): SweepReport => {
+  const lists = { stopped: [], left: [], removedRecords: [], problems: [] };
+  const isOn = f.AllowedImages.length + f.AllowedServices.length > 0;
+  return { dryRun, ...lists, ...(isOn && { deregistered: [] }) };
+};
+
 /**
  * Stops orphaned tasks in the cluster:
  *  - of any manager: tasks past their deadline;
@@ -3561,16 +3647,7 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   checkDirectory(Directory);
   const limits = () => ({ until: now() + STOP_RETRY_MS, signal });
   const aws = new Aws(config.Fargate, context);
-  const { AllowedImages, AllowedServices } = config.JobImage;
-  const deregistered = AllowedImages.length + AllowedServices.length > 0 && { deregistered: [] };
-  const report: SweepReport = {
-    dryRun,
-    stopped: [],
-    left: [],
-    removedRecords: [],
-    ...deregistered,
-    problems: [],
-  };
+  const report = emptyReport(config, dryRun);
   const attempt = async (action: () => Promise<void>) => {
     signal.throwIfAborted();
     await action().catch((error) => {
@@ -3715,9 +3792,7 @@ function sweepTemporaryFiles({ context, hasDirectory, report }: Sweep): void {
   const { Directory } = context.config.TaskMetadata;
   for (const name of hasDirectory && !report.dryRun ? fs.readdirSync(Directory) : []) {
     if (
-      !/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-(id|task)|\.definition-\w+)\.[0-9a-f]{12}\.(tmp|swept)$/.test(
-        name,
-      )
+      !/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.(manager|definition)-\w+)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)
     )
       continue;
     const { mtimeMs = Infinity } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
@@ -4733,89 +4808,9 @@ const BUILD_CONTAINER = "build";
 const INIT_CONTAINER = "permissions";
 const LINK = "/.fargate"; // where the shared volume is mounted
 const ACCEPT_SECONDS = 4; // for the agent to accept a script; then ECS is asked about its container
-const HEX_32 = "[0-9a-f]{32}";
-/** The names of derived families: <base>-job-<hash>. */
-const DERIVED_FAMILY = new RegExp(`^[\\w-]{1,218}-job-${HEX_32}$`);
 const MAX_CONTAINERS = 10; // of a task definition
 const MAX_OVERRIDES = 8_192; // characters of JSON, for all overrides of RunTask together
 const COORDINATOR_OVERRIDE = 1_000; // of these, for the public key and the deadline; an RSA key takes 540
-
-// The grammar of image references, from Docker's documentation (distribution/reference).
-const LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?";
-const HOST = new RegExp(`^${LABEL}(?:\\.${LABEL})*(?::\\d{1,5})?$`);
-const COMPONENT = "[a-z0-9]+(?:(?:\\.|__?|-+)[a-z0-9]+)*";
-const REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`);
-const DOCKER_HUB = "docker.io";
-
-/** An image reference with Docker's defaults. `version` is `:tag` or `@digest`. */
-interface Image extends Readonly<Record<"host" | "repository" | "version", string>> {}
-const nameOfImage = ({ host, repository, version }: Image): string => `${host}/${repository}${version}`;
-
-/** Splits a reference or a pattern into host, path and version. As in Docker, a digest overrides a tag. */
-function splitImage(text: string) {
-  const [first = ""] = text.split("/", 1);
-  const hasHost = text.includes("/") && (/[.:]/.test(first) || first === "localhost");
-  const host = hasHost ? first.toLowerCase() : DOCKER_HUB;
-  const rest = hasHost ? text.slice(first.length + 1) : text;
-  const [, path = "", tag, digest] = /^([^:@]*)(?::([^:@]*))?(?:@(.*))?$/s.exec(rest) ?? [];
-  const version = digest !== undefined ? `@${digest}` : tag !== undefined ? `:${tag}` : undefined;
-  return { host: host === "index.docker.io" ? DOCKER_HUB : host, hasHost, path, tag, version };
-}
-
-/**
- * Parses an image reference and adds Docker's defaults. Pure.
- * @returns undefined if it is none
- * @example parseImage("node:22") // { host: "docker.io", repository: "library/node", version: ":22" }
- */
-function parseImage(text: string): Image | undefined {
-  if (text.length > 512) return undefined;
-  const { host, path, tag, version = ":latest" } = splitImage(text);
-  const isValid =
-    HOST.test(host) &&
-    REPOSITORY.test(path) &&
-    host.length + path.length < 255 &&
-    !/^[0-9a-f]{64}$/.test(path) && // Docker takes this for the id of an image
-    (tag === undefined || /^\w[\w.-]{0,127}$/.test(tag)) &&
-    (version.startsWith(":") || /^@sha256:[0-9a-f]{64}$/.test(version));
-  const isOfficial = host === DOCKER_HUB && !path.includes("/");
-  return isValid ? { host, repository: isOfficial ? `library/${path}` : path, version } : undefined;
-}
-
-/**
- * Parses an image pattern: a reference, in which `*` stands for any characters of a component, tag or digest,
- * `**` for any components, and `{project_id}` for the number of the job's project. At the end of a pattern,
- * `**` covers any tag and digest, too. The host has no wildcard.
- * @returns undefined if it is none; `hasHost`: whether it names its host
- */
-function parseImagePattern(text: string, project = 0) {
-  const { host, hasHost, path, tag, version } = splitImage(text.replaceAll("{project_id}", `${project}`));
-  const isValid =
-    HOST.test(host) &&
-    /^(?!.*(\*{3}|\/\/|^\/|\/$))[a-z0-9._/*-]{1,255}$/.test(path) &&
-    /^(:[\w.*-]{1,128}|@[a-z0-9:*]{1,80})?$/.test(version ?? "") &&
-    !(tag && version?.startsWith("@")) &&
-    [path, version ?? ""].every((part) => part.split(/\*+/).length <= 4);
-  const isOfficial = host === DOCKER_HUB && !path.includes("/") && path !== "**";
-  const anyVersion = path.endsWith("**") ? undefined : ":latest";
-  return isValid
-    ? { host, hasHost, path: isOfficial ? `library/${path}` : path, version: version ?? anyVersion }
-    : undefined;
-}
-
-/** Whether a pattern of the configuration file covers an image. */
-function matchesImage(pattern: string, image: Image, project: number): boolean {
-  const parsed = parseImagePattern(pattern, project);
-  const matches = (glob: string, text: string) => {
-    const any = (stars: string) => (stars === "**" ? ".*" : "[^/]*");
-    const source = glob.split(/(\*+)/).map((part, i) => (i % 2 ? any(part) : part.replace(/\W/g, "\\$&")));
-    return new RegExp(`^${source.join("")}$`).test(text);
-  };
-  return (
-    parsed?.host === image.host &&
-    matches(parsed.path, image.repository) &&
-    (parsed.version === undefined || matches(parsed.version, image.version))
-  );
-}
 
 const optionalText = ifValid(v.string());
 const words = ifValid(v.array(v.string()));
@@ -5032,7 +5027,7 @@ function refuseDefinition(base: TaskDefinition, plan: ImagePlan): string | undef
   if (plan.build && base.pidMode) return "it sets pidMode, but the job's container needs process 1";
   const total = names.length + added.length;
   if (total > MAX_CONTAINERS)
-    return `${names.length} containers and ${added.length} for the job are ${total}; ECS allows ${MAX_CONTAINERS}`;
+    return `with the job's containers it has ${total}; ECS allows ${MAX_CONTAINERS}`;
 }
 
 /** Checks what a job asks for against the definition. @throws {Failure} of the job */
@@ -5237,7 +5232,7 @@ interface JobTask {
   readonly plan: ImagePlan;
   readonly family: string; // of the derived definition
   readonly overrides: ContainerOverride[]; // variables of the services
-  readonly logs: Readonly<Record<string, string>>; // log group and stream of each container, without the task's id
+  readonly logs: Readonly<Record<string, string>>; // log group and stream of each container, without task id
   readonly knownPorts: ReadonlySet<number>; // of the configured definition's containers
 }
 
@@ -5324,8 +5319,8 @@ function portsOf({ variables, ports }: Keyword): number[] {
 const MAX_EXPANDED = 65_536; // characters; more than fits into any override
 
 /**
- * Expands `$NAME` and `${NAME}` as GitLab Runner does: an unknown name to nothing, `$$` to `$`, and references
- * in the values of other variables only if `levels` is 2, as for variables of a service.
+ * Expands `$NAME` and `${NAME}` as GitLab Runner does: an unknown name to nothing, `$$` to `$`, and
+ * references in the values of other variables only if `levels` is 2, as for variables of a service.
  * @returns `secrets`: the names of secret variables that the value contains
  */
 function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Variable>, levels: 1 | 2) {
@@ -5345,7 +5340,7 @@ function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Varia
   return { value: raw ? value : expand(value, levels), secrets: [...secrets] };
 }
 
-/** GitLab marks the variables of its settings as not public. Those of .gitlab-ci.yml are public, never masked. */
+/** Variables of GitLab's settings are not public. Those of .gitlab-ci.yml are public, and never masked. */
 const isSecret = (variable: Variable): boolean => !variable.public || variable.masked;
 const isPredefined = (name: string): boolean => /^(CI|GITLAB|FF)_/.test(name) || name === "CI";
 /** Names that the driver or ECS sets. A service must not pass for the task's container. */
@@ -5384,7 +5379,7 @@ function serviceOverrides({ config, log }: Context, plan: ImagePlan): ContainerO
     }));
   const limit = MAX_OVERRIDES - COORDINATOR_OVERRIDE;
   const size = Buffer.byteLength(JSON.stringify(overrides()));
-  const tooLong = `the variables of services: take ${size} characters; ECS accepts ${limit} for all of a task`;
+  const tooLong = `variables of services: take ${size} characters; ECS accepts ${limit} for a task`;
   if (size > limit) throw new Failure("build", tooLong);
   let [left, used] = [0, size];
   for (const { name, value } of open.filter(({ name }) => isPredefined(name))) {
@@ -5510,10 +5505,10 @@ const shellQuote = (bytes: Buffer): Buffer =>
 /**
  * The script that passes another script on to the agent, and ends as that one ended. Needs mkfifo.
  *
- * It opens its ends of the pipes before it calls the agent, so that no side blocks on a missing one, and sends
- * the script only after the agent has accepted it: otherwise, a script could run whose relay has given up. When
- * the agent's process ends, the pipe `exit` ends, too. The file `failed` then states why there is no exit code;
- * `code` confirms one other than 0.
+ * It opens its ends of the pipes before it calls the agent, so that no side blocks on a missing one. It sends
+ * the script only after the agent has accepted it: otherwise, a script could run whose relay has given up.
+ * When the agent's process ends, the pipe `exit` ends, too. The file `failed` then states why there is no
+ * exit code; `code` confirms one other than 0.
  */
 function relayScript(script: Buffer, mark: string, shell: "bash" | "sh", grace: number): Buffer {
   const text = RELAY.replaceAll("@CALL@", `${LINK}/${mark}.${shell}`).replaceAll("@GRACE@", `${grace}`);
@@ -5564,7 +5559,7 @@ if [ ! -e $d/held ]; then drain 10; fi
 if [ $c = 0 ]; then rm -rf $d; else echo $c >$d/code; fi
 exit $c`.trim();
 
-/** The end of a script in `build`. late: not sent. refused: the agent is not process 1. dead: its process has ended */
+/** late: not sent. refused: the agent is not process 1. dead: the agent's process has ended */
 type BuildOutcome = Outcome | { readonly ended: "late" | "refused" | "dead" };
 type Sinks = Pick<Context, "signal" | "log"> & OutputSinks;
 
@@ -5724,7 +5719,7 @@ async function greetBuild(
 const listeningPorts = (text: string): Set<number> =>
   new Set([...text.matchAll(/^ *\d+: \S+:([0-9A-F]{4}) \S+ 0A /gm)].map(([, port]) => Number(`0x${port}`)));
 
-const SERVICE_WAIT_MS = 30_000; // from the start of all services until prepare no longer waits for their ports
+const SERVICE_WAIT_MS = 30_000; // how long prepare waits for the ports of services that have started
 const SERVICE_POLL_MS = 500;
 
 /** Asks ECS about the services. Warns of those that have ended, and no longer waits for them. */
@@ -5933,7 +5928,7 @@ async function sweepDefinitions({
   hasDirectory,
 }: Sweep): Promise<void> {
   const { JobImage: f, TaskMetadata, Fargate } = context.config;
-  if (f.AllowedImages.length + f.AllowedServices.length === 0) return;
+  if (!report.deregistered) return;
   const bases = [Fargate, ...f.TaskDefinitions].map(({ TaskDefinition: name }) =>
     name.replace(/^.*\//, "").replace(/:\d+$/, "").slice(0, 218),
   );
