@@ -15,7 +15,10 @@
  *                                          regularly, and unregisters the runners at its end
  *
  * AWS calls      RunTask, DescribeTasks and StopTask; ListTasks for sweep, and if a task may exist that no
- *                record names; EC2's DescribeNetworkInterfaces, only to connect to public addresses.
+ *                record names; EC2's DescribeNetworkInterfaces, only to connect to public addresses. For
+ *                image: and services:, if JobImage allows them, DescribeTaskDefinition and
+ *                RegisterTaskDefinition; then sweep also calls ListTaskDefinitions, DescribeTaskDefinition
+ *                and DeregisterTaskDefinition.
  * Other calls    In an ECS task: ECS_CONTAINER_METADATA_URI_V4, for the task's own id. Only runners and
  *                manager call GitLab, at GITLAB_URL/api/v4/runners: POST (register), POST verify, DELETE.
  * Files read     the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath,
@@ -23,19 +26,24 @@
  *                (two time limits), and /proc (to recognize live processes). By runners and manager: the
  *                lists of managers and of tokens, all of config.toml, CA_CERTIFICATES_PATH.
  * Files written  in TaskMetadata.Directory: <job>.json (the record, mode 0600, one per running job),
- *                <job>.*.lock (empty, one per prepare or run), .manager-id, on ECS .manager-task, and
- *                short-lived *.tmp files; BUILD_EXIT_CODE_FILE; LogFile. By runners and manager: config.toml
- *                (mode 0600), and beside it fargate-<manager>.toml, .runner_system_id,
- *                .fargate-runners.pending, runners-*.lock and *.tmp.
+ *                <job>.*.lock (empty, one per prepare or run), .manager-id, on ECS .manager-task, with
+ *                JobImage .definition-<hash> (the ARN of a task definition), .definition-<hash>.lock and
+ *                .definition-dates, and short-lived *.tmp files; BUILD_EXIT_CODE_FILE; LogFile. By runners
+ *                and manager: config.toml (mode 0600), and beside it fargate-<manager>.toml,
+ *                .runner_system_id, .fargate-runners.pending, runners-*.lock and *.tmp.
+ *                In the task of a job with image: or services:, also /.fargate and /etc/hosts.
  * Programs       manager starts gitlab-runner; the AWS SDK starts a credential_process of its own files.
  * Secrets        The job's private key: in memory and in the record. AWS credentials: in the memory of the
  *                AWS SDK, never written, never sent to a task. Stage scripts contain the job's secrets: they
- *                go through memory into SSH, and are never parsed, logged or stored. Runner tokens: runners
- *                and manager send them to GitLab and write them to config.toml, nowhere else; gitlab-runner
- *                and the stages of jobs do not get the variables that contain them.
+ *                go through memory into SSH, for image: on through pipes within the task, and are never
+ *                parsed, logged or stored. Variables of a job with services: secret ones are not sent to
+ *                ECS, unless SecretsInServices allows it. Runner tokens: runners and manager send them to
+ *                GitLab and write them to config.toml, nowhere else; gitlab-runner and the stages of jobs do
+ *                not get the variables that contain them.
  * Trusted        The configuration file, the runner, the ids in its JOB_RESPONSE_FILE (not the job author's
  *                text), ECS, and GitLab at GITLAB_URL.
- * Not trusted    CUSTOM_ENV_* variables, and everything that a job's container sends.
+ * Not trusted    CUSTOM_ENV_* variables, the image, services and variables in JOB_RESPONSE_FILE, and
+ *                everything that a job's containers send.
  *
  * Contents
  *     1. Header              this comment and the imports
@@ -49,7 +57,7 @@
  *     9. SSH                 logging in; running and terminating scripts
  *    10. Stages              config, prepare, run, cleanup
  *    11. Operator commands   sweep, runners, manager
- *    12. Job images          `image:` and `services:`, by derived task definitions
+ *    12. Job image           `image:` and `services:`, by derived task definitions
  *    13. Command line        arguments, exit codes, signals
  *
  * The sections follow the life of a job. None depends on a later one, except that sections 10 and 11 call
