@@ -107,9 +107,10 @@ describe("fargate.toml", () => {
   });
 
   test("examples/fargate.toml shows every setting with its default", () => {
-    const tables = ["Fargate", "TaskMetadata", "SSH"] as const;
+    const tables = ["Fargate", "JobImage", "TaskMetadata", "SSH"] as const;
     const settingsOf = (schema: object, table?: string) => {
-      const { entries } = ("pipe" in schema ? (schema.pipe as object[])[0] : schema) as { entries: object };
+      const inner = "wrapped" in schema ? (schema.wrapped as object) : schema;
+      const { entries } = ("pipe" in inner ? (inner.pipe as object[])[0] : inner) as { entries: object };
       return Object.entries(entries as Record<string, v.GenericSchema>)
         .filter(([name]) => !tables.some((table) => table === name))
         .map(([name, entry]) => ({ table, name, value: v.getDefault(entry) as unknown }));
@@ -122,7 +123,7 @@ describe("fargate.toml", () => {
       lines.flatMap((line) => /^ *#?(\w+) = /.exec(line)?.[1] ?? []).sort(),
     );
     for (const { table, name, value } of settings) {
-      const isEmpty = value === undefined || value === "" || JSON.stringify(value) === "{}";
+      const isEmpty = value === undefined || value === "" || ["{}", "[]"].includes(JSON.stringify(value));
       if (isEmpty || !optional.includes(name)) continue;
       const whole = parseToml(withSetting(name)) as Record<string, Record<string, unknown>>;
       expect({ [name]: (table ? whole[table] : whole)?.[name] }).toEqual({ [name]: value });
