@@ -759,7 +759,8 @@ describe("claims", () => {
     const report = { dryRun: false, stopped: [], left: [task, task, task], removedRecords: [], problems: [] };
     const page = wordsOf("docs/orphans.md");
     expect(page).toContain(`\`${formatSweep(report, false).trim()}\``);
-    const all = JSON.parse(formatSweep({ ...report, stopped: [{ ...task, why: "reason" }] }, true));
+    const every = { ...report, stopped: [{ ...task, why: "reason" }], deregistered: [] };
+    const all = JSON.parse(formatSweep(every, true));
     const [, row = ""] = /\| `--json` \| (.*?) \|/.exec(page) ?? [];
     const keys = new Set([...row.matchAll(/`(\w+)`/g)].map(([, name]) => name));
     expect(keys).toEqual(new Set([...Object.keys(all), ...Object.keys(all.stopped[0])]));
