@@ -652,7 +652,17 @@ describe("claims", () => {
         `touches it every ${constant("LOCK_TOUCH_MS") / 1000} seconds`,
         `counts as dead ${constant("LOCK_EXPIRY_MS") / 1000} seconds after its last touch`,
         `it looks again after ${constant("LOCK_EXPIRY_MS") / 1000} seconds`,
+        `registered more than ${constant("DEFINITION_AGE") / 86_400} days ago`,
+        `deregisters at most ${constant("MAX_DEREGISTERED")} each time`,
         ...(Number(standard("Fargate.AbandonedAfter")) === 3 * 5 * 60 ? ["`AbandonedAfter` is three times that"] : []),
+      ],
+      "docs/images.md": [
+        `limits all overrides of a task to ${constant("MAX_OVERRIDES").toLocaleString("en")} characters`,
+        `keeps ${constant("COORDINATOR_OVERRIDE").toLocaleString("en")} of these for itself`,
+        `After ${constant("SERVICE_WAIT_MS") / 1000} seconds, counted from the start of the last service`,
+        `more than ${constant("DEFINITION_AGE") / 86_400} days old`,
+        `at most ${constant("MAX_DEREGISTERED")} each time`,
+        `A task has at most ${constant("MAX_CONTAINERS")} containers`,
       ],
       "docs/manager.md": [
         `it has not ended ${constant("RUNNER_EXIT_MS") / 1000} s after that`,
@@ -668,7 +678,7 @@ describe("claims", () => {
         ),
       ],
     };
-    expect(Object.values(claims).flat()).toHaveLength(30);
+    expect(Object.values(claims).flat()).toHaveLength(38);
     for (const [path, texts] of Object.entries(claims))
       for (const text of texts)
         expect(
