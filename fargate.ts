@@ -761,6 +761,7 @@ function readConfig(file: string, path: string, options: Options, env: Environme
   config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !firstSet(options.LogFile)) config.LogFile = beside(config.LogFile);
+  if (firstSet(options.TaskDefinition)) config.JobImage.TaskDefinitions = []; // the option overrides the table
   const refusal = refuseOverride(config.Fargate, jobOverrides, configured);
   return { config, jobOverrides, refusal, warnings: warnings.map((warning) => `${path}: ${warning}`) };
 }
@@ -5021,7 +5022,10 @@ const REGISTERED = [
   ...["inferenceAccelerators", "ephemeralStorage", "runtimePlatform", "enableFaultInjection"],
 ] as const;
 
-/** Why a definition cannot be derived from this one; undefined if it can. */
+/**
+ * Why a definition cannot be derived from this one; undefined if it can.
+ * @throws {Failure} of the job, if it has too many services
+ */
 function refuseDefinition(base: TaskDefinition, plan: ImagePlan): string | undefined {
   const containers = base.containerDefinitions ?? [];
   const names = containers.map(({ name }) => name);
@@ -5034,8 +5038,9 @@ function refuseDefinition(base: TaskDefinition, plan: ImagePlan): string | undef
   if (taken.length > 0) return `it has a container ${taken.join(", ")}, the name of one that is added`;
   if (plan.build && base.pidMode) return "it sets pidMode, but the job's container needs process 1";
   const total = names.length + added.length;
-  if (total > MAX_CONTAINERS)
-    return `with the job's containers it has ${total}; ECS allows ${MAX_CONTAINERS}`;
+  const excess = `${total} containers with those of the job; ECS allows ${MAX_CONTAINERS}`;
+  if (total - plan.services.length > MAX_CONTAINERS) return `it has ${excess}`;
+  if (total > MAX_CONTAINERS) throw new Failure("build", `services: the task would have ${excess}`);
 }
 
 /** Checks what a job asks for against the definition. @throws {Failure} of the job */
