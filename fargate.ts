@@ -5471,13 +5471,16 @@ serve() (
   exec 4<>$1/exit
   name=\${1##*/} shell=\${1##*.}
   (
-    exec <$1/in >$1/out 2>$1/err 3>&-
+    # A pipe that is open for both reading and writing does not block here if the relay has gone.
+    exec 5<>$1/in 6<>$1/out 7<>$1/err
+    exec <$1/in >$1/out 2>$1/err 3>&- 5>&- 6>&- 7>&-
     echo accepted >&4
     exec 4>&-
     export FARGATE_MARK=\${name%.*}
     exec $shell -c "$boot" $shell
   )
   code=$? limit=100
+  if holds $1 any; then pause; fi # a filter may have been forked just now, and not have its pipe yet
   wait_while holds $1 filter
   if holds $1 any; then : >$1/held; fi
   echo $code >&4
@@ -5485,22 +5488,28 @@ serve() (
 cancel() {
   read -r grace <$1/cancel
   kill -TERM -1
-  limit=$((grace * 10))
-  wait_while others
-  if others; then kill -KILL -1; fi
+  sleep $grace & timer=$!
+  while others && kill -0 $timer; do pause; done
+  kill -KILL $timer
   limit=20
-  wait_while others
-  echo gone >$1/gone
+  if others; then
+    kill -KILL -1
+    wait_while others
+    ended=workers
+  fi
+  exec 4<>$1/gone
+  echo gone >&4
 }
 claim() { (set -C; : >$1); }
 worker() {
   trap : HUP INT QUIT TERM
+  ended=
   while :; do
     for call in $link/*.bash $link/*.sh; do
       if ! [ -p $call/in ]; then continue; fi
       if [ -e $call/cancel ]; then
-        # Ends after it: SIGKILL may have ended the other workers, and a new pipeline replaces them all.
-        if claim $call/cancelled; then cancel $call; exit; fi
+        if claim $call/cancelled; then cancel $call; fi
+        if [ "$ended" ]; then exit; fi # SIGKILL has ended the other workers, and a new pipeline replaces all
       elif claim $call/taken; then serve $call
       fi
     done
@@ -5531,10 +5540,12 @@ function relayScript(script: Buffer, mark: string, shell: "bash" | "sh", grace: 
 const RELAY = `
 d=@CALL@
 umask 0
-mkdir $d && mkfifo $d/in $d/out $d/err $d/exit $d/gone || exit 1
+n=$d.new # the agent must not find a call whose pipes are incomplete
+mkdir $n && mkfifo $n/in $n/out $n/err $n/exit $n/gone $n/timer || exit 1
 # Both ends of each pipe, until the agent has opened its own; then only the ends to read from.
-exec 3<>${LINK}/calls 5<>$d/in 6<>$d/out 7<>$d/err 9<>$d/exit
-exec 0<$d/exit 4<$d/out 8<$d/err
+exec 3<>${LINK}/calls 5<>$n/in 6<>$n/out 7<>$n/err 9<>$n/exit
+exec 0<$n/exit 4<$n/out 8<$n/err
+mv $n $d || exit 1
 (trap "" TERM; exec cat <&4 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-) & a=$!
 (trap "" TERM; exec cat <&8 >&2 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-) & b=$!
 cancel() {
@@ -5546,16 +5557,20 @@ cancel() {
 trap "exit 143" TERM
 # bash reports a process that a signal has ended, unless its standard error leads elsewhere meanwhile.
 end() { { kill -KILL "$@"; wait "$@"; } 2>/dev/null; }
+# The reader of the pipe "timer" continues after $1 seconds. Both processes are known, and leave nothing.
+start_timer() { sleep $1 2>/dev/null 4>&- 8>&- 9>&- >$d/timer & z=$!; }
 drain() {
   trap : USR1
-  (sleep $1; kill -USR1 $$) >/dev/null 2>&1 4>&- 8>&- 9>&- & t=$!
+  start_timer 2
+  (read -r s <$d/timer; kill -USR1 $$) >/dev/null 2>&1 4>&- 8>&- 9>&- & t=$!
   wait $a $b
-  end $t
+  end $t $z
 }
-(sleep ${ACCEPT_SECONDS} 9>&-; echo late >&9) >/dev/null 2>&1 4>&- 5>&- 6>&- 7>&- 8>&- & t=$!
+start_timer ${ACCEPT_SECONDS}
+(read -r s <$d/timer; echo late >&9) >/dev/null 2>&1 4>&- 5>&- 6>&- 7>&- 8>&- & t=$!
 if [ -e ${LINK}/refused ]; then echo refused >&9; else echo >&3; fi
 read -r s
-end $t
+end $t $z
 if [ "$s" != accepted ]; then
   if [ -e ${LINK}/refused ]; then s=refused; fi
   echo $s >$d/failed
@@ -5565,11 +5580,13 @@ fi
 trap cancel TERM
 (exec >$d/in 3>&- 5>&- 6>&- 7>&- 9>&-; printf %s%s @SCRIPT@) 2>/dev/null &
 exec 3>&- 5>&- 6>&- 7>&- 9>&- 9<&0
-(trap "" TERM; read -r c <&9 && exit $c; echo dead >$d/failed) & e=$!
+# The timer may have ended at the same moment.
+(trap "" TERM; while read -r c <&9; do [ "$c" = late ] || exit $c; done; echo dead >$d/failed) & e=$!
 while wait $e; c=$?; kill -0 $e 2>/dev/null; do :; done
-if [ -e $d/failed ]; then drain 2; exit 1; fi
-if [ ! -e $d/held ]; then drain 10; fi
-if [ $c = 0 ]; then rm -rf $d; else echo $c >$d/code; fi
+if [ -e $d/failed ]; then drain; exit 1; fi
+if [ ! -e $d/held ]; then drain; fi
+# Renames it first: a worker must not claim it while its files disappear.
+if [ $c = 0 ]; then mv $d $n && rm -rf $n; else echo $c >$d/code; fi
 exit $c`.trim();
 
 /** late: not sent. refused: the agent is not process 1. dead: the agent's process has ended */
@@ -5593,12 +5610,12 @@ async function callBuild(
   const grace = target.CancelGracePeriod;
   const mark = randomBytes(16).toString("hex");
   // The relay must outlive the script's grace period.
-  const own = { ...connection, target: { ...target, CancelGracePeriod: grace + 1, PassEnvironment: [] } };
+  const own = { ...connection, target: { ...target, CancelGracePeriod: grace + 2, PassEnvironment: [] } };
   const relay = Buffer.concat([Buffer.from(`${before}\n`), relayScript(script, mark, shell, grace)]);
   const outcome = await runScript(own, relay, shells, context);
   if (outcome.ended !== "exited" || outcome.code === 0) return outcome;
   const directory = `${LINK}/${mark}.${shell}`;
-  const program = `cat ${directory}/failed ${directory}/code 2>/dev/null; rm -rf ${directory}`;
+  const program = `cat ${directory}/failed ${directory}/code 2>/dev/null; mv ${directory} ${directory}.new; rm -rf ${directory}.new`;
   const answer = (await runCommand(own, program, context.signal)).trim();
   if (answer === "late" || answer === "refused" || answer === "dead") return { ended: answer };
   if (answer === `${outcome.code}`) return outcome;
