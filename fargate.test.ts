@@ -104,6 +104,7 @@ import { lostOutput } from "./fixtures/lost-output.ts";
 import { type Container, makeManagerWorld, managerFields, managerTest } from "./fixtures/manager.ts";
 import { driver, type Finished, fargate, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
+import { runThroughRelay, startPair } from "./fixtures/relay.ts";
 import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
 import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
 import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
@@ -3181,12 +3182,27 @@ describe("login", () => {
   });
 });
 
-describe("scripts over SSH", () => {
+/** The ways of a script to its shell. Through the relay, tests need containers. */
+const WAYS = [
+  ["over SSH", { isRelayed: false, startTask, runScript }],
+  ["through the relay", { isRelayed: true, startTask: () => startPair(), runScript: runThroughRelay }],
+] as const;
+
+// `task.host` is the container that runs the scripts.
+describe.each(WAYS)("scripts %s", (_, { isRelayed, startTask, runScript }) => {
   let task: Awaited<ReturnType<typeof startTask>>;
   beforeAll(async () => {
-    task = await startTask();
+    if (!isRelayed || hosts.kind === "container") task = await startTask();
   });
   afterAll(() => task?.host.stop(0));
+
+  const scriptTest: typeof taskTest = (name, body, { timeout, containerOnly = false } = {}) =>
+    taskTest(name, body, { timeout, containerOnly: containerOnly || isRelayed });
+  /** For tests of the login, the connection or the worker image, or of what scripts through the relay do not have. */
+  const sshTest: typeof taskTest = (...args) => {
+    if (!isRelayed) taskTest(...args);
+  };
+  const describeSsh = isRelayed ? () => {} : describe;
 
   async function runIn(
     connection: Connection,
@@ -3219,24 +3235,24 @@ describe("scripts over SSH", () => {
   }
   const exited = (code: number): Outcome => ({ ended: "exited", code });
 
-  taskTest("findShells finds the shells of a container", async () => {
+  sshTest("findShells finds the shells of a container", async () => {
     const connection = await task.logIn();
     expect(await findShells(connection, never)).toMatchObject({ Interpreter: "bash", LoginShell: "bash" });
     connection.client.end();
   });
 
   for (const code of [0, 1, 42, 137, 255])
-    taskTest(`runScript returns exit code ${code}`, async () => {
+    scriptTest(`runScript returns exit code ${code}`, async () => {
       expect((await runOnce(`exit ${code}`)).outcome).toEqual(exited(code));
     });
 
-  taskTest("runScript returns 128 + n for death by signal n", async () => {
+  scriptTest("runScript returns 128 + n for death by signal n", async () => {
     expect((await runOnce("sh -c 'kill -TERM $$'")).outcome).toEqual(exited(143));
     expect((await runOnce("sh -c 'kill -SEGV $$'")).outcome).toEqual(exited(139));
     expect((await runOnce("echo before; kill -KILL $$")).outcome).toEqual(exited(137));
   });
 
-  taskTest("runScript ends as bash does when a script sends itself TERM", async () => {
+  scriptTest("runScript ends as bash does when a script sends itself TERM", async () => {
     for (const [script, code] of [
       ["x=$(kill -s TERM $$); true", 143],
       ["(kill -s TERM $$); exit 3", 143],
@@ -3247,7 +3263,7 @@ describe("scripts over SSH", () => {
       expect((await runOnce(script)).outcome, script).toEqual(exited(code));
   });
 
-  taskTest("runScript keeps output that is unread when the script ends", async () => {
+  scriptTest("runScript keeps output that is unread when the script ends", async () => {
     const connection = await task.logIn();
     for (const redirect of ["", ">&2"]) {
       const received: Buffer[] = [];
@@ -3271,7 +3287,7 @@ describe("scripts over SSH", () => {
     connection.client.end();
   });
 
-  taskTest("runScript keeps all output despite a background process and a slow reader", async () => {
+  scriptTest("runScript keeps all output despite a background process and a slow reader", async () => {
     const connection = await task.logIn();
     let bytes = 0;
     const slow = new Writable({
@@ -3292,7 +3308,8 @@ describe("scripts over SSH", () => {
     expect(bytes).toBe(3_000_000);
   });
 
-  describe("start-up files", () => {
+  // A shell in the job's own image reads no start-up files.
+  describeSsh("start-up files", () => {
     const bashrc = (text: string) => task.host.exec(`printf '%s\\n' '${text}' >/root/.bashrc`);
     afterAll(async () => {
       if (hosts.kind === "container") await task.host.exec("rm -f /root/.bashrc");
@@ -3406,7 +3423,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
   });
 
-  taskTest("runScript passes both streams apart and byte for byte", async () => {
+  scriptTest("runScript passes both streams apart and byte for byte", async () => {
     const bytes = Buffer.from(Array.from({ length: 256 }, (_, byte) => byte));
     const octal = [...bytes].map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
     const ran = await runOnce(`printf '${octal}'; printf '%s' error >&2; printf '${octal}'`);
@@ -3415,7 +3432,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     expect(ran.stderr.toString()).toBe("error");
   });
 
-  taskTest("runScript leaves standard input empty for the commands of a script", async () => {
+  scriptTest("runScript leaves standard input empty for the commands of a script", async () => {
     const ran = await runOnce('read -r line; echo "$? [$line]"; cat; wc -c');
     expect(
       ran.stdout
@@ -3426,7 +3443,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     ).toEqual(["1 []", "0"]);
   });
 
-  taskTest("runScript does not wait for a process in the background", async () => {
+  scriptTest("runScript does not wait for a process in the background", async () => {
     const ran = await runOnce("sleep 300 & (sleep 300; echo late) & echo $!; echo done");
     expect(ran.outcome).toEqual(exited(0));
     expect(ran.stdout.toString()).toMatch(/^\d+\ndone\n$/);
@@ -3436,11 +3453,11 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     expect(next.stdout.toString()).toBe("lives\n");
   });
 
-  taskTest(
+  scriptTest(
     "runScript lets a background process write to the job's output after its end",
     async () => {
       const listed = "for f in /proc/[0-9]*/comm; do grep -x cat $f; done 2>/dev/null | wc -l";
-      const cats = async () => Number((await task.host.exec(listed)).output);
+      const cats = async () => Number((await task.host.exec(listed, CONTAINER)).output);
       const before = await cats();
       const { outcome, stdout } = await runOnce(
         "trap 'echo >/root/pipe' PIPE; while echo line; do date +%N >/root/wrote; sleep 0.1; done & echo $!; exit 3",
@@ -3458,7 +3475,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     { containerOnly: true },
   );
 
-  taskTest(
+  sshTest(
     "findPipeHolders reads the listing of BusyBox's ls",
     async () => {
       const { output } = await task.host.exec("echo | sh -c 'busybox ls -ln /proc/$$/fd/[0-2]; :'");
@@ -3469,7 +3486,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     { containerOnly: true },
   );
 
-  taskTest(
+  scriptTest(
     "runScript does not wait for a background process that floods the output",
     async () => {
       const ran = await runOnce("yes & echo $! >&2; exit 4");
@@ -3481,12 +3498,12 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     { timeout: 120_000 },
   );
 
-  taskTest("runScript keeps all output of a filter that outlives a background process", async () => {
+  scriptTest("runScript keeps all output of a filter that outlives a background process", async () => {
     const ran = await runOnce("exec > >(cat; sleep 1; echo filtered); sleep 0.5 & echo done");
     expect(ran).toMatchObject({ outcome: exited(0), stdout: Buffer.from("done\nfiltered\n") });
   });
 
-  taskTest("runScript waits at most 10 s for a filter that does not end", async () => {
+  scriptTest("runScript waits at most 10 s for a filter that does not end", async () => {
     const connection = await task.logIn();
     const warnings: string[] = [];
     const warner = { ...log, warn: (text: string) => void warnings.push(text) };
@@ -3500,15 +3517,17 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     connection.client.end();
     expect(outcome).toEqual(exited(0));
     expect(out.bytes().toString()).toBe("done\n");
-    expect(warnings).toEqual(["a process still holds the script's output open after 10 s; its further output is lost"]);
+    // Through the relay, the agent stops waiting, and the driver sees only the relay's own processes.
+    const warning = "a process still holds the script's output open after 10 s; its further output is lost";
+    expect(warnings).toEqual(isRelayed ? [] : [warning]);
   });
 
   for (const form of ["17.9", "19.x"] as const)
-    taskTest(`runScript keeps all output of a process substitution in form ${form}`, async () => {
-      expect(await lostOutput(task.logIn, form, { runs: 2, sorts: 1 })).toEqual([]);
+    scriptTest(`runScript keeps all output of a process substitution in form ${form}`, async () => {
+      expect(await lostOutput(task.logIn, form, { runs: 2, sorts: 1, runScript })).toEqual([]);
     });
 
-  taskTest("runScript passes scripts of 1 MB and 20 MB whole", async () => {
+  scriptTest("runScript passes scripts of 1 MB and 20 MB whole", async () => {
     for (const size of [1_000_000, 20_000_000]) {
       const text = "0123456789".repeat(size / 10);
       const ran = await runOnce(`x='${text}'\necho "\${#x}"; printf %s "$x" | sha256sum`);
@@ -3517,7 +3536,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     }
   });
 
-  taskTest("runScript keeps a script off disks, arguments and environments", async () => {
+  scriptTest("runScript keeps a script off disks, arguments and environments", async () => {
     const places = hosts.kind === "container" ? "/root /tmp /var /run /etc /dev/shm" : "$HOME/nowhere";
     /** The numbers of processes and of files that contain the text. The bracket keeps the search from finding itself. */
     const found = async (text: string) => {
@@ -3556,10 +3575,13 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       beforeAll(async () => {
         if (hosts.kind !== "container") return;
         const setUp = `ln -sf "$(command -v busybox)" /usr/local/bin/ash && usermod --shell ${path} root`;
-        expect((await task.host.exec(setUp)).exitCode).toBe(0);
+        expect((await task.host.exec(setUp, CONTAINER)).exitCode).toBe(0);
+        if (isRelayed) await task.host.exec(`ln -sf "$(command -v ${shell})" /usr/local/bin/sh`);
       });
       afterAll(async () => {
-        if (hosts.kind === "container") await task.host.exec("usermod --shell /bin/bash root");
+        if (hosts.kind !== "container") return;
+        await task.host.exec("usermod --shell /bin/bash root", CONTAINER);
+        if (isRelayed) await task.host.exec("rm /usr/local/bin/sh");
       });
       // The login shell can only be changed in a container.
       const options = { containerOnly: shell !== "bash" };
@@ -3584,7 +3606,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         ],
       ];
       for (const [what, script, code, output] of cases)
-        taskTest(
+        scriptTest(
           `runScript handles ${what}`,
           async () => {
             const ran = await runOnce(Buffer.from(script, what.includes("UTF-8") ? "latin1" : "utf8"), own());
@@ -3594,7 +3616,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
           options,
         );
 
-      taskTest(
+      scriptTest(
         "runScript handles 1 MB",
         async () => {
           const ran = await runOnce(`x='${"y".repeat(1_000_000)}'; echo \${#x}`, own());
@@ -3603,7 +3625,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
         options,
       );
 
-      taskTest(
+      scriptTest(
         "runScript runs no command of a script whose connection is cut",
         async () => {
           const trace = hosts.kind === "container" ? "/tmp/began" : join(directory(), "began");
@@ -3627,7 +3649,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
           // The marks of all running shells. Background processes of other tests have marks, too.
           const shells = "cat /proc/[0-9]*/cmdline 2>/dev/null";
           const marks = async () =>
-            new Set((await task.host.exec(shells)).output.match(/fargate-[0-9a-f]{32}(?= incomplete)/g));
+            new Set((await task.host.exec(shells, CONTAINER)).output.match(/fargate-[0-9a-f]{32}(?= incomplete)/g));
           const earlier = await marks();
           for (const part of [0.1, 0.5, 0.99]) {
             const cut = await over(Math.floor(whole.sent * part));
@@ -3641,14 +3663,14 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       );
     });
 
-  taskTest("runScript passes the script to an interpreter that is not the login shell", async () => {
+  scriptTest("runScript passes the script to an interpreter that is not the login shell", async () => {
     const ran = await runOnce('echo "$0 ${BASH_VERSION:+bash}"', { interpreter: "sh", loginShell: "bash" });
     expect(ran.stdout.toString().trim()).toBe("sh");
     const other = await runOnce('echo "$0 ${BASH_VERSION:+bash}"', { interpreter: "bash", loginShell: "fish" });
     expect(other.stdout.toString()).toBe("bash bash\n");
   });
 
-  taskTest("runScript passes 200 MB to a slow reader in bounded memory", async () => {
+  scriptTest("runScript passes 200 MB to a slow reader in bounded memory", async () => {
     const connection = await task.logIn();
     let bytes = 0;
     let queued = 0;
@@ -3679,7 +3701,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     ["a command in a group of its own", "timeout 600 sleep 600"],
     ["children in the background", "sleep 600 & sleep 600 & wait"],
   ] as const)
-    taskTest(`runScript terminates ${what} when its signal aborts`, async () => {
+    scriptTest(`runScript terminates ${what} when its signal aborts`, async () => {
       const id = `token-${Math.random().toString(36).slice(2)}`;
       const stop = new AbortController();
       const connection = await task.logIn();
@@ -3699,7 +3721,8 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
       expect(Number((await task.host.exec(marked)).output)).toBe(0);
     });
 
-  taskTest("runScript spares what another stage left in the background", async () => {
+  // Through the relay, a cancel ends all processes of the container: see "relay" below.
+  sshTest("runScript spares what another stage left in the background", async () => {
     const { stdout } = await runOnce("sleep 300 >/dev/null 2>&1 & echo $!");
     const stop = new AbortController();
     const out = collect();
@@ -3715,7 +3738,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     expect((await runOnce(`kill -0 ${stdout.toString().trim()}`)).outcome).toEqual(exited(0));
   });
 
-  taskTest("connect logs in with both types of key", async () => {
+  sshTest("connect logs in with both types of key", async () => {
     const rsa = await makeKeyPair("rsa");
     const file = hosts.kind === "container" ? "/run/sshd/authorized_keys" : undefined;
     if (file) await task.host.exec(`echo '${rsa.publicKey}' >>${file}`);
@@ -3729,7 +3752,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     await server?.close();
   });
 
-  taskTest("connect refuses a wrong host key, key or user", async () => {
+  sshTest("connect refuses a wrong host key, key or user", async () => {
     const { hostKey, client } = await task.logIn();
     client.end();
     await expect(
@@ -3746,7 +3769,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     );
   });
 
-  taskTest("runScript drops a server that makes the process too large", async () => {
+  sshTest("runScript drops a server that makes the process too large", async () => {
     const { rss } = process.memoryUsage;
     const connection = await task.logIn();
     try {
@@ -3761,7 +3784,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     }
   });
 
-  taskTest("runScript reports a connection that breaks in the middle of a script", async () => {
+  sshTest("runScript reports a connection that breaks in the middle of a script", async () => {
     const proxy = await startProxy({ host: task.target.host, port: task.target.Port });
     const connection = await task.logIn({ ...task.target, host: "127.0.0.1", Port: proxy.port });
     const out = collect();

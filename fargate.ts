@@ -6369,6 +6369,7 @@ export {
   makeLogger,
   managerId,
   matchesImage,
+  openVolumes,
   Preamble,
   parseCommandLine,
   parseImage,
