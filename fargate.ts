@@ -5329,28 +5329,37 @@ function portsOf({ variables, ports }: Keyword): number[] {
   ];
 }
 
-const MAX_EXPANDED = 65_536; // characters; more than fits into any override
+/**
+ * The names of the secret variables that a variable of the job is or contains: GitLab expands variables before
+ * the runner gets them, and leaves those public that now contain a secret. Short values may be anything.
+ */
+const secretsIn = (variable: Variable, all: ReadonlyMap<string, Variable>): string[] =>
+  [...all.values()]
+    .filter(isSecret)
+    .filter(({ key, value }) => key === variable.key || (value.length > 7 && variable.value.includes(value)))
+    .map(({ key }) => key);
 
 /**
- * Expands `$NAME` and `${NAME}` as GitLab Runner does: an unknown name to nothing, `$$` to `$`, and
- * references in the values of other variables only if `levels` is 2, as for variables of a service.
- * @returns `secrets`: the names of secret variables that the value contains
+ * Expands `$NAME` and `${NAME}` as GitLab Runner does: an unknown name to nothing, and `$$` to `$`. Cuts values
+ * that are far too long for ECS, since a job's variables may contain each other many times.
+ * @returns `secrets`: the names of secret variables that the references lead to
  */
-function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Variable>, levels: 1 | 2) {
+function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Variable>) {
   const secrets = new Set<string>();
-  let length = 0;
-  const use = (name: string, left: number): string => {
+  let used = 0; // references and characters
+  const use = (name: string, depth: number): string => {
     const found = all.get(name);
-    if (!found || found.file || length > MAX_EXPANDED) return "";
-    if (isSecret(found)) secrets.add(name);
-    length += found.value.length;
-    return found.raw || left === 0 ? found.value : expand(found.value, left);
+    if (!found || found.file || used > 10 * MAX_OVERRIDES) return "";
+    used += 1 + found.value.length;
+    for (const key of secretsIn(found, all)) secrets.add(key);
+    return found.raw || depth > 10 ? found.value : expand(found.value, depth + 1);
   };
-  const expand = (text: string, left: number): string =>
-    text.replace(/\$(?:(\$)|(\w+)|\{(\w+)\})/g, (_, dollar, plain, braced) => {
-      return dollar ?? use(plain ?? braced, left - 1);
-    });
-  return { value: raw ? value : expand(value, levels), secrets: [...secrets] };
+  const expand = (text: string, depth: number): string =>
+    text.replace(
+      /\$(?:(\$)|(\w+)|\{(\w+)\})/g,
+      (_, dollar, plain, braced) => dollar ?? use(plain ?? braced, depth),
+    );
+  return { value: raw ? value : expand(value, 0), secrets: [...secrets] };
 }
 
 /** Variables of GitLab's settings are not public. Those of .gitlab-ci.yml are public, and never masked. */
@@ -5369,14 +5378,17 @@ function serviceOverrides({ config, log }: Context, plan: ImagePlan): ContainerO
   const all = new Map(plan.variables.map((variable) => [variable.key, variable])); // the last one counts
   const expanded = [...all.values()]
     .filter((variable) => !isSecret(variable) && !variable.file && !isReserved(variable.key))
-    .map((variable) => ({ name: variable.key, ...expandVariable(variable, all, 1) }));
-  const hidden = expanded.filter(({ secrets }) => secrets.length > 0).map(({ name }) => name);
-  const open = expanded.filter(({ secrets }) => secrets.length === 0);
+    .map((variable) => {
+      const { value, secrets } = expandVariable(variable, all);
+      return { name: variable.key, value, isOpen: secrets.length + secretsIn(variable, all).length === 0 };
+    });
+  const hidden = expanded.filter(({ isOpen }) => !isOpen).map(({ name }) => name);
+  const open = expanded.filter(({ isOpen }) => isOpen);
   const own = open.filter(({ name }) => !isPredefined(name));
   const services = plan.services.map(({ name, keyword }) => {
     const environment = new Map(own.map((variable) => [variable.name, variable.value]));
     for (const variable of keyword.variables.filter(({ key }) => !isReserved(key))) {
-      const { value, secrets } = expandVariable(variable, all, 2);
+      const { value, secrets } = expandVariable(variable, all);
       const uses = `services: ${keyword.name}: its variable ${variable.key} contains ${secrets.join(", ")}`;
       const refused = "secret variables are passed to services only with SecretsInServices";
       if (secrets.length > 0 && !config.JobImage.SecretsInServices)
