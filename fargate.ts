@@ -4982,11 +4982,9 @@ function jobContainers(
   coordinator: ContainerDefinition,
   plan: ImagePlan,
   mounts: MountPoint[],
-  hasSize: boolean,
+  size: Pick<ContainerDefinition, "memory" | "memoryReservation">,
 ) {
-  const { logConfiguration, memory, memoryReservation } = coordinator;
-  // Without a size of the task, as on EC2, ECS asks for one of each container.
-  const size = hasSize ? {} : { memory, memoryReservation };
+  const { logConfiguration } = coordinator;
   const define = ({ name, image, user, secretArn }: JobContainer): ContainerDefinition => ({
     ...{ name, image: nameOfImage(image), essential: false, user, logConfiguration, ...size },
     repositoryCredentials: secretArn ? { credentialsParameter: secretArn } : undefined,
@@ -5078,9 +5076,12 @@ function deriveDefinition(
   const coordinator = containers.find(({ name }) => name === CONTAINER) as ContainerDefinition;
   const { mounts, added } = jobVolumes(config, coordinator);
   const { image, logConfiguration, mountPoints = [], dependsOn = [], healthCheck } = coordinator;
+  const { memory, memoryReservation } = coordinator;
+  // Without a size of the task, as on EC2, ECS asks for one of each container.
+  const size = base.memory === undefined ? { memory, memoryReservation } : {};
   const init: ContainerDefinition = {
     ...{ name: INIT_CONTAINER, image, logConfiguration, essential: false, user: "0", mountPoints: added },
-    ...{ repositoryCredentials: coordinator.repositoryCredentials },
+    ...{ repositoryCredentials: coordinator.repositoryCredentials, ...size },
     entryPoint: ["/bin/sh", "-c"],
     command: [
       openVolumes(added.map(({ containerPath }) => `${containerPath}`).filter((path) => path !== LINK)),
@@ -5095,7 +5096,6 @@ function deriveDefinition(
     }),
     ...(isHeld && !healthCheck && { healthCheck: sshHealthCheck(config.SSH.Port) }),
   };
-  const hasSize = base.memory !== undefined;
   const names = added.map(({ sourceVolume: name }) => ({ name }));
   const tags = Object.entries(config.Fargate.Tags).map(([key, value]) => ({ key, value }));
   const kept = Object.fromEntries(REGISTERED.map((key) => [key, base[key as keyof TaskDefinition]]));
@@ -5104,7 +5104,7 @@ function deriveDefinition(
     containerDefinitions: [
       ...containers.map((container) => (container === coordinator ? extended : container)),
       ...(plan.build ? [init] : []),
-      ...jobContainers(coordinator, plan, mounts, hasSize),
+      ...jobContainers(coordinator, plan, mounts, size),
     ],
     volumes: [...(base.volumes ?? []), ...(plan.build ? names : [])],
     ...(tags.length > 0 && { tags }),
