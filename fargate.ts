@@ -694,7 +694,7 @@ function refuseOverride(
   const refused = (key: JobSetting, why: string) =>
     `${JOB_VARIABLES[key]} of this job, ${f[key]?.slice(0, 300)}, is not allowed: ${why}`;
   const { TaskDefinition: chosen, AllowedTaskDefinitions: patterns, AllowedPlatformVersions: versions } = f;
-  const family = chosen.replace(/^.*\//s, "").replace(/:\d*$/, "");
+  const family = chosen.replace(/^.*\//s, "").replace(/:.*$/s, "");
   if (jobOverrides.includes("TaskDefinition") && DERIVED_FAMILY.test(family))
     return refused("TaskDefinition", "it belongs to the jobs whose image: and services: it contains");
   if (jobOverrides.includes("PlatformVersion") && versions && !versions.includes(f.PlatformVersion ?? ""))
