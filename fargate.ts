@@ -4841,7 +4841,7 @@ const KeywordSchema = v.object({
   variables,
   ports: ifValid(v.array(v.object({ number: v.number() }))),
   executor_opts: ifValid(
-    v.object({ docker: v.intersect([userOption, platformOption]), kubernetes: userOption }),
+    v.object({ docker: ifValid(v.intersect([userOption, platformOption])), kubernetes: userOption }),
   ),
 });
 type Keyword = v.InferOutput<typeof KeywordSchema>;
@@ -4933,7 +4933,7 @@ function planImages({
   if (named.length > 0 && !isAllowed)
     unused.push([`services: ${named.map(({ name }) => name).join(", ")}`, "AllowedServices is empty"]);
   const services = (isAllowed ? named : []).map((keyword, i) => {
-    const last = parseImage(keyword.name)?.repository.split("/").at(-1)?.replace(/\W/g, "-");
+    const last = parseImage(keyword.name)?.repository.split("/").at(-1)?.replace(/\W/g, "-").slice(0, 200);
     return allowContainer(`service-${i + 1}-${last}`, keyword, f.AllowedServices, project, f);
   });
   for (const { keyword } of build ? [build, ...services] : services)
@@ -5322,7 +5322,7 @@ async function startWithImages(context: Context, aws: Aws, record: TaskRecord, k
 
 /** The ports of a service: HEALTHCHECK_TCP_PORT of its own variables, or `ports`. */
 function portsOf({ variables, ports }: Keyword): number[] {
-  const declared = Number(variables.find(({ key }) => key === "HEALTHCHECK_TCP_PORT")?.value);
+  const declared = Number(variables.findLast(({ key }) => key === "HEALTHCHECK_TCP_PORT")?.value);
   const isPort = (port: number) => Number.isInteger(port) && port > 0 && port < 65_536;
   return [
     ...new Set(isPort(declared) ? [declared] : (ports ?? []).map(({ number }) => number).filter(isPort)),
