@@ -21,6 +21,7 @@ import {
   type ServiceOutputTypes as Ec2Output,
 } from "@aws-sdk/client-ec2";
 import {
+  type ContainerDefinition,
   DescribeTasksCommand,
   type DescribeTasksCommandInput,
   ECSClient,
@@ -28,10 +29,12 @@ import {
   type ServiceInputTypes as EcsInput,
   type ServiceOutputTypes as EcsOutput,
   ListTasksCommand,
+  type RegisterTaskDefinitionCommandInput,
   RunTaskCommand,
   type RunTaskCommandInput,
   StopTaskCommand,
   type Task,
+  type TaskDefinition,
 } from "@aws-sdk/client-ecs";
 import { type AwsStub, mockClient } from "aws-sdk-client-mock";
 import * as commander from "commander";
@@ -40,6 +43,7 @@ import { parse } from "smol-toml";
 import { Client, type ClientChannel, Server as SshServerOfAPacket, utils } from "ssh2";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from "vitest";
 import {
+  AGENT,
   adviceFor,
   awsFailure,
   type Cause,
@@ -47,40 +51,57 @@ import {
   type Config,
   type Connection,
   type Context,
+  canonical,
+  checkPlan,
   configAnswer,
   createDirectory,
   createLock,
+  deriveDefinition,
   encodeEd25519,
   exitCode,
+  expandVariable,
   explainStop,
   Failure,
   findPipeHolders,
   findShells,
   formatRecord,
+  hostNames,
+  imageDirectories,
   interfaceOf,
   interpreterOf,
+  isSameDefinition,
+  type Job,
   judgeTask,
   keyPairOf,
   type LogRecord,
+  listeningPorts,
   makeKeyPair,
   makeLogger,
   managerId,
+  matchesImage,
   type Outcome,
   Preamble,
   type Problem,
   parseCommandLine,
+  parseImage,
+  parseImagePattern,
   parseStage,
+  planImages,
   pollPause,
+  portsOf,
   prepare as prepareStage,
   readConfig,
   readJob,
   readLocks,
   readRecord,
   recognize,
+  refuseDefinition,
   retry,
   run,
   runTaskInput,
   salvageRecord,
+  serviceOverrides,
+  sshHealthCheck,
   startRetryPause,
   stopCause,
   sweep,
@@ -6758,7 +6779,1392 @@ describeProgram("runners", () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 12. Command line
+// 12. Job image and services
+// ---------------------------------------------------------------------------------------------------------
+
+describe("job image and services", () => {
+  type JobImage = Config["JobImage"];
+  type Plan = NonNullable<ReturnType<typeof planImages>>;
+  const DIGEST = `@sha256:${"0123456789abcdef".repeat(4)}`;
+  const all: Partial<JobImage> = { AllowedImages: ["**"], AllowedServices: ["**"] };
+
+  const configWith = (settings: Partial<JobImage>, change: (config: Config) => void = () => {}) => {
+    const { config } = readConfig(configFile("guide"), "guide", {}, {});
+    Object.assign(config.JobImage, settings);
+    change(config);
+    return config;
+  };
+  /** What `planImages` gets for a job with this response. */
+  const imageContext = (keywords: object, settings: Partial<JobImage> = all, jobOverrides: string[] = []) => {
+    const path = join(directory(), "response.json");
+    fs.writeFileSync(path, JSON.stringify({ ...gitlabJob().response, ...keywords }));
+    const env = { JOB_RESPONSE_FILE: path };
+    return { config: configWith(settings), job: readJob(env) as Job, jobOverrides, env };
+  };
+  const planOf = (...context: Parameters<typeof imageContext>) => planImages(imageContext(...context)) as Plan;
+  const failureOf = (...context: Parameters<typeof imageContext>) => {
+    const failure = thrown(() => planImages(imageContext(...context)));
+    expect(failure).toBeInstanceOf(Failure);
+    return failure as Failure;
+  };
+  const nameOf = (image: object | undefined) => image && Object.values(image).join(" ");
+  const variable = (key: string, value: string, more: object = {}) => ({ key, value, public: true, ...more });
+
+  describe("image references", () => {
+    test("parseImage adds Docker's defaults", () => {
+      const cases: [text: string, parsed: string | undefined][] = [
+        ["node", "docker.io library/node :latest"],
+        ["node:22", "docker.io library/node :22"],
+        ["group/node", "docker.io group/node :latest"],
+        ["a/b/c:d", "docker.io a/b/c :d"],
+        ["docker.io/node", "docker.io library/node :latest"],
+        ["docker.io/library/node:22", "docker.io library/node :22"],
+        ["index.docker.io/node:22", "docker.io library/node :22"],
+        ["index.docker.io/group/node", "docker.io group/node :latest"],
+        ["INDEX.Docker.IO/node", "docker.io library/node :latest"],
+        ["registry-1.docker.io/node", "registry-1.docker.io node :latest"],
+        ["localhost/node", "localhost node :latest"],
+        ["localhost:5000/node:1", "localhost:5000 node :1"],
+        ["registry:5000/node", "registry:5000 node :latest"],
+        ["registry/node", "docker.io registry/node :latest"],
+        ["node:1/2", "node:1 2 :latest"], // a registry with a port
+        ["Registry.Example.COM/ci/node:V1", "registry.example.com ci/node :V1"],
+        ["127.0.0.1:5000/a", "127.0.0.1:5000 a :latest"],
+        ["xn--80ak6aa92e.com/node", "xn--80ak6aa92e.com node :latest"],
+        ["registry.example.com.evil.io/ci/node", "registry.example.com.evil.io ci/node :latest"],
+        ["evil.io/registry.example.com/x", "evil.io registry.example.com/x :latest"],
+        [`node${DIGEST}`, `docker.io library/node ${DIGEST}`],
+        [`node:22${DIGEST}`, `docker.io library/node ${DIGEST}`],
+        [`registry.example.com:443/a/b:c${DIGEST}`, `registry.example.com:443 a/b ${DIGEST}`],
+        ["node:_", "docker.io library/node :_"],
+        ["node:__.--", "docker.io library/node :__.--"],
+        [`node:${"t".repeat(128)}`, `docker.io library/node :${"t".repeat(128)}`],
+        ["a__b-.c".replace("-.", "---"), "docker.io library/a__b---c :latest"],
+        [`a/${"b".repeat(243)}`, `docker.io a/${"b".repeat(243)} :latest`],
+        ["a".repeat(63), `docker.io library/${"a".repeat(63)} :latest`],
+        // Not references.
+        ["", undefined],
+        [" ", undefined],
+        [" node", undefined],
+        ["node ", undefined],
+        ["node\n", undefined],
+        ["no de", undefined],
+        ["node\u0000", undefined],
+        ["Node", undefined],
+        ["Group/node", undefined],
+        ["node:", undefined],
+        ["node:-1", undefined],
+        ["node:.1", undefined],
+        ["node:a:b", undefined],
+        ["node:$TAG", undefined],
+        [`node:${"t".repeat(129)}`, undefined],
+        ["node@", undefined],
+        ["node@latest", undefined],
+        ["node@sha256:abc", undefined],
+        [`node${DIGEST.toUpperCase()}`, undefined],
+        [`node${DIGEST}0`, undefined],
+        [`node${DIGEST}${DIGEST}`, undefined],
+        [`node:${DIGEST}`, undefined],
+        [`node:-${DIGEST}`, undefined],
+        [`node@sha512:${"0".repeat(128)}`, undefined],
+        ["a".repeat(64), undefined],
+        [`${"a".repeat(64)}:1`, undefined],
+        [`a/${"b".repeat(244)}`, undefined],
+        [`${"a/".repeat(300)}b`, undefined],
+        ["/node", undefined],
+        ["node/", undefined],
+        ["a//b", undefined],
+        ["a/../b", undefined],
+        ["a/./b", undefined],
+        ["a..b", undefined],
+        ["a___b", undefined],
+        ["-a", undefined],
+        ["a-", undefined],
+        ["https://registry.example.com/node", undefined],
+        ["docker://node", undefined],
+        ["registry.example.com:/node", undefined],
+        ["registry.example.com:port/node", undefined],
+        ["registry.example.com:123456/node", undefined],
+        ["registry.example.com./node", undefined],
+        [".example.com/node", undefined],
+        ["registry..example.com/node", undefined],
+        ["registry_1.example.com/node", undefined],
+        ["user@registry.example.com/node", undefined],
+        ["user:password@registry.example.com/node", undefined],
+        ["registry.example.com@evil.io/x", undefined],
+        ["registry.example.com#evil.io/x", undefined],
+        ["registry.example.com\\evil.io/x", undefined],
+        ["registry.example.com%2fevil.io/x", undefined],
+        ["registry.ex\u0430mple.com/node", undefined], // a Cyrillic letter
+        ["n\u043ede", undefined],
+        ["registry\u3002example.com/node", undefined], // an ideographic full stop
+        ["registry.example.com\u2215evil.io/x", undefined], // a slash for division
+        ["[::1]:5000/node", undefined],
+        ["**", undefined],
+        ["node:*", undefined],
+        ["{project_id}/node", undefined],
+      ];
+      for (const [text, parsed] of cases) expect([text, nameOf(parseImage(text))]).toEqual([text, parsed]);
+    });
+
+    test("parseImagePattern refuses a pattern that is none", () => {
+      const cases: [pattern: string, hasHost: boolean | undefined][] = [
+        ["node", false],
+        ["**", false],
+        ["*", false],
+        ["node:*", false],
+        ["node:3.*", false],
+        ["node@sha256:*", false],
+        [`node${DIGEST}`, false],
+        ["*/*:*", false],
+        ["docker.io/**", true],
+        ["registry.example.com/**", true],
+        ["registry.example.com:5000/ci/*/**:*-slim", true],
+        ["registry.example.com/{project_id}/*:*", true],
+        ["localhost/**", true],
+        // None in the registry.
+        ["*.example.com/node", undefined],
+        ["registry.*/node", undefined],
+        ["registry.example.com:*/node", undefined],
+        ["**.example.com/node", undefined],
+        // An author controls the project's number less than its text would suggest, but the host is fixed.
+        ["{project_id}.example.com/node", true],
+        ["{project}/node", undefined],
+        ["{PROJECT_ID}/node", undefined],
+        ["", undefined],
+        ["node 22", undefined],
+        ["Node", undefined],
+        ["***", undefined],
+        ["a/***/b", undefined],
+        ["a*b*c*d*e", undefined],
+        ["node:a*b*c*d*", undefined],
+        ["/node", undefined],
+        ["node/", undefined],
+        ["registry.example.com/", undefined],
+        ["registry.example.com//node", undefined],
+        ["node:", undefined],
+        ["node:a:b", undefined],
+        ["node:*@sha256:*", undefined],
+        ["node@", undefined],
+        ["user@registry.example.com/node", undefined],
+        ["https://registry.example.com/**", undefined],
+        ["node.*(a+)+$", undefined],
+        ["[a-z]/node", undefined],
+        ["node|alpine", undefined],
+        ["^node$", undefined],
+        ["a".repeat(256), undefined],
+      ];
+      for (const [pattern, hasHost] of cases)
+        expect([pattern, parseImagePattern(pattern)?.hasHost]).toEqual([pattern, hasHost]);
+    });
+
+    test("matchesImage gives its verdict by the parsed reference", () => {
+      const cases: [pattern: string, image: string, matches: boolean][] = [
+        ["node", "node", true],
+        ["node", "node:latest", true],
+        ["node", "index.docker.io/library/node:latest", true],
+        ["docker.io/library/node", "node", true],
+        ["index.docker.io/node", "node", true],
+        ["node", "node:22", false],
+        ["node", `node${DIGEST}`, false],
+        ["node", "registry.example.com/node", false],
+        ["node", "registry.example.com/library/node", false],
+        ["node:*", "node", true],
+        ["node:*", "node:22-slim", true],
+        ["node:*", `node${DIGEST}`, false],
+        ["node:*", `node:22${DIGEST}`, false],
+        ["node:*", "node-evil:22", false],
+        ["node:*", "group/node:22", false],
+        ["node:3.*", "node:3.11", true],
+        ["node:3.*", "node:3x11", false],
+        ["node:3.*", "node:13.1", false],
+        ["node@sha256:*", `node${DIGEST}`, true],
+        ["node@sha256:*", `node:22${DIGEST}`, true],
+        ["node@sha256:*", "node:22", false],
+        [`node${DIGEST}`, `node${DIGEST}`, true],
+        [`node${DIGEST}`, `node@sha256:${"f".repeat(64)}`, false],
+        ["*", "node", true],
+        ["*", "group/node", false],
+        ["*:*", "node:22", true],
+        ["**", "node:22", true],
+        ["**", `group/a/b${DIGEST}`, true],
+        ["**", "registry.example.com/node", false],
+        ["**", "localhost/node", false],
+        ["**:22", "group/node:22", true],
+        ["**:22", "group/node:23", false],
+        ["registry.example.com/**", "registry.example.com/a", true],
+        ["registry.example.com/**", "registry.example.com/a/b/c:d", true],
+        ["registry.example.com/**", `REGISTRY.example.com/a${DIGEST}`, true],
+        ["Registry.Example.com/**", "registry.example.com/a", true],
+        ["registry.example.com/**", "registry.example.com:5000/a", false],
+        ["registry.example.com/**", "registry.example.com:443/a", false],
+        ["registry.example.com:5000/**", "registry.example.com:5000/a", true],
+        ["registry.example.com:5000/**", "registry.example.com:50000/a", false],
+        ["registry.example.com:5000/**", "registry.example.com/a", false],
+        ["registry.example.com/**", "registry.example.com.evil.io/a", false],
+        ["registry.example.com/**", "evil.io/registry.example.com/a", false],
+        ["registry.example.com/**", "registryxexample.com/a", false],
+        ["registry.example.com/**", "evil-registry.example.com/a", false],
+        ["registry.example.com/**", "xn--registry-example.com/a", false],
+        ["registry.example.com/ci/*:*", "registry.example.com/ci/node:1", true],
+        ["registry.example.com/ci/*:*", "registry.example.com/ci/sub/node:1", false],
+        ["registry.example.com/ci/*:*", "registry.example.com/cix/node:1", false],
+        ["registry.example.com/ci/**", "registry.example.com/ci/sub/node:1", true],
+        ["registry.example.com/ci/**", "registry.example.com/ci", false],
+        ["registry.example.com/ci/**", "registry.example.com/cix/node", false],
+        ["registry.example.com/ci**", "registry.example.com/cix/node", true],
+        ["registry.example.com/**/node:*", "registry.example.com/a/b/node:1", true],
+        ["registry.example.com/**/node:*", "registry.example.com/node:1", false],
+        ["registry.example.com/a/*-ci/x:*", "registry.example.com/a/team-ci/x:1", true],
+        ["registry.example.com/a/*-ci/x:*", "registry.example.com/a/b/team-ci/x:1", false],
+        ["registry.example.com/{project_id}/*:*", "registry.example.com/42/node:1", true],
+        ["registry.example.com/{project_id}/*:*", "registry.example.com/4/node:1", false],
+        ["registry.example.com/{project_id}/*:*", "registry.example.com/420/node:1", false],
+        ["registry.example.com/p-{project_id}:*", "registry.example.com/p-42:1", true],
+        ["registry.example.com/ci/node:{project_id}", "registry.example.com/ci/node:42", true],
+        ["registry.example.com/ci/node:{project_id}", "registry.example.com/ci/node:1", false],
+        ["node.js", "nodexjs", false],
+        ["not a pattern", "node", false],
+      ];
+      for (const [pattern, text, matches] of cases) {
+        const image = parseImage(text);
+        if (!image) throw new Error(`${text} is no reference`);
+        expect([pattern, text, matchesImage(pattern, image, 42)]).toEqual([pattern, text, matches]);
+      }
+    });
+  });
+
+  describe("plan", () => {
+    test("planImages returns nothing without a list or without a keyword", () => {
+      const keywords = { image: { name: "node:22" }, services: [{ name: "postgres:16" }] };
+      expect(planOf(keywords, {})).toBeUndefined();
+      const others = { PullCredentials: [{ Image: "docker.io/**", SecretArn: "arn" }], SecretsInServices: true };
+      expect(planOf(keywords, others)).toBeUndefined();
+      for (const none of [{}, { image: { name: "" }, services: [] }, { image: null, services: null }])
+        expect(planOf(none)).toBeUndefined();
+      // Without a response there are no keywords, whatever the job's variables are.
+      const env = {
+        CUSTOM_ENV_CI_JOB_IMAGE: "node:22",
+        CUSTOM_ENV_CI_JOB_ID: "1",
+        CUSTOM_ENV_CI_PROJECT_URL: "https://x",
+      };
+      const job = readJob({ ...env, CUSTOM_ENV_CI_PIPELINE_ID: "1" }) as Job;
+      expect(planImages({ config: configWith(all), job, jobOverrides: [], env })).toBeUndefined();
+    });
+
+    test("planImages reads the response and never the job's variables", () => {
+      const context = imageContext({ image: { name: "node:22" } });
+      const env = {
+        ...context.env,
+        CUSTOM_ENV_CI_JOB_IMAGE: "evil.io/x",
+        CUSTOM_ENV_CI_JOB_SERVICES: '[{"name":"y"}]',
+      };
+      const plan = planImages({ ...context, env });
+      expect(nameOf(plan?.build?.image)).toBe("docker.io library/node :22");
+      expect(plan?.services).toEqual([]);
+    });
+
+    test("planImages uses each keyword by itself", () => {
+      const keywords = { image: { name: "node:22" }, services: [{ name: "postgres:16" }, { name: "redis" }] };
+      const onlyImage = planOf(keywords, { AllowedImages: ["**"] });
+      expect(nameOf(onlyImage.build?.image)).toBe("docker.io library/node :22");
+      expect(onlyImage.services).toEqual([]);
+      expect(onlyImage.unused).toEqual(["services: postgres:16, redis: AllowedServices is empty"]);
+      const onlyServices = planOf(keywords, { AllowedServices: ["**"] });
+      expect(onlyServices.build).toBeUndefined();
+      expect(onlyServices.services.map(({ name }) => name)).toEqual(["service-1-postgres", "service-2-redis"]);
+      expect(onlyServices.unused).toEqual([
+        "image: node:22: no row of TaskDefinitions matches, and AllowedImages is empty",
+      ]);
+      const { build, services, unused, taskDefinition } = planOf(keywords);
+      expect([build?.name, ...services.map(({ name }) => name)]).toEqual([
+        "build",
+        "service-1-postgres",
+        "service-2-redis",
+      ]);
+      expect({ unused, taskDefinition }).toEqual({ unused: [], taskDefinition: undefined });
+    });
+
+    test("planImages selects the first row of TaskDefinitions that matches", () => {
+      const TaskDefinitions = [
+        { Image: "node:22", TaskDefinition: "ci-node-22" },
+        { Image: "node:*", TaskDefinition: "ci-node" },
+        { Image: "registry.example.com/{project_id}/**", TaskDefinition: "ci-own" },
+      ];
+      const selected = (name: string, more: Partial<JobImage> = {}) => {
+        const { taskDefinition, build, unused } = planOf({ image: { name } }, { TaskDefinitions, ...more });
+        return [taskDefinition, build?.name, ...unused];
+      };
+      expect(selected("node:22")).toEqual(["ci-node-22", undefined]);
+      expect(selected("docker.io/library/node:20")).toEqual(["ci-node", undefined]);
+      expect(selected("registry.example.com/42/a/b")).toEqual(["ci-own", undefined]);
+      // A row needs no AllowedImages. Without a row, they decide.
+      expect(selected("node:22", { AllowedImages: ["alpine"] })).toEqual(["ci-node-22", undefined]);
+      expect(selected("alpine", { AllowedImages: ["alpine"] })).toEqual([undefined, "build"]);
+      for (const name of ["alpine", "registry.example.com/7/a/b", "registry.example.com.evil.io/42/a", "no image"])
+        expect(selected(name)).toEqual([
+          ...[undefined, undefined],
+          `image: ${name}: no row of TaskDefinitions matches, and AllowedImages is empty`,
+        ]);
+      // The services of such a job are derived from the row's definition.
+      const keywords = { image: { name: "node:22" }, services: [{ name: "redis" }] };
+      const plan = planOf(keywords, { TaskDefinitions, AllowedServices: ["redis"] });
+      expect([plan.taskDefinition, plan.build, plan.services.length]).toEqual(["ci-node-22", undefined, 1]);
+    });
+
+    test("planImages lets FARGATE_TASK_DEFINITION take precedence over the keywords", () => {
+      const keywords = { image: { name: "evil.io/x" }, services: [{ name: "redis" }] };
+      const TaskDefinitions = [{ Image: "evil.io/x", TaskDefinition: "ci-x" }];
+      expect(planOf(keywords, { ...all, TaskDefinitions }, ["TaskDefinition"])).toEqual({
+        services: [],
+        variables: [],
+        unused: ["image: and services: (evil.io/x, redis): the job sets FARGATE_TASK_DEFINITION"],
+      });
+      expect(planOf({ image: { name: "node" } }, all, ["PlatformVersion"]).build?.name).toBe("build");
+    });
+
+    test("planImages refuses what no pattern allows and names the patterns", () => {
+      const settings = { AllowedImages: ["node:*", "registry.example.com/**"], AllowedServices: ["postgres:*"] };
+      const image = failureOf({ image: { name: "evil.io/x" } }, settings);
+      expect([image.kind, image.message]).toEqual([
+        "build",
+        "image: evil.io/x (evil.io/x:latest) is not allowed: AllowedImages is node:*, registry.example.com/**",
+      ]);
+      const service = failureOf({ services: [{ name: "postgres:16" }, { name: "redis" }] }, settings);
+      expect([service.kind, service.message]).toEqual([
+        "build",
+        "services: redis (docker.io/library/redis:latest) is not allowed: AllowedServices is postgres:*",
+      ]);
+      // The patterns for the one are none for the other.
+      expect(failureOf({ services: [{ name: "node:22" }] }, settings).kind).toBe("build");
+      expect(failureOf({ image: { name: "postgres:16" } }, settings).kind).toBe("build");
+      const broken = failureOf({ image: { name: "user:password@registry.example.com/x" } }, settings);
+      expect([broken.kind, broken.message]).toEqual([
+        "build",
+        "image: user:password@registry.example.com/x is not an image reference, such as registry.example.com/group/image:tag",
+      ]);
+      const long = failureOf({ image: { name: `${"a/".repeat(5_000)}b` } }, settings);
+      expect(long.message.length).toBeLessThan(500);
+    });
+
+    test("planImages gives an image the first PullCredentials that match", () => {
+      const PullCredentials = [
+        { Image: "registry.example.com/{project_id}/**", SecretArn: "arn:own" },
+        { Image: "registry.example.com/**", SecretArn: "arn:all" },
+        { Image: "docker.io/library/redis:*", SecretArn: "arn:hub" },
+      ];
+      const settings = { AllowedImages: ["registry.example.com/**", "**"], AllowedServices: ["**", "evil.io/**"] };
+      const secretOf = (name: string) => planOf({ image: { name } }, { ...settings, PullCredentials }).build?.secretArn;
+      expect(secretOf("registry.example.com/42/a:1")).toBe("arn:own");
+      expect(secretOf("registry.example.com/43/a:1")).toBe("arn:all");
+      expect(secretOf("redis")).toBe("arn:hub");
+      expect(secretOf("node")).toBeUndefined();
+      const services = [{ name: "redis:7" }, { name: "evil.io/registry.example.com/a" }];
+      const plan = planOf({ services }, { ...settings, PullCredentials });
+      expect(plan.services.map(({ secretArn }) => secretArn)).toEqual(["arn:hub", undefined]);
+    });
+
+    test("planImages takes the user from executor_opts", () => {
+      const cases: [options: unknown, user: string | undefined][] = [
+        [{ docker: { user: "worker" } }, "worker"],
+        [{ docker: { user: "1000:1000" } }, "1000:1000"],
+        [{ docker: { user: 0 } }, "0"],
+        [{ kubernetes: { user: "1000" } }, "1000"],
+        [{ kubernetes: { user: 1000 } }, "1000"],
+        [{ docker: { user: "a" }, kubernetes: { user: "b" } }, "a"],
+        [{ docker: { platform: "linux/amd64" }, kubernetes: { user: "b" } }, "b"],
+        [{ docker: { user: "" } }, undefined],
+        [{ docker: { user: null }, kubernetes: { user: null } }, undefined],
+        [{ docker: "x", kubernetes: [] }, undefined],
+        [{ docker: { user: {} }, kubernetes: { user: true } }, undefined],
+        [null, undefined],
+        ["x", undefined],
+        [{}, undefined],
+        [undefined, undefined],
+      ];
+      for (const [executor_opts, user] of cases) {
+        expect([executor_opts, planOf({ image: { name: "node", executor_opts } }).build?.user]).toEqual([
+          executor_opts,
+          user,
+        ]);
+        expect(planOf({ services: [{ name: "redis", executor_opts }] }).services[0]?.user).toBe(user);
+      }
+    });
+
+    test("planImages refuses a user that is none", () => {
+      const users = ["a b", "root; id", "$(id)", "a:b:c", ":", "a:", ":b", "\n", "a\u0000", "x".repeat(65)];
+      for (const user of users) {
+        const { kind, message } = failureOf({ image: { name: "node", executor_opts: { docker: { user } } } });
+        expect(kind).toBe("build");
+        expect(message).toContain("has an invalid user");
+      }
+    });
+
+    test("planImages reports a pull_policy other than always", () => {
+      const services = [{ name: "redis", pull_policy: ["if-not-present", "always"] }, { name: "postgres" }];
+      expect(planOf({ image: { name: "node", pull_policy: ["never"] }, services }).unused).toEqual([
+        "pull_policy of node: ECS pulls the images of each task",
+        "pull_policy of redis: ECS pulls the images of each task",
+      ]);
+      for (const pull_policy of [["always"], [], null, undefined, "never", [3]])
+        expect(planOf({ image: { name: "node", pull_policy } }).unused).toEqual([]);
+    });
+
+    test.each<[key: string, odd: unknown[]]>([
+      ["alias", [3, null, [], {}]],
+      ["entrypoint", [3, null, "sh", [3], { 0: "sh" }]],
+      ["command", [3, null, "sh", [null], {}]],
+      ["variables", [3, null, "x", [3], [{ key: 3, value: "x" }], [{ key: "x" }], {}]],
+      ["ports", [3, null, "x", [3], [{ number: "80" }], [{}], {}]],
+      ["pull_policy", [3, null, "x", [3], {}]],
+      ["executor_opts", [3, null, "x", [], { docker: 3 }, { docker: { user: [], platform: {} } }]],
+    ])("planImages takes a malformed %s for a missing one", (key, odd) => {
+      const plain = deriveFrom(planOf({ image: { name: "node" }, services: [{ name: "redis" }] }));
+      for (const value of odd) {
+        const keywords = { image: { name: "node", [key]: value }, services: [{ name: "redis", [key]: value }] };
+        const plan = planOf(keywords);
+        expect(deriveFrom(plan)).toEqual(plain);
+        expect(plan.services.map(({ keyword }) => [portsOf(keyword), hostNames(keyword)])).toEqual([[[], ["redis"]]]);
+      }
+    });
+
+    test("imageDirectories returns the directories for a job with an image of its own", () => {
+      const directories = (keywords: object, settings: Partial<JobImage>) =>
+        configAnswer(undefined, "", imageDirectories(imageContext(keywords, settings)));
+      const image = { image: { name: "node" } };
+      const plain = configAnswer(undefined, "");
+      expect(JSON.parse(directories(image, all))).toEqual({
+        ...JSON.parse(plain),
+        builds_dir: "/builds",
+        cache_dir: "/cache",
+      });
+      expect(JSON.parse(directories(image, { ...all, BuildsDirectory: "/b", CacheDirectory: "/c" }))).toMatchObject({
+        builds_dir: "/b",
+        cache_dir: "/c",
+      });
+      const TaskDefinitions = [{ Image: "node", TaskDefinition: "ci-node" }];
+      expect(directories(image, {})).toBe(plain);
+      expect(directories(image, { AllowedServices: ["**"] })).toBe(plain);
+      expect(directories(image, { ...all, TaskDefinitions })).toBe(plain);
+      expect(directories({ services: [{ name: "redis" }] }, all)).toBe(plain);
+      expect(directories({}, all)).toBe(plain);
+    });
+  });
+
+  const BASE_ARN = "arn:aws:ecs:us-east-2:123456789012:task-definition/ci:7";
+  const logConfiguration = {
+    logDriver: "awslogs",
+    options: { "awslogs-group": "/ci", "awslogs-region": "us-east-2", "awslogs-stream-prefix": "job" },
+  } as const;
+  /** A definition as DescribeTaskDefinition returns it. */
+  const base: TaskDefinition = {
+    taskDefinitionArn: BASE_ARN,
+    family: "ci",
+    revision: 7,
+    status: "ACTIVE",
+    containerDefinitions: [
+      {
+        name: CONTAINER,
+        image: "registry.example.com/ci/worker:1",
+        cpu: 0,
+        portMappings: [{ containerPort: 22, hostPort: 22, protocol: "tcp" }],
+        essential: true,
+        environment: [],
+        mountPoints: [],
+        volumesFrom: [],
+        logConfiguration,
+        repositoryCredentials: { credentialsParameter: "arn:worker" },
+      },
+    ],
+    taskRoleArn: "arn:aws:iam::123456789012:role/task",
+    executionRoleArn: "arn:aws:iam::123456789012:role/execution",
+    networkMode: "awsvpc",
+    volumes: [],
+    requiresCompatibilities: ["FARGATE"],
+    compatibilities: ["EC2", "FARGATE"],
+    cpu: "1024",
+    memory: "2048",
+    registeredAt: new Date(0),
+    registeredBy: "arn:aws:iam::123456789012:user/operator",
+  };
+  /** `base` with other properties of the coordinator. */
+  const baseWith = (coordinator: Partial<ContainerDefinition>, more: Partial<TaskDefinition> = {}): TaskDefinition => ({
+    ...base,
+    ...more,
+    containerDefinitions: [{ ...base.containerDefinitions?.[0], ...coordinator }, ...(more.containerDefinitions ?? [])],
+  });
+  const deriveFrom = (plan: Plan, from = base, config = configWith(all)) => deriveDefinition(from, plan, config);
+  const containersOf = ({ containerDefinitions = [] }: RegisterTaskDefinitionCommandInput) =>
+    Object.fromEntries(containerDefinitions.map((container) => [container.name, container]));
+  const pathsOf = (container?: ContainerDefinition) =>
+    container?.mountPoints?.map(({ containerPath }) => containerPath);
+
+  describe("derived definition", () => {
+    test("deriveDefinition adds the containers and volumes of a job", () => {
+      const plan = planOf(
+        {
+          image: { name: "node:22", executor_opts: { docker: { user: "node" } } },
+          services: [{ name: "registry.example.com/db:1", command: ["serve"] }],
+        },
+        {
+          AllowedImages: ["**"],
+          AllowedServices: ["registry.example.com/**"],
+          PullCredentials: [{ Image: "registry.example.com/**", SecretArn: "arn:pull" }],
+        },
+      );
+      const mounts = [
+        { sourceVolume: "fargate-link", containerPath: "/.fargate", readOnly: false },
+        { sourceVolume: "fargate-builds", containerPath: "/builds", readOnly: false },
+        { sourceVolume: "fargate-cache", containerPath: "/cache", readOnly: false },
+      ];
+      const { family, ...input } = deriveFrom(plan);
+      expect(family).toMatch(/^ci-job-[0-9a-f]{32}$/);
+      expect(JSON.parse(JSON.stringify(input))).toEqual({
+        taskRoleArn: "arn:aws:iam::123456789012:role/task",
+        executionRoleArn: "arn:aws:iam::123456789012:role/execution",
+        networkMode: "awsvpc",
+        requiresCompatibilities: ["FARGATE"],
+        cpu: "1024",
+        memory: "2048",
+        volumes: [{ name: "fargate-link" }, { name: "fargate-builds" }, { name: "fargate-cache" }],
+        containerDefinitions: [
+          {
+            ...base.containerDefinitions?.[0],
+            mountPoints: mounts,
+            dependsOn: [{ containerName: "permissions", condition: "SUCCESS" }],
+            healthCheck: sshHealthCheck(22),
+          },
+          {
+            name: "permissions",
+            image: "registry.example.com/ci/worker:1",
+            repositoryCredentials: { credentialsParameter: "arn:worker" },
+            essential: false,
+            user: "0",
+            entryPoint: ["/bin/sh", "-c"],
+            command: ["umask 0; chmod 777 /.fargate /builds /cache && mkfifo /.fargate/calls"],
+            mountPoints: mounts,
+            logConfiguration,
+          },
+          {
+            name: "build",
+            image: "docker.io/library/node:22",
+            essential: false,
+            user: "node",
+            entryPoint: ["sh", "-c"],
+            command: [AGENT],
+            mountPoints: mounts,
+            stopTimeout: 2,
+            dependsOn: [{ containerName: "permissions", condition: "SUCCESS" }],
+            logConfiguration,
+          },
+          {
+            name: "service-1-db",
+            image: "registry.example.com/db:1",
+            repositoryCredentials: { credentialsParameter: "arn:pull" },
+            essential: false,
+            command: ["serve"],
+            dependsOn: [{ containerName: CONTAINER, condition: "HEALTHY" }],
+            logConfiguration,
+          },
+        ],
+      });
+    });
+
+    test("deriveDefinition adds neither volumes nor an agent for services alone", () => {
+      const input = deriveFrom(planOf({ services: [{ name: "redis" }, { name: "redis" }] }));
+      expect(Object.keys(containersOf(input))).toEqual([CONTAINER, "service-1-redis", "service-2-redis"]);
+      expect(input.volumes).toEqual([]);
+      expect(containersOf(input)[CONTAINER]?.mountPoints).toEqual([]);
+      expect(containersOf(input)[CONTAINER]?.dependsOn).toBeUndefined();
+      // An image alone needs no health check.
+      expect(containersOf(deriveFrom(planOf({ image: { name: "node" } })))[CONTAINER]?.healthCheck).toBeUndefined();
+    });
+
+    test("deriveDefinition carries the normalised reference and never the author's text", () => {
+      const names = ["INDEX.docker.io/node", `Registry.Example.COM/a/b:c${DIGEST}`, "node:latest"];
+      const images = names.map((name) => {
+        const settings = { AllowedImages: ["**", "registry.example.com/**"] };
+        const input = deriveFrom(planOf({ image: { name } }, settings));
+        expect(JSON.stringify(input)).not.toMatch(/INDEX|Registry\.Example/);
+        return containersOf(input).build?.image;
+      });
+      expect(images).toEqual([
+        "docker.io/library/node:latest",
+        `registry.example.com/a/b${DIGEST}`,
+        "docker.io/library/node:latest",
+      ]);
+    });
+
+    test.each<[what: string, entrypoint: unknown, own: string[] | undefined]>([
+      ["none", null, undefined],
+      ["an empty list", [], undefined],
+      ["an empty text", [""], undefined],
+      ["one word", ["/entry.sh"], ["/entry.sh"]],
+      ["several words", ["tini", "--", ""], ["tini", "--", ""]],
+    ])("deriveDefinition runs the agent with image:entrypoint %s", (_, entrypoint, own) => {
+      const { build } = containersOf(deriveFrom(planOf({ image: { name: "node", entrypoint, command: ["x"] } })));
+      expect([build?.entryPoint, build?.command]).toEqual(own ? [own, ["sh", "-c", AGENT]] : [["sh", "-c"], [AGENT]]);
+    });
+
+    test.each<[what: string, keyword: object, start: [entryPoint: unknown, command: unknown]]>([
+      ["no keyword", {}, [undefined, undefined]],
+      ["a command", { command: ["a", "b"] }, [undefined, ["a", "b"]]],
+      ["an entry point", { entrypoint: ["a"] }, [["a"], undefined]],
+      ["both", { entrypoint: ["a"], command: ["b", ""] }, [["a"], ["b", ""]]],
+      ["an empty entry point and a command", { entrypoint: [""], command: ["a", "b"] }, [["a", "b"], undefined]],
+      ["an empty list and a command", { entrypoint: [], command: ["a"] }, [["a"], undefined]],
+      ["an empty entry point alone", { entrypoint: [""] }, [undefined, undefined]],
+      ["an empty command", { command: [""] }, [undefined, undefined]],
+    ])("deriveDefinition starts a service with %s as Docker does", (_, keyword, start) => {
+      const service = containersOf(deriveFrom(planOf({ services: [{ name: "redis", ...keyword }] })))[
+        "service-1-redis"
+      ];
+      expect([service?.entryPoint, service?.command]).toEqual(start);
+    });
+
+    test("deriveDefinition keeps the coordinator's mounts, health check and dependencies", () => {
+      const healthCheck = { command: ["CMD", "true"] };
+      const efs = { sourceVolume: "efs", containerPath: "/cache", readOnly: false };
+      const other = { sourceVolume: "other", containerPath: "/data" };
+      const dependsOn = [{ containerName: "proxy", condition: "START" as const }];
+      const volumes = [{ name: "efs", efsVolumeConfiguration: { fileSystemId: "fs-1" } }, { name: "other" }];
+      const proxy = { name: "proxy", image: "proxy" };
+      const from = baseWith(
+        { healthCheck, mountPoints: [efs, other], dependsOn },
+        { volumes, containerDefinitions: [proxy] },
+      );
+      const input = deriveFrom(planOf({ image: { name: "node" }, services: [{ name: "redis" }] }), from);
+      const { [CONTAINER]: coordinator, permissions, build, proxy: kept } = containersOf(input);
+      const paths = (container?: ContainerDefinition) =>
+        container?.mountPoints?.map(({ sourceVolume, containerPath }) => `${sourceVolume} ${containerPath}`);
+      const added = ["fargate-link /.fargate", "fargate-builds /builds"];
+      expect(paths(coordinator)).toEqual(["efs /cache", "other /data", ...added]);
+      expect(paths(build)).toEqual([...added, "efs /cache"]);
+      expect(paths(permissions)).toEqual(added);
+      expect(permissions?.command).toEqual(["umask 0; chmod 777 /.fargate /builds && mkfifo /.fargate/calls"]);
+      expect(coordinator?.healthCheck).toEqual(healthCheck);
+      expect(coordinator?.dependsOn).toEqual([...dependsOn, { containerName: "permissions", condition: "SUCCESS" }]);
+      expect(kept).toEqual(proxy);
+      expect(input.volumes).toEqual([...volumes, { name: "fargate-link" }, { name: "fargate-builds" }]);
+    });
+
+    test("deriveDefinition gives every added container a size if the task has none", () => {
+      const from = baseWith({ memory: 512, memoryReservation: 256 }, { cpu: undefined, memory: undefined });
+      const plan = planOf({ image: { name: "node" }, services: [{ name: "redis" }] });
+      for (const { name, memory, memoryReservation } of deriveFrom(plan, from).containerDefinitions ?? [])
+        expect([name, memory, memoryReservation]).toEqual([name, 512, 256]);
+      const sized = containersOf(deriveFrom(plan, baseWith({ memory: 512 })));
+      for (const name of ["permissions", "build", "service-1-redis"]) expect(sized[name]?.memory).toBeUndefined();
+    });
+
+    test("deriveDefinition uses the settings for directories, port and tags", () => {
+      const config = configWith({ ...all, BuildsDirectory: "/b", CacheDirectory: "/c/d" }, (c) => {
+        c.SSH.Port = 2222;
+        c.Fargate.Tags = { team: "ci" };
+      });
+      const plan = planOf({ image: { name: "node" }, services: [{ name: "redis" }] });
+      const input = deriveFrom(plan, base, config);
+      const { build, [CONTAINER]: coordinator } = containersOf(input);
+      expect(pathsOf(build)).toEqual(["/.fargate", "/b", "/c/d"]);
+      expect(coordinator?.healthCheck).toEqual(sshHealthCheck(2222));
+      expect(input.tags).toEqual([{ key: "team", value: "ci" }]);
+      expect(deriveFrom(plan)).not.toHaveProperty("tags");
+    });
+
+    test("deriveDefinition gives each difference a family of its own", () => {
+      const keywords = { image: { name: "node:22" }, services: [{ name: "redis" }] };
+      const plan = planOf(keywords);
+      const own = deriveFrom(plan);
+      const image = (more: object) => deriveFrom(planOf({ ...keywords, image: { name: "node:22", ...more } }));
+      const service = (more: object) => deriveFrom(planOf({ ...keywords, services: [{ name: "redis", ...more }] }));
+      const PullCredentials = [{ Image: "docker.io/**", SecretArn: "arn:pull" }];
+      const changed = (settings: Partial<JobImage>, change?: (config: Config) => void) =>
+        deriveFrom(plan, base, configWith({ ...all, ...settings }, change));
+      const inRegion = (region: string, account: string) =>
+        deriveFrom(plan, { ...base, taskDefinitionArn: `arn:aws:ecs:${region}:${account}:task-definition/ci:7` });
+      const options = { ...logConfiguration.options, "awslogs-group": "/other" };
+      const inputs = [
+        own,
+        image({ name: "node:23" }),
+        image({ entrypoint: ["x"] }),
+        image({ executor_opts: { docker: { user: "1" } } }),
+        service({ name: "redis:7" }),
+        service({ entrypoint: ["x"] }),
+        service({ command: ["x"] }),
+        service({ executor_opts: { docker: { user: "1" } } }),
+        deriveFrom(planOf(keywords, { ...all, PullCredentials })),
+        changed({ BuildsDirectory: "/b" }),
+        changed({ CacheDirectory: "/c" }),
+        changed({}, (c) => (c.SSH.Port = 2222)),
+        changed({}, (c) => (c.Fargate.Tags = { a: "b" })),
+        inRegion("us-west-2", "123456789012"),
+        inRegion("us-east-2", "210987654321"),
+        deriveFrom(plan, baseWith({ image: "registry.example.com/ci/worker:2" })),
+        deriveFrom(plan, baseWith({ logConfiguration: { ...logConfiguration, options } })),
+        deriveFrom(plan, baseWith({ secrets: [{ name: "a", valueFrom: "arn" }] })),
+        deriveFrom(plan, { ...base, taskRoleArn: "arn:aws:iam::123456789012:role/other" }),
+        deriveFrom(plan, { ...base, memory: "4096" }),
+        deriveFrom(plan, { ...base, ephemeralStorage: { sizeInGiB: 50 } }),
+        deriveFrom(plan, { ...base, runtimePlatform: { cpuArchitecture: "ARM64" } }),
+      ];
+      expect(new Set(inputs.map(({ family }) => family)).size).toBe(inputs.length);
+      // The same again, with what does not matter to the containers.
+      const later = { ...base, revision: 8, registeredAt: new Date(), taskDefinitionArn: BASE_ARN.replace(":7", ":8") };
+      expect(deriveFrom(planOf(keywords), later)).toEqual(own);
+      expect(service({ variables: [variable("A", "b")], alias: "db" })).toEqual(own);
+      // The hash is that of the whole input, which contains the agent.
+      const { family, ...input } = own;
+      const text = canonical(input);
+      expect(text).toContain(JSON.stringify(AGENT));
+      const place = BASE_ARN.replace(/\/.*/, "");
+      const hash = createHash("sha256").update(`${place}${text}`).digest("hex");
+      expect(family).toBe(`ci-job-${hash.slice(0, 32)}`);
+    });
+
+    test("deriveDefinition keeps its families within 255 characters", () => {
+      const long = "f".repeat(255);
+      const plan = planOf({ image: { name: "node" } });
+      const { family = "" } = deriveFrom(plan, { ...base, taskDefinitionArn: BASE_ARN.replace("ci:7", `${long}:7`) });
+      expect(family).toMatch(/^f{218}-job-[0-9a-f]{32}$/);
+      expect(family).toHaveLength(255);
+    });
+
+    test("planImages gives containers names that ECS accepts", () => {
+      const names = ["a.b__c-d", `x/${"y".repeat(240)}`, "registry.example.com:5000/group/db:1"];
+      const settings = { AllowedServices: ["**", "registry.example.com:5000/**"] };
+      const { services } = planOf({ services: names.map((name) => ({ name })) }, settings);
+      for (const { name } of services) expect(name).toMatch(/^[\w-]{1,255}$/);
+      expect(services.map(({ name }) => name.slice(0, 20))).toEqual([
+        ...["service-1-a-b__c-d", `service-2-${"y".repeat(10)}`, "service-3-db"],
+      ]);
+    });
+  });
+
+  describe("definition of ECS", () => {
+    const plan = () => planOf({ image: { name: "node" }, services: [{ name: "redis" }] });
+    /** What DescribeTaskDefinition returns after an input has been registered: with defaults, in another order. */
+    const answerTo = (input: RegisterTaskDefinitionCommandInput): TaskDefinition => {
+      const reversed = (value: object) => Object.fromEntries(Object.entries(value).reverse());
+      const complete = (container: ContainerDefinition): ContainerDefinition => ({
+        ...{ cpu: 0, environment: [], mountPoints: [], volumesFrom: [], portMappings: [], systemControls: [] },
+        ...reversed(JSON.parse(JSON.stringify(container))),
+        ...(container.healthCheck && {
+          healthCheck: { retries: 3, timeout: 5, interval: 30, ...container.healthCheck },
+        }),
+      });
+      const { tags: _, ...registered } = input;
+      return {
+        ...reversed(registered),
+        taskDefinitionArn: `arn:aws:ecs:us-east-2:123456789012:task-definition/${input.family}:3`,
+        ...{ revision: 3, status: "ACTIVE", compatibilities: ["FARGATE"], requiresAttributes: [{ name: "x" }] },
+        ...{ placementConstraints: [], registeredAt: new Date(), registeredBy: "arn" },
+        volumes: input.volumes?.map((volume) => ({ host: {}, ...volume })),
+        containerDefinitions: input.containerDefinitions?.map(complete).reverse(),
+      };
+    };
+
+    test("isSameDefinition accepts ECS's defaults and another order", () => {
+      const input = deriveFrom(plan());
+      expect(isSameDefinition(answerTo(input), input)).toBe(true);
+      const tagged = { ...input, tags: [{ key: "a", value: "b" }] };
+      expect(isSameDefinition(answerTo(tagged), tagged)).toBe(true);
+      const environment = [
+        { name: "A", value: "1" },
+        { name: "B", value: "2" },
+      ];
+      const withVariables = deriveFrom(plan(), baseWith({ environment }));
+      const swapped = answerTo(deriveFrom(plan(), baseWith({ environment: [...environment].reverse() })));
+      expect(isSameDefinition(swapped, withVariables)).toBe(true);
+    });
+
+    const changeContainer = (name: string, change: Partial<ContainerDefinition>) => (found: TaskDefinition) => ({
+      ...found,
+      containerDefinitions: found.containerDefinitions?.map((container) =>
+        container.name === name ? { ...container, ...change } : container,
+      ),
+    });
+    test.each<[what: string, change: (found: TaskDefinition) => TaskDefinition]>([
+      ["another image", changeContainer("build", { image: "evil.io/x" })],
+      ["another tag", changeContainer("build", { image: "docker.io/library/node:22" })],
+      ["another command", changeContainer("build", { command: [`${AGENT} `] })],
+      ["another order of words", changeContainer("permissions", { entryPoint: ["-c", "/bin/sh"] })],
+      ["an entry point", changeContainer("service-1-redis", { entryPoint: ["x"] })],
+      ["no entry point", changeContainer("build", { entryPoint: undefined })],
+      ["a variable", changeContainer(CONTAINER, { environment: [{ name: "LD_PRELOAD", value: "x" }] })],
+      ["a file of variables", changeContainer(CONTAINER, { environmentFiles: [{ value: "arn", type: "s3" }] })],
+      ["a secret", changeContainer("build", { secrets: [{ name: "A", valueFrom: "arn" }] })],
+      ["other credentials", changeContainer("build", { repositoryCredentials: { credentialsParameter: "arn" } })],
+      ["a user", changeContainer("build", { user: "0" })],
+      ["no user", changeContainer("permissions", { user: undefined })],
+      ["an essential container", changeContainer("build", { essential: true })],
+      ["a coordinator that is not essential", changeContainer(CONTAINER, { essential: false })],
+      ["no dependency", changeContainer("service-1-redis", { dependsOn: [] })],
+      ["no health check", changeContainer(CONTAINER, { healthCheck: undefined })],
+      ["another health check", changeContainer(CONTAINER, { healthCheck: { command: ["CMD", "true"] } })],
+      ["another log", changeContainer("build", { logConfiguration: { logDriver: "awslogs", options: {} } })],
+      ["no mounts", changeContainer("build", { mountPoints: [] })],
+      ["a working directory", changeContainer("build", { workingDirectory: "/x" })],
+      ["a capability", changeContainer("build", { linuxParameters: { capabilities: { add: ["SYS_PTRACE"] } } })],
+      ["an init process", changeContainer("build", { linuxParameters: { initProcessEnabled: true } })],
+      ["a further port", changeContainer(CONTAINER, { portMappings: [{ containerPort: 22 }, { containerPort: 80 }] })],
+      ["another stop timeout", changeContainer("build", { stopTimeout: 120 })],
+      ["a setting that the driver does not know", changeContainer("build", { unknown: "x" } as object)],
+      [
+        "a read-only mount",
+        (found) =>
+          changeContainer("build", {
+            mountPoints: found.containerDefinitions
+              ?.find(({ name }) => name === "build")
+              ?.mountPoints?.map((mount) => ({ ...mount, readOnly: true })),
+          })(found),
+      ],
+      [
+        "a volume of the host",
+        (found) => ({ ...found, volumes: found.volumes?.map((v) => ({ ...v, host: { sourcePath: "/" } })) }),
+      ],
+      ["a further volume", (found) => ({ ...found, volumes: [...(found.volumes ?? []), { name: "x" }] })],
+      [
+        "a further container",
+        (found) => ({ ...found, containerDefinitions: [...(found.containerDefinitions ?? []), { name: "x" }] }),
+      ],
+      ["a missing container", (found) => ({ ...found, containerDefinitions: found.containerDefinitions?.slice(1) })],
+      ["another task role", (found) => ({ ...found, taskRoleArn: "arn:aws:iam::123456789012:role/admin" })],
+      ["no task role", (found) => ({ ...found, taskRoleArn: undefined })],
+      ["another execution role", (found) => ({ ...found, executionRoleArn: "arn:aws:iam::123456789012:role/admin" })],
+      ["another network mode", (found) => ({ ...found, networkMode: "host" })],
+      ["a PID mode", (found) => ({ ...found, pidMode: "task" })],
+      ["a proxy", (found) => ({ ...found, proxyConfiguration: { containerName: "build" } })],
+      ["another size", (found) => ({ ...found, memory: "4096" })],
+      ["another platform", (found) => ({ ...found, runtimePlatform: { cpuArchitecture: "ARM64" } })],
+      ["nothing", () => ({})],
+    ])("isSameDefinition refuses an answer with %s", (_, change) => {
+      const input = deriveFrom(plan());
+      expect(isSameDefinition(change(answerTo(input)), input)).toBe(false);
+    });
+
+    test("canonical leaves out only what ECS adds", () => {
+      const same = (a: object, b: object) => canonical(a) === canonical(b);
+      expect(same({ b: 1, a: [{ name: "x" }, { name: "y" }] }, { a: [{ name: "y" }, { name: "x" }], b: 1 })).toBe(true);
+      expect(same({ a: [], b: {}, c: null, d: undefined, cpu: 0, essential: true, readOnly: false }, {})).toBe(true);
+      expect(same({ p: { containerPort: 22, hostPort: 22 } }, { p: { containerPort: 22, protocol: "tcp" } })).toBe(
+        true,
+      );
+      expect(same({ p: { containerPort: 22, hostPort: 23 } }, { p: { containerPort: 22 } })).toBe(false);
+      expect(same({ a: ["x", "y"] }, { a: ["y", "x"] })).toBe(false);
+      expect(same({ a: "" }, {})).toBe(false);
+      expect(same({ a: 0 }, {})).toBe(false);
+      expect(same({ a: false }, {})).toBe(false);
+      expect(same({ cpu: "0" }, {})).toBe(false);
+      expect(same({ essential: "true" }, {})).toBe(false);
+      expect(same({ command: [""] }, {})).toBe(false);
+      expect(same({ command: ["a b"] }, { command: ["a", "b"] })).toBe(false);
+    });
+  });
+
+  describe("checks of the definition", () => {
+    const plan = (services = 1) =>
+      planOf({ image: { name: "node" }, services: Array.from({ length: services }, () => ({ name: "redis" })) });
+    const container = (name: string) => ({ name, image: "x" });
+    const others = (count: number) => Array.from({ length: count }, (_, i) => container(`other-${i}`));
+    const onlyServices = () => planOf({ services: [{ name: "redis" }] });
+
+    test.each<[what: string, why: string | undefined, from: TaskDefinition, make?: () => Plan]>([
+      ["accepts a definition of one container", undefined, base],
+      ["accepts 10 containers", undefined, baseWith({}, { containerDefinitions: others(6) })],
+      [
+        "refuses more than 10 containers",
+        "8 containers and 3 for the job are 11; ECS allows 10",
+        baseWith({}, { containerDefinitions: others(7) }),
+      ],
+      ["refuses 8 services", "1 containers and 10 for the job are 11; ECS allows 10", base, () => plan(8)],
+      ["accepts 7 services", undefined, base, () => plan(7)],
+      [
+        "refuses a container named build",
+        "it has a container build, the name of one that is added",
+        baseWith({}, { containerDefinitions: [container("build")] }),
+      ],
+      [
+        "refuses a container named permissions",
+        "it has a container permissions, the name of one that is added",
+        baseWith({}, { containerDefinitions: [container("permissions")] }),
+      ],
+      [
+        "refuses a container with the name of a service",
+        "it has a container service-1-redis, the name of one that is added",
+        baseWith({}, { containerDefinitions: [container("service-1-redis")] }),
+      ],
+      [
+        "accepts containers named build and permissions with services alone",
+        undefined,
+        baseWith({}, { containerDefinitions: [container("build"), container("permissions")] }),
+        onlyServices,
+      ],
+      ["refuses a definition without ci-coordinator", "it has no container ci-coordinator", baseWith({ name: "x" })],
+      [
+        "refuses a definition without containers",
+        "it has no container ci-coordinator",
+        { taskDefinitionArn: BASE_ARN },
+      ],
+      ["refuses pidMode", "it sets pidMode, but the job's container needs process 1", { ...base, pidMode: "task" }],
+      ["accepts pidMode with services alone", undefined, { ...base, pidMode: "task" }, onlyServices],
+    ])("refuseDefinition %s", (_, why, from, make = plan) => {
+      expect(refuseDefinition(from, make())).toBe(why);
+    });
+
+    const platform = (text: string) => ({ executor_opts: { docker: { platform: text } } });
+    const port = (number: number) => ({ ports: [{ number }] });
+    const ARM: TaskDefinition = {
+      ...base,
+      runtimePlatform: { cpuArchitecture: "ARM64", operatingSystemFamily: "LINUX" },
+    };
+    test.each<[what: string, why: string | undefined, keywords: object, from?: TaskDefinition]>([
+      ["accepts no platform", undefined, { image: { name: "node" } }],
+      ["accepts an empty platform", undefined, { image: { name: "node", ...platform("") } }],
+      ["accepts the definition's platform", undefined, { image: { name: "node", ...platform("linux/amd64") } }],
+      [
+        "refuses another platform",
+        "node asks for platform linux/arm64; available: linux/amd64",
+        { image: { name: "node", ...platform("linux/arm64") } },
+      ],
+      [
+        "refuses another platform of a service",
+        "redis asks for platform linux/arm64/v8; available: linux/amd64",
+        { services: [{ name: "redis", ...platform("linux/arm64/v8") }] },
+      ],
+      ["accepts arm64", undefined, { image: { name: "node", ...platform("linux/arm64") } }, ARM],
+      ["accepts arm64/v8", undefined, { image: { name: "node", ...platform("linux/arm64/v8") } }, ARM],
+      [
+        "refuses amd64 on arm64",
+        "node asks for platform linux/amd64; available: linux/arm64",
+        { image: { name: "node", ...platform("linux/amd64") } },
+        ARM,
+      ],
+      [
+        "refuses a platform of Windows",
+        "node asks for platform windows/amd64; available: linux/amd64",
+        {
+          image: { name: "node", ...platform("windows/amd64") },
+        },
+      ],
+      [
+        "accepts services on different ports",
+        undefined,
+        {
+          services: [
+            { name: "a", ...port(1) },
+            { name: "b", ...port(2) },
+          ],
+        },
+      ],
+      [
+        "refuses two services on one port",
+        "services: b and a cannot both listen on port 80: the containers of a task share one network",
+        {
+          services: [
+            { name: "a", ...port(80) },
+            { name: "b", ...port(80) },
+          ],
+        },
+      ],
+      [
+        "refuses a service on the SSH port",
+        "services: a and the SSH server cannot both listen on port 22: the containers of a task share one network",
+        { services: [{ name: "a", ...port(22) }] },
+      ],
+      [
+        "refuses a service that names the SSH port in a variable",
+        "services: a and the SSH server cannot both listen on port 22: the containers of a task share one network",
+        { services: [{ name: "a", variables: [variable("HEALTHCHECK_TCP_PORT", "22")] }] },
+      ],
+      ["ignores the ports of the image", undefined, { image: { name: "node", ...port(22) } }],
+    ])("checkPlan %s", (_, why, keywords, from = base) => {
+      const check = () => checkPlan(from, planOf(keywords), 22);
+      if (why === undefined) return expect(check()).toBeUndefined();
+      const failure = thrown(check) as Failure;
+      expect([failure.kind, failure.message]).toEqual(["build", why]);
+    });
+
+    test("portsOf reads HEALTHCHECK_TCP_PORT or the ports of a service", () => {
+      const cases: [keyword: { variables?: object[]; ports?: unknown }, ports: number[]][] = [
+        [{}, []],
+        [{ ports: [{ number: 5432 }, { number: 80 }] }, [5432, 80]],
+        [{ ports: [{ number: 80 }, { number: 80 }] }, [80]],
+        [{ ports: [{ number: 0 }, { number: 65_536 }, { number: -1 }, { number: 1.5 }, { number: 65_535 }] }, [65_535]],
+        [{ variables: [variable("HEALTHCHECK_TCP_PORT", "8080")], ports: [{ number: 80 }] }, [8080]],
+        [{ variables: [variable("HEALTHCHECK_TCP_PORT", "1"), variable("HEALTHCHECK_TCP_PORT", "2")] }, [2]],
+        [{ variables: [variable("HEALTHCHECK_TCP_PORT", "")], ports: [{ number: 80 }] }, [80]],
+        [{ variables: [variable("HEALTHCHECK_TCP_PORT", "http")], ports: [{ number: 80 }] }, [80]],
+        [{ variables: [variable("HEALTHCHECK_TCP_PORT", "70000")] }, []],
+      ];
+      for (const [keyword, ports] of cases) {
+        const [service] = planOf({ services: [{ name: "redis", ...keyword }] }).services;
+        expect([keyword, service && portsOf(service.keyword)]).toEqual([keyword, ports]);
+      }
+    });
+  });
+
+  describe("names of services", () => {
+    test("hostNames follows GitLab's rules for names and aliases", () => {
+      const cases: [name: string, alias: string | undefined, names: string[]][] = [
+        ["postgres", undefined, ["postgres"]],
+        ["postgres:16", "", ["postgres"]],
+        ["group/db:1", undefined, ["group__db", "group-db"]],
+        ["registry/group/db", undefined, ["registry__group__db", "registry-group-db"]],
+        [
+          "registry.example.com/group/db:1",
+          undefined,
+          ["registry.example.com__group__db", "registry.example.com-group-db"],
+        ],
+        ["registry.example.com:5000/db", undefined, ["registry.example.com__db", "registry.example.com-db"]],
+        [`tutum/wordpress${DIGEST}`, undefined, ["tutum__wordpress", "tutum-wordpress"]],
+        [`postgres:16${DIGEST}`, "db", ["postgres", "db"]],
+        ["postgres", "db,database", ["postgres", "db", "database"]],
+        ["postgres", " db , database\tprimary\n", ["postgres", "db", "database", "primary"]],
+        ["postgres", "postgres,postgres", ["postgres"]],
+        ["postgres", "db.example.com a_b-c", ["postgres", "db.example.com", "a_b-c"]],
+        ["postgres", '$(id) `id` ;id a/b a\'b "x" é', ["postgres"]],
+        ["postgres", `${"x".repeat(254)},${"y".repeat(253)}`, ["postgres", "y".repeat(253)]],
+      ];
+      for (const [name, alias, names] of cases) {
+        const settings = { AllowedServices: ["**", "registry.example.com/**", "registry.example.com:5000/**"] };
+        const [service] = planOf({ services: [{ name, alias }] }, settings).services;
+        expect([name, service && hostNames(service.keyword)]).toEqual([name, names]);
+      }
+    });
+  });
+
+  describe("listeners", () => {
+    const HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n";
+    const ANY = "00000000";
+    const ANY6 = "0".repeat(32);
+    const row = (local: string, port: number, state = "0A", remote = "00000000:0000") =>
+      `   0: ${local}:${port.toString(16).toUpperCase().padStart(4, "0")} ${remote} ${state} 00000000:00000000 00:00000000 00000000     0        0 12345 1 0 100 0 0 10 0\n`;
+
+    test("listeningPorts reads listeners on IPv4 and IPv6", () => {
+      const remote = `${ANY6}:0000`;
+      const text = [
+        HEAD,
+        row(ANY, 22),
+        row("0100007F", 5432),
+        row("0100007F", 40_000, "01", "0100007F:1538"),
+        HEAD.replace("address", "address                        "),
+        row(ANY6, 80, "0A", remote),
+        row("00000000000000000000000001000000", 65_535, "0A", remote),
+        row(ANY6, 8080, "06", remote),
+        "  12: garbage\n",
+      ];
+      expect([...listeningPorts(text.join(""))].sort()).toEqual([22, 5432, 65_535, 80]);
+      expect([...listeningPorts("")]).toEqual([]);
+      expect([...listeningPorts(HEAD)]).toEqual([]);
+    });
+
+    const both = { tcp: row(ANY, 22), tcp6: row(ANY6, 22, "0A", `${ANY6}:0000`) };
+    const established = row(ANY, 22, "01", "0100007F:9C40");
+    const fromPort22 = row("0100007F", 40_000, "01", "0100007F:0016");
+    test.each<
+      [what: string, files: { tcp: string; tcp6?: string; disabled?: string }, port: number, isHealthy: boolean]
+    >([
+      ["passes with both listeners", both, 22, true],
+      ["fails with IPv6 alone", { ...both, tcp: "" }, 22, false],
+      ["fails with IPv4 alone", { ...both, tcp6: "" }, 22, false],
+      ["passes with IPv4 alone if there is no IPv6", { tcp: both.tcp }, 22, true],
+      ["passes with IPv4 alone if IPv6 is disabled", { ...both, tcp6: "", disabled: "1\n" }, 22, true],
+      ["fails with IPv4 alone if IPv6 is enabled", { ...both, tcp6: "", disabled: "0\n" }, 22, false],
+      ["fails with neither", { tcp: "", tcp6: "" }, 22, false],
+      ["fails with a listener on another port", both, 23, false],
+      ["fails with a port that ends alike", { tcp: row(ANY, 0x1016), tcp6: both.tcp6 }, 0x16, false],
+      ["fails with a connection alone", { tcp: established, tcp6: both.tcp6 }, 22, false],
+      ["fails with a connection to another server", { tcp: fromPort22, tcp6: both.tcp6 }, 22, false],
+      ["passes beside connections", { tcp: established + fromPort22 + both.tcp, tcp6: both.tcp6 }, 22, true],
+      ["passes with port 2222", { tcp: row(ANY, 2222), tcp6: row(ANY6, 2222, "0A", `${ANY6}:0000`) }, 2222, true],
+    ])("sshHealthCheck %s", (_, { tcp, tcp6, disabled = "0\n" }, port, isHealthy) => {
+      const where = directory();
+      fs.writeFileSync(join(where, "tcp"), HEAD + tcp);
+      if (tcp6 !== undefined) fs.writeFileSync(join(where, "tcp6"), HEAD + tcp6);
+      fs.writeFileSync(join(where, "disabled"), disabled);
+      const [kind, program = ""] = sshHealthCheck(port).command ?? [];
+      expect(kind).toBe("CMD-SHELL");
+      const own = program
+        .replaceAll("/proc/net/", `${where}/`)
+        .replaceAll("/proc/sys/net/ipv6/conf/all/disable_ipv6", `${where}/disabled`);
+      expect(own).not.toContain("/proc/");
+      const { status, stderr } = spawnSync("/bin/sh", ["-c", own], { encoding: "utf8" });
+      expect({ isHealthy: status === 0, stderr }).toEqual({ isHealthy, stderr: "" });
+    });
+  });
+
+  describe("variables of services", () => {
+    /** The overrides for a job with these services and variables, and what is logged. */
+    function overridesOf(services: object[], variables: object[], settings: Partial<JobImage> = {}) {
+      const context = imageContext({ services, variables }, { ...all, ...settings });
+      const logged: string[] = [];
+      const log = makeLogger("info", (record) => {
+        searchRecord(record);
+        logged.push(formatRecord(record, "text-simple").trimEnd());
+      });
+      const overrides = serviceOverrides({ ...context, log } as unknown as Context, planImages(context) as Plan);
+      const environments = overrides.map(({ environment = [] }) =>
+        Object.fromEntries(environment.map(({ name, value }) => [name, value])),
+      );
+      return { overrides, environments, logged };
+    }
+    const service = (variables: object[] = [], more: object = {}) => ({ name: "redis", variables, ...more });
+    const secret = (key: string, value: string, more: object = {}) => variable(key, value, { public: false, ...more });
+    const refusalOf = (...given: Parameters<typeof overridesOf>) => {
+      const failure = thrown(() => overridesOf(...given)) as Failure;
+      expect(failure.kind).toBe("build");
+      return failure.message;
+    };
+
+    test("serviceOverrides passes a service's own, the job's and predefined variables", () => {
+      const variables = [
+        variable("CI", "true"),
+        variable("CI_COMMIT_SHA", "abc"),
+        variable("GITLAB_USER_NAME", "someone"),
+        variable("FF_X", "1"),
+        variable("MODE", "job"),
+        variable("SHARED", "from the job"),
+      ];
+      const { overrides, logged } = overridesOf(
+        [service([variable("MODE", "own"), variable("CI_COMMIT_SHA", "own")]), { name: "postgres:16" }],
+        variables,
+      );
+      expect(overrides.map(({ name }) => name)).toEqual(["service-1-redis", "service-2-postgres"]);
+      const ofJob = [
+        { name: "CI", value: "true" },
+        { name: "GITLAB_USER_NAME", value: "someone" },
+        { name: "FF_X", value: "1" },
+      ];
+      expect(overrides[0]?.environment).toEqual([
+        { name: "MODE", value: "own" },
+        { name: "SHARED", value: "from the job" },
+        { name: "CI_COMMIT_SHA", value: "own" },
+        ...ofJob,
+      ]);
+      expect(overrides[1]?.environment).toEqual([
+        { name: "MODE", value: "job" },
+        { name: "SHARED", value: "from the job" },
+        { name: "CI", value: "true" },
+        { name: "CI_COMMIT_SHA", value: "abc" },
+        ...ofJob.slice(1),
+      ]);
+      expect(logged).toEqual([]);
+    });
+
+    test("serviceOverrides never passes a secret variable", () => {
+      const token = madeUpSecret("glpat-");
+      const { environments, logged } = overridesOf(
+        [service([variable("OWN", "x")])],
+        [
+          secret("TOKEN", token),
+          variable("MASKED", token, { masked: true }),
+          { key: "UNMARKED", value: token },
+          variable("KUBECONFIG", token, { file: true }),
+          variable("USES", "user:$TOKEN"),
+          variable("CI_USES", "${MASKED}"),
+          variable("INDIRECT", "a $USES"),
+          variable("PLAIN", "b"),
+        ],
+      );
+      expect(environments).toEqual([{ OWN: "x", PLAIN: "b" }]);
+      expect(JSON.stringify(environments)).not.toContain(token);
+      expect(logged).toEqual(["Not passed to services, since they contain secrets: USES, CI_USES, INDIRECT"]);
+      expect(logged.join()).not.toContain(token);
+    });
+
+    test("serviceOverrides finds secrets that GitLab has already expanded", () => {
+      const token = madeUpSecret("glpat-");
+      const variables = [
+        secret("TOKEN", token),
+        variable("URL", `postgres://u:${token}@localhost`),
+        variable("A", "b"),
+      ];
+      const { environments, logged } = overridesOf([service()], variables);
+      expect(environments).toEqual([{ A: "b" }]);
+      expect(logged).toEqual(["Not passed to services, since they contain secrets: URL"]);
+      const message = refusalOf([service([variable("DATABASE", "$URL")])], variables);
+      expect(message).toContain("its variable DATABASE contains TOKEN");
+      expect(message).not.toContain(token);
+      // A short value may be anything, such as a number.
+      expect(overridesOf([service()], [secret("COUNT", "1"), variable("B", "10")]).environments).toEqual([{ B: "10" }]);
+    });
+
+    test("serviceOverrides refuses a secret in a service's variable without SecretsInServices", () => {
+      const token = madeUpSecret("glpat-");
+      const variables = [secret("TOKEN", token), variable("USES", "x$TOKEN")];
+      const own = (value: string) => [service([variable("POSTGRES_PASSWORD", value)], { name: "postgres:16" })];
+      for (const value of ["$TOKEN", "a${TOKEN}b", "$USES"])
+        expect(refusalOf(own(value), variables)).toBe(
+          "services: postgres:16: its variable POSTGRES_PASSWORD contains TOKEN; " +
+            "secret variables are passed to services only with SecretsInServices",
+        );
+      const { environments } = overridesOf(own("a${TOKEN}b"), variables, { SecretsInServices: true });
+      // Only that variable: the secret itself and the job's variables that contain it are not passed.
+      expect(environments).toEqual([{ POSTGRES_PASSWORD: `a${token}b` }]);
+      for (const value of ["$$TOKEN", "TOKEN", "$TOKENS"])
+        expect(overridesOf(own(value), variables).environments[0]).toHaveProperty("POSTGRES_PASSWORD");
+    });
+
+    test("serviceOverrides passes no variable that the driver or ECS sets", () => {
+      const reserved = [
+        ...["SSH_PUBLIC_KEY", "FARGATE_DEADLINE", "FARGATE_X", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"],
+        "ECS_CONTAINER_METADATA_URI_V4",
+      ].map((key) => variable(key, "x"));
+      const { environments } = overridesOf([service([...reserved, variable("A", "b")])], reserved);
+      expect(environments).toEqual([{ A: "b" }]);
+    });
+
+    test("serviceOverrides lets the last of several variables of a name count", () => {
+      const twice = [variable("A", "1"), variable("A", "2")];
+      expect(overridesOf([service()], twice).environments).toEqual([{ A: "2" }]);
+      expect(overridesOf([service(twice)], []).environments).toEqual([{ A: "2" }]);
+      // A secret that a public variable replaces, and the other way round.
+      const token = madeUpSecret("glpat-");
+      expect(overridesOf([service()], [secret("T", token), variable("T", "x")]).environments).toEqual([{ T: "x" }]);
+      expect(overridesOf([service()], [variable("T", "x"), secret("T", token)]).environments).toEqual([{}]);
+    });
+
+    /** Service variables of a given number and length, all public. */
+    const many = (count: number, prefix: string, length: number) =>
+      Array.from({ length: count }, (_, i) => variable(`${prefix}${i}`, "v".repeat(length)));
+    const size = (overrides: unknown) => JSON.stringify(overrides).length;
+
+    test("serviceOverrides passes predefined variables while there is room and counts the rest", () => {
+      const services = [service([variable("OWN", "1")]), { name: "postgres" }, { name: "mysql" }];
+      const variables = [...many(100, "CI_VARIABLE_", 60), ...many(20, "JOB_", 20)];
+      const { overrides, environments, logged } = overridesOf(services, variables);
+      expect(size(overrides)).toBeLessThanOrEqual(8_192 - 1_000);
+      expect(size(overrides)).toBeGreaterThan(6_800);
+      for (const environment of environments)
+        expect(environment).toMatchObject({ JOB_0: "v".repeat(20), JOB_19: "v".repeat(20) });
+      const passed = Object.keys(environments[0] ?? {}).filter((name) => name.startsWith("CI_")).length;
+      expect(passed).toBeGreaterThan(5);
+      expect(logged).toEqual([
+        `${100 - passed} predefined variables are not passed to services: ECS limits their length`,
+      ]);
+      // With the override of ci-coordinator, the whole stays within ECS's limit.
+      const identity = { startedBy: "fargate-a-b", clientToken: "token" };
+      const own = { SSH_PUBLIC_KEY: `ssh-rsa ${"A".repeat(540)}`, FARGATE_DEADLINE: "1700000000" };
+      const input = runTaskInput(configWith(all), identity, own, overrides);
+      expect(size(input.overrides)).toBeLessThanOrEqual(8_192);
+      expect(input.overrides?.containerOverrides?.map(({ name }) => name)).toEqual([
+        ...[CONTAINER, "service-1-redis", "service-2-postgres", "service-3-mysql"],
+      ]);
+    });
+
+    test("serviceOverrides refuses variables of services that do not fit", () => {
+      const fits = (length: number) => overridesOf([service([variable("A", "x".repeat(length))])], []).overrides;
+      const room = 7_192 - size(fits(0));
+      expect(size(fits(room))).toBe(7_192);
+      const services = [service([variable("A", "x".repeat(room + 1))])];
+      const why = "the variables of services: take 7193 characters; ECS accepts 7192 for all of a task";
+      expect(refusalOf(services, [])).toBe(why);
+      // The job's own variables count for each service, and in bytes.
+      expect(refusalOf([service(), service(), service()], [variable("A", "x".repeat(2_500))])).toContain("characters");
+      expect(refusalOf([service()], [variable("A", "é".repeat(3_700))])).toContain("characters");
+      expect(refusalOf([service()], [variable("A", '"'.repeat(3_700))])).toContain("characters");
+      // Predefined ones alone are no reason.
+      expect(overridesOf([service()], [variable("CI_A", "x".repeat(9_000))]).environments).toEqual([{}]);
+    });
+
+    test.each<[value: string, expected: string]>([
+      ["plain", "plain"],
+      ["$A", "a"],
+      ["${A}", "a"],
+      ["x${A}y$A", "xaya"],
+      ["$A-$A.b", "a-a.b"],
+      ["$AB", ""],
+      ["$UNKNOWN${UNKNOWN}", ""],
+      ["$$A", "$A"],
+      ["$$$A", "$a"],
+      ["$$$$", "$$"],
+      ["$", "$"],
+      ["100$", "100$"],
+      ["$ A", "$ A"],
+      ["${A", "${A"],
+      ["${A-b}", "${A-b}"],
+      ["${}", "${}"],
+      ["%A%", "%A%"],
+      ["$NESTED", "<a>"],
+      ["$RAW", "$A"],
+      ["$FILE", ""],
+      ["$toString$__proto__", ""],
+      ["\\$A", "\\a"],
+    ])("expandVariable expands %j as GitLab Runner does", (value, expected) => {
+      const known = [
+        variable("A", "a"),
+        variable("NESTED", "<$A>"),
+        variable("RAW", "$A", { raw: true }),
+        variable("FILE", "content", { file: true }),
+      ].map((entry) => [entry.key, { masked: false, file: false, raw: false, ...entry }] as const);
+      const given = { key: "X", value, public: true, masked: false, file: false, raw: false };
+      expect(expandVariable(given, new Map(known))).toEqual({ value: expected, secrets: [] });
+      expect(expandVariable({ ...given, raw: true }, new Map(known)).value).toBe(value);
+    });
+
+    test("expandVariable ends for variables that contain themselves or many others", () => {
+      const map = (...values: [key: string, value: string][]) =>
+        new Map(
+          values.map(([key, value]) => [key, { key, value, public: true, masked: false, file: false, raw: false }]),
+        );
+      const cycle = map(["A", "$B$B$B$B$B$B$B$B$B$B"], ["B", "$A$A$A$A$A$A$A$A$A$A"], ["C", "$C"]);
+      const growing = map(
+        ...Array.from({ length: 12 }, (_, i): [string, string] => [`V${i}`, `$V${i + 1}`.repeat(50)]),
+        ["V12", "x".repeat(1_000)],
+      );
+      const large = map(["A", "$B".repeat(100_000)], ["B", "x".repeat(100_000)]);
+      for (const all of [cycle, growing, large])
+        for (const given of all.values()) expect(expandVariable(given, all).value.length).toBeLessThan(1_000_000);
+      // What is cut would not fit in any case.
+      for (const [all, key] of [
+        [growing, "V0"],
+        [large, "A"],
+      ] as const)
+        expect(expandVariable(all.get(key) as never, all).value.length).toBeGreaterThan(8_192);
+    });
+  });
+
+  describe("task definition of a job", () => {
+    const family = `ci-job-${"0123456789abcdef".repeat(2)}`;
+    const refusalFor = (chosen: string, list = "") => {
+      const file = configFile("guide").replace("[Fargate]", `[Fargate]\n${list}`);
+      return readConfig(file, "x", {}, { CUSTOM_ENV_FARGATE_TASK_DEFINITION: chosen }).refusal;
+    };
+    const place = "arn:aws:ecs:us-east-2:123456789012:task-definition/";
+
+    test("readConfig refuses a job's choice of a derived family", () => {
+      const chosen = [
+        ...[family, `${family}:1`, `${family}:`, ` ${family}:12 `, `${family}:1:2`, `${family}:latest`],
+        ...[`${place}${family}`, `${place}${family}:3`, `task-definition/${family}:3`],
+        `${"f".repeat(218)}-job-${"0".repeat(32)}`,
+      ];
+      for (const name of chosen)
+        for (const list of ["", 'AllowedTaskDefinitions = ["ci-*", "*"]'])
+          expect(refusalFor(name, list)).toContain(
+            "is not allowed: it belongs to the jobs whose image: and services: it contains",
+          );
+    });
+
+    test("readConfig allows a job families that resemble a derived one", () => {
+      const others = [
+        ...["ci", "ci-job", "ci-job-1", `ci-job-${"0".repeat(31)}`, `ci-job-${"0".repeat(33)}`],
+        ...[`ci-job-${"g".repeat(32)}`, `${family}-x`, `job-${"0".repeat(32)}`],
+      ];
+      for (const name of others) expect([name, refusalFor(name)]).toEqual([name, undefined]);
+    });
+
+    test("readConfig allows the operator any family", () => {
+      const file = configFile("guide").replace(/TaskDefinition = .*/, `TaskDefinition = "${family}"`);
+      const { config, refusal } = readConfig(file, "x", {}, {});
+      expect([config.Fargate.TaskDefinition, refusal]).toEqual([family, undefined]);
+      const byOption = readConfig(configFile("guide"), "x", { TaskDefinition: family }, {});
+      expect([byOption.config.Fargate.TaskDefinition, byOption.refusal]).toEqual([family, undefined]);
+    });
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 13. Command line
 // ---------------------------------------------------------------------------------------------------------
 
 describe("command line", () => {
