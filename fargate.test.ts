@@ -312,6 +312,11 @@ describe("failures", () => {
       ),
     ],
     [
+      "a concurrent registration",
+      "throttled",
+      refusal("ClientException", "Too many concurrent attempts to create a new revision of the specified family."),
+    ],
+    [
       "an unknown subnet in an answer",
       "network",
       refusal(

@@ -1402,6 +1402,7 @@ const BY_TEXT: Patterns = [
   ["placement", /^(ATTRIBUTE|MemberOf placement constraint)/],
   ["throttled", /^Error retrieving.*\b(RequestLimitExceeded|Throttling|Rate exceeded)/],
   ["throttled", /^Unexpected EC2 error.*\b(RequestLimitExceeded|Throttling|Rate exceeded)/],
+  ["throttled", /^Too many concurrent attempts to create a new revision/],
   ["interfaces", /^Unexpected EC2 error.*InterfaceLimitExceeded/],
   ["network", /^Error retrieving.*\b(Invalid(Subnet|Group|Security|Param)|Unauthorized)/],
   ["network", /^Unexpected EC2 error.*\b(Invalid(Subnet|Group|Security|Param)|Unauthorized)/],
@@ -5211,8 +5212,8 @@ async function registerDefinition(
     const found = await aws.describeTaskDefinition(`${input.family}`, limits);
     return found?.taskDefinitionArn && isSameDefinition(found, input) ? found.taskDefinitionArn : undefined;
   };
-  // Register is limited to one call per second for the account: after a throttled one, another host may
-  // have registered it.
+  // Register is limited to one call per second for the account, and ECS refuses concurrent ones of a family:
+  // after either, another host may have registered it.
   const findOrRegister = async () => (await find()) ?? (await aws.registerTaskDefinition(input, limits));
   for (;;) {
     signal.throwIfAborted();
@@ -5227,7 +5228,8 @@ async function registerDefinition(
     }
     try {
       const minPause = (error: unknown) => (isThrottling(error) ? 1_000 : 0);
-      const arn = await retry(findOrRegister, { until, now, signal, minPause });
+      const shouldRetry = (error: unknown) => isRetryable(error) || isThrottling(error);
+      const arn = await retry(findOrRegister, { until, now, signal, minPause, shouldRetry });
       try {
         writeDurably(path, `${arn}\n`, fs.renameSync);
       } catch (error) {
