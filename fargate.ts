@@ -5166,11 +5166,17 @@ function lockFamily(path: string, wallTime: number): (() => void) | undefined {
   try {
     fs.writeFileSync(lock, `${process.pid} ${identityOf("self")}`, { flag: "wx", mode: 0o600 });
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== "EEXIST") return () => {}; // do without, as on a full disk
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") {
+      removeQuietly(lock); // it may be there, but empty
+      return () => {}; // do without, as on a full disk
+    }
     const { mtimeMs = 0 } = fs.lstatSync(lock, { throwIfNoEntry: false }) ?? {};
     const [pid, identity = ""] = readIfPrivate(lock).split(" ");
-    const isHere = identity.split(".")[1] === identityOf("self").split(".")[1];
-    const isDead = isHere ? identityOf(Number(pid)) !== identity : wallTime - mtimeMs > LOCK_EXPIRY_MS;
+    const namespace = identity.split(".")[1];
+    const isHere = namespace && identityOf("self").endsWith(`.${namespace}`);
+    const isDead = isHere
+      ? identityOf(Number(pid)) !== identity
+      : Math.abs(wallTime - mtimeMs) > LOCK_EXPIRY_MS;
     // Two processes may both find it dead. The second registration does no harm.
     if (isDead && mtimeMs > 0) removeQuietly(lock);
     return undefined;
