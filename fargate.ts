@@ -5223,8 +5223,9 @@ async function registerDefinition(
   const findOrRegister = async () => (await find()) ?? (await aws.registerTaskDefinition(input, limits));
   for (;;) {
     signal.throwIfAborted();
-    const known = readIfPrivate(path).trim();
-    if (known.includes(`/${input.family}:`)) return known;
+    // Its whole line: of a cut one, the revision may be another, which may be anybody's.
+    const [, known] = new RegExp(`^(arn:\\S+/${input.family}:\\d+)\n$`).exec(readIfPrivate(path)) ?? [];
+    if (known) return known;
     const unlock = lockFamily(path, wallTime());
     if (!unlock) {
       if (now() > until)
