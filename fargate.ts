@@ -3820,7 +3820,9 @@ function formatSweep(report: SweepReport, json: boolean): string {
       (task) => `${task.taskArn} ${would}stopped: ${task.why}; created ${time(task.createdAt)}`,
     ),
     ...report.removedRecords.map((name) => `${name} ${would}removed: its task is gone`),
-    ...(report.deregistered ?? []).map((arn) => `${arn} ${would}deregistered: no job has used it for a week`),
+    ...(report.deregistered ?? []).map(
+      (arn) => `${arn} ${would}deregistered: it is older than a week, and no task uses it`,
+    ),
     `tasks: ${report.stopped.length} ${would}stopped, ${report.left.length} left running; ` +
       `records: ${report.removedRecords.length} ${would}removed; problems: ${report.problems.length}`,
   ];
@@ -5968,6 +5970,15 @@ const DEFINITION_AGE = 7 * 86_400; // seconds after which sweep deregisters an u
 const MAX_DEREGISTERED = 10; // per sweep: jobs need the same rate to register theirs
 const DatesSchema = v.record(v.string(), v.number());
 
+/** When each derived definition was registered, as an earlier sweep has stored it. */
+function readDates(path: string): v.InferOutput<typeof DatesSchema> {
+  try {
+    return readJson(readIfPrivate(path), DatesSchema);
+  } catch {
+    return {};
+  }
+}
+
 /** The part of sweep for derived definitions: deregisters old ones that no task of the cluster uses. */
 async function sweepDefinitions({
   context,
@@ -5990,13 +6001,11 @@ async function sweepDefinitions({
       const [, family = ""] = /\/([\w-]+):\d+$/.exec(arn) ?? [];
       return DERIVED_FAMILY.test(family) && bases.includes(family.slice(0, -"-job-".length - 32));
     });
-    const text = readIfPrivate(path);
-    const known = v.parse(v.fallback(DatesSchema, {}), text ? JSON.parse(text) : {});
+    const known = readDates(path);
     const dates: Record<string, number> = {};
     for (const arn of own) {
-      const read = async () =>
-        (await aws.describeTaskDefinition(arn, limits()))?.registeredAt?.getTime() ?? Infinity;
-      dates[arn] = known[arn] ?? (await read()) / 1000;
+      const date = async () => (await aws.describeTaskDefinition(arn, limits()))?.registeredAt;
+      dates[arn] = known[arn] ?? ((await date()) ?? new Date(context.wallTime())).getTime() / 1000;
     }
     const isUsed = (arn: string) => listed.some((task) => task.taskDefinitionArn === arn && !isEnding(task));
     const limit = context.wallTime() / 1000 - DEFINITION_AGE;
