@@ -3797,16 +3797,20 @@ async function sweepRecords(shared: Sweep): Promise<void> {
   }
 }
 
-/** Removes old temporary files of interrupted writes, and of removals by an earlier version. */
+/**
+ * Removes old temporary files of interrupted writes, and of removals by an earlier version. Also the files of
+ * derived definitions after a week: whoever still uses one finds its ARN at ECS.
+ */
 function sweepTemporaryFiles({ context, hasDirectory, report }: Sweep): void {
   const { Directory } = context.config.TaskMetadata;
+  const temporary =
+    /^([\w-]{1,32}-[0-9a-f]{64}\.json|\.manager-(id|task)|\.definition-\w+)\.[0-9a-f]{12}\.(tmp|swept)$/;
+  const ofDefinition = /^\.definition-[0-9a-f]{32}(\.lock)?$/;
   for (const name of hasDirectory && !report.dryRun ? fs.readdirSync(Directory) : []) {
-    if (
-      !/^([\w-]{1,32}-[0-9a-f]{64}\.json|\.(manager|definition)-\w+)\.[0-9a-f]{12}\.(tmp|swept)$/.test(name)
-    )
-      continue;
+    const age = ofDefinition.test(name) ? DEFINITION_AGE : SWEEP_RECORDS_AFTER;
+    if (!ofDefinition.test(name) && !temporary.test(name)) continue;
     const { mtimeMs = Infinity } = fs.lstatSync(join(Directory, name), { throwIfNoEntry: false }) ?? {};
-    if (context.wallTime() > mtimeMs + SWEEP_RECORDS_AFTER * 1000) removeQuietly(join(Directory, name));
+    if (context.wallTime() > mtimeMs + age * 1000) removeQuietly(join(Directory, name));
   }
 }
 
@@ -6409,6 +6413,7 @@ export {
   pollPause,
   portsOf,
   prepare,
+  prepareImages,
   readConfig,
   readJob,
   readLocks,
