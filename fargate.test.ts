@@ -41,9 +41,10 @@ import * as commander from "commander";
 import fc from "fast-check";
 import { parse } from "smol-toml";
 import { Client, type ClientChannel, Server as SshServerOfAPacket, utils } from "ssh2";
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from "vitest";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test, vi } from "vitest";
 import {
   AGENT,
+  Aws,
   adviceFor,
   awsFailure,
   type Cause,
@@ -65,6 +66,7 @@ import {
   findPipeHolders,
   findShells,
   formatRecord,
+  formatSweep,
   hostNames,
   imageDirectories,
   interfaceOf,
@@ -89,6 +91,7 @@ import {
   planImages,
   pollPause,
   portsOf,
+  prepareImages,
   prepare as prepareStage,
   readConfig,
   readJob,
@@ -109,6 +112,7 @@ import {
   unusedVariables,
   writeRecord,
 } from "./fargate.ts";
+import type { Operation } from "./fixtures/aws.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
 import { EcsMetadata, type MetadataFault } from "./fixtures/ecs-metadata.ts";
@@ -164,7 +168,14 @@ import {
   testSecrets,
   thrown,
 } from "./fixtures/test-support.ts";
-import { makeWorld, projectRoot, scratchDirectory, type World } from "./fixtures/world.ts";
+import {
+  type ConfigChanges,
+  makeWorld,
+  projectRoot,
+  scratchDirectory,
+  type World,
+  type WorldOptions,
+} from "./fixtures/world.ts";
 
 setUp({ hosts: true });
 
@@ -8164,6 +8175,450 @@ describe("job image and services", () => {
       expect([config.Fargate.TaskDefinition, refusal]).toEqual([family, undefined]);
       const byOption = readConfig(configFile("guide"), "x", { TaskDefinition: family }, {});
       expect([byOption.config.Fargate.TaskDefinition, byOption.refusal]).toEqual([family, undefined]);
+    });
+  });
+});
+
+describe("task definitions of images", () => {
+  const JobImage = { AllowedImages: ["**", "registry.example.com/**"], AllowedServices: ["**"] };
+  let world: World;
+  const enter = async (options: WorldOptions = {}) => {
+    await world?.close();
+    world = await makeWorld({ embedded: true, ...options });
+    for (const [name, value] of Object.entries(world.aws.environment)) vi.stubEnv(name, value);
+  };
+  beforeEach(() => enter());
+  afterEach(async () => {
+    vi.unstubAllEnvs();
+    await world.close();
+  });
+
+  /** The context of a stage of a job with this image. `records` stands for a host. */
+  const jobWith = (image: string, records = join(directory(), "records"), changes: ConfigChanges = {}): Context => {
+    const responseFile = join(directory(), "response.json");
+    fs.writeFileSync(responseFile, JSON.stringify(gitlabJob({ image }).response));
+    fs.mkdirSync(records, { recursive: true, mode: 0o700 });
+    const setup = { ...changes, top: { JobImage, ...changes.top }, TaskMetadata: { Directory: records } };
+    const path = world.configure(setup);
+    const { config } = readConfig(fs.readFileSync(path, "utf8"), path, {}, {});
+    const hash = "0123456789abcdef".repeat(4);
+    const job = { stem: `label-${hash}`, hash, title: "job 1 of project 2", timeout: 3600, imageNames: [image] };
+    const env = { JOB_RESPONSE_FILE: responseFile };
+    const times = { now: Date.now, wallTime: Date.now };
+    return { config, job, jobOverrides: [], log, env, signal: never, ...times };
+  };
+  /** Prepares a job's definition. @returns the ARN that prepare would run */
+  const define = async (context: Context, seconds = 60): Promise<string> => {
+    const aws = new Aws(context.config.Fargate, context);
+    const { config } = await prepareImages(context, aws, Date.now() + seconds * 1000);
+    return config.Fargate.TaskDefinition;
+  };
+  const calls = (operation: Operation) => world.aws.callsTo(operation).length;
+  const familyOf = (arn: string) => /\/([\w-]+):\d+$/.exec(arn)?.[1] ?? "";
+  const fileOf = (arn: string, records: string) => join(records, `.definition-${familyOf(arn).slice(-32)}`);
+
+  test("prepareImages registers the definition of an image once", async () => {
+    const first = jobWith("node:22");
+    const arn = await define(first);
+    expect(arn).toMatch(/^arn:aws:ecs:us-east-2:123456789012:task-definition\/test-task-job-[0-9a-f]{32}:1$/);
+    const { Directory } = first.config.TaskMetadata;
+    // On the same host, its file is enough. On another host, ECS knows it.
+    expect(await define(jobWith("docker.io/library/node:22", Directory))).toBe(arn);
+    expect(calls("DescribeTaskDefinition")).toBe(3); // the base twice
+    expect(await define(jobWith("node:22"))).toBe(arn);
+    expect(calls("DescribeTaskDefinition")).toBe(5);
+    expect(calls("RegisterTaskDefinition")).toBe(1);
+    expect(await define(jobWith("node:20", Directory))).not.toBe(arn);
+    expect(calls("RegisterTaskDefinition")).toBe(2);
+  });
+
+  test("prepareImages runs no revision that somebody else has registered", async () => {
+    const arn = await define(jobWith("node:22"));
+    const [own] = world.aws.taskDefinitions().filter(({ family }) => family === familyOf(arn));
+    const containers = own?.containerDefinitions ?? [];
+    const foreign = (change: Partial<ContainerDefinition>) =>
+      world.aws.register({
+        ...own,
+        family: familyOf(arn),
+        revision: undefined,
+        containerDefinitions: containers.map((one) => (one.name === "build" ? { ...one, ...change } : one)),
+      } as never);
+    for (const [change, revision] of [
+      [{ image: "docker.io/library/evil:22" }, 3],
+      [{ command: ["-c", "evil"] }, 5],
+      [{ environment: [{ name: "LD_PRELOAD", value: "/evil.so" }] }, 7],
+      [{ secrets: [{ name: "TOKEN", valueFrom: "arn:aws:ssm:us-east-2:123456789012:parameter/x" }] }, 9],
+      [{ user: "1000" }, 11],
+    ] as const) {
+      foreign(change as Partial<ContainerDefinition>);
+      expect(await define(jobWith("node:22"))).toBe(`${arn.replace(/:1$/, "")}:${revision}`);
+    }
+    // One with other roles, and one that does the same.
+    world.aws.register({ ...own, taskRoleArn: "arn:aws:iam::123456789012:role/evil", revision: undefined } as never);
+    expect(await define(jobWith("node:22"))).toMatch(/:13$/);
+    foreign({});
+    expect(await define(jobWith("node:22"))).toMatch(/:14$/);
+    expect(calls("RegisterTaskDefinition")).toBe(7);
+  });
+
+  test.each<[what: string, spoil: (path: string, arn: string) => void]>([
+    ["is empty", (path) => fs.writeFileSync(path, "")],
+    ["is cut", (path, arn) => fs.writeFileSync(path, arn.slice(0, -1))],
+    ["is cut in its revision", (path, arn) => fs.writeFileSync(path, `${arn}`)],
+    ["names another family", (path, arn) => fs.writeFileSync(path, `${arn.replace("test-task-job", "ci-evil")}\n`)],
+    ["names no revision", (path, arn) => fs.writeFileSync(path, `${arn.replace(/:\d+$/, "")}\n`)],
+    ["has a second line", (path, arn) => fs.writeFileSync(path, `${arn}\n${arn}\n`)],
+    ["is no text", (path) => fs.writeFileSync(path, Buffer.from([0, 255, 254, 10]))],
+    ["can be read by others", (path) => fs.chmodSync(path, 0o644)],
+    [
+      "is a link",
+      (path) => {
+        fs.renameSync(path, `${path}-target`);
+        fs.symlinkSync(`${path}-target`, path);
+      },
+    ],
+    [
+      "is a directory",
+      (path) => {
+        fs.rmSync(path);
+        fs.mkdirSync(path);
+      },
+    ],
+    ["belongs to another user", (path) => process.getuid?.() === 0 && fs.chownSync(path, 65_534, 65_534)],
+  ])("prepareImages asks ECS when the file of a definition %s", async (what, spoil) => {
+    const context = jobWith("node:22");
+    const { Directory } = context.config.TaskMetadata;
+    const arn = await define(context);
+    const path = fileOf(arn, Directory);
+    expect(fs.readFileSync(path, "utf8")).toBe(`${arn}\n`);
+    expect(fs.statSync(path).mode & 0o777).toBe(0o600);
+    spoil(path, arn);
+    expect(await define(context)).toBe(arn);
+    const isUsed = what === "belongs to another user" && process.getuid?.() !== 0;
+    expect(calls("DescribeTaskDefinition")).toBe(isUsed ? 3 : 4); // the base twice, and the definition once or twice
+    expect(calls("RegisterTaskDefinition")).toBe(1);
+    if (what === "is a directory") return;
+    expect(fs.lstatSync(path).isSymbolicLink()).toBe(false);
+    expect(fs.readFileSync(path, "utf8")).toBe(`${arn}\n`);
+    expect(fs.readdirSync(Directory).filter((name) => /lock|tmp/.test(name))).toEqual([]);
+  });
+
+  test("prepareImages registers a definition for each account and region", async () => {
+    const records = join(directory(), "records");
+    const arns = [await define(jobWith("node:22", records))];
+    await enter({ account: "210987654321" });
+    arns.push(await define(jobWith("node:22", records)));
+    await enter({ region: "eu-west-1" });
+    arns.push(await define(jobWith("node:22", records, { Fargate: { Region: "eu-west-1" } })));
+    expect(arns.map((arn) => arn.split(":").slice(3, 5).join())).toEqual([
+      "us-east-2,123456789012",
+      "us-east-2,210987654321",
+      "eu-west-1,123456789012",
+    ]);
+    expect(new Set(arns.map(familyOf)).size).toBe(3);
+  });
+
+  test("prepareImages registers five definitions for 50 jobs at once with five images", async () => {
+    const records = join(directory(), "records");
+    const jobs = Array.from({ length: 50 }, (_, n) => jobWith(`node:${n % 5}`, records));
+    const arns = await Promise.all(jobs.map((job) => define(job)));
+    expect(arns).toEqual(Array.from({ length: 50 }, (_, n) => arns[n % 5]));
+    expect(new Set(arns).size).toBe(5);
+    expect(calls("RegisterTaskDefinition")).toBe(5);
+    expect(fs.readdirSync(records).filter((name) => !/^\.definition-[0-9a-f]{32}$/.test(name))).toEqual([]);
+    for (const [n, arn] of arns.entries()) {
+      const { containerDefinitions: containers = [] } =
+        world.aws.taskDefinitions().find(({ taskDefinitionArn }) => taskDefinitionArn === arn) ?? {};
+      expect(containers.find(({ name }) => name === "build")?.image).toBe(`docker.io/library/node:${n % 5}`);
+    }
+  });
+
+  test("prepareImages registers the same definition on two hosts at once without harm", async () => {
+    const both = Promise.withResolvers<void>();
+    const held = { operation: "RegisterTaskDefinition", times: 2, do: { holdUntil: both.promise } } as const;
+    world.aws.inject(held);
+    const arns = Promise.all([define(jobWith("node:22")), define(jobWith("node:22"))]);
+    await world.aws.waitFor(() => calls("RegisterTaskDefinition") === 2);
+    both.resolve();
+    expect((await arns).map((arn) => arn.replace(/^.*:/, "")).sort()).toEqual(["1", "2"]);
+    expect(await define(jobWith("node:22"))).toMatch(/:2$/);
+    expect(calls("RegisterTaskDefinition")).toBe(2);
+  });
+
+  test.each([
+    ["ThrottlingException", "Rate exceeded"],
+    ["ClientException", "Too many concurrent attempts to create a new revision of the specified family."],
+  ])("prepareImages finds the definition of another host after a %s", async (error, message) => {
+    world.aws.inject({ operation: "RegisterTaskDefinition", do: { error, message } });
+    const waiting = define(jobWith("node:22"));
+    await world.aws.waitFor(() => calls("RegisterTaskDefinition") === 1);
+    const arn = await define(jobWith("node:22"));
+    expect(await waiting).toBe(arn);
+    expect(calls("RegisterTaskDefinition")).toBe(2);
+  });
+
+  test.each(["500-after", "reset-after"] as const)(
+    "prepareImages registers nothing twice if the answer is lost (%s)",
+    async (fault) => {
+      world.aws.inject({ operation: "RegisterTaskDefinition", do: fault });
+      expect(await define(jobWith("node:22"))).toMatch(/:1$/);
+      expect(calls("RegisterTaskDefinition")).toBe(1);
+    },
+  );
+
+  test("prepareImages fails with AWS's reason if the definition is refused", async () => {
+    const message = "Fargate requires task definition to have execution role ARN to support log driver awslogs.";
+    const refusal = { error: "ClientException", message };
+    world.aws.inject({ operation: "RegisterTaskDefinition", do: refusal });
+    await expect(define(jobWith("node:22"))).rejects.toMatchObject({
+      kind: "system",
+      message: `ecs:RegisterTaskDefinition was refused: ClientException: ${message}`,
+    });
+    expect(calls("RegisterTaskDefinition")).toBe(1);
+  });
+
+  describe("lock", () => {
+    /** A job whose definition another process is registering, by this content of its lock. */
+    const locked = async (content: string, touched = Date.now()) => {
+      const arn = await define(jobWith("node:22"));
+      const context = jobWith("node:22");
+      const path = `${fileOf(arn, context.config.TaskMetadata.Directory)}.lock`;
+      fs.writeFileSync(path, content, { mode: 0o600 });
+      fs.utimesSync(path, touched / 1000, touched / 1000);
+      return { arn, context, path };
+    };
+    const elsewhere = "12 345.0123456789abcdef";
+    const isHeld = async ({ context }: { context: Context }) => {
+      const waited = expect(define(context, 0)).rejects;
+      await waited.toThrow(/^test-task-job-[0-9a-f]{32} was not registered within StartTimeout$/);
+    };
+
+    test("prepareImages waits for the process that registers the same definition", async () => {
+      const lock = await locked(elsewhere);
+      await isHeld(lock);
+      expect(fs.existsSync(lock.path)).toBe(true);
+      const waiting = define(lock.context);
+      fs.writeFileSync(lock.path.replace(/\.lock$/, ""), `${lock.arn}\n`, { mode: 0o600 });
+      expect(await waiting).toBe(lock.arn);
+      expect(fs.existsSync(lock.path)).toBe(true); // it belongs to the other process
+      expect(calls("RegisterTaskDefinition")).toBe(1);
+    });
+
+    test("prepareImages ends at a signal while it waits for another process", async () => {
+      const { context } = await locked(elsewhere);
+      const stop = new AbortController();
+      const waiting = expect(define({ ...context, signal: stop.signal })).rejects.toThrow("stopped");
+      stop.abort(new Error("stopped"));
+      await waiting;
+    });
+
+    test.each([
+      ["of a process in another container", elsewhere],
+      ["that is empty", ""],
+    ])("prepareImages takes over a lock %s after its last touch", async (_, content) => {
+      await isHeld(await locked(content, Date.now() - 15_000));
+      const old = await locked(content, Date.now() - 21_000);
+      expect(await define(old.context)).toBe(old.arn);
+      expect(fs.existsSync(old.path)).toBe(false);
+      // As after a change of the clock.
+      const future = await locked(content, Date.now() + 3_600_000);
+      expect(await define(future.context)).toBe(future.arn);
+    });
+
+    test("prepareImages takes over the lock of a dead process of this host at once", async () => {
+      const arn = await define(jobWith("node:22"));
+      const { context, path } = await locked("");
+      // A lock of this process, with the start time of another one.
+      const content = await readOwnLock(context, path, arn);
+      fs.writeFileSync(path, content.replace(/^(\d+) \d+\./, "$1 1."), { mode: 0o600 });
+      expect(await define(context)).toBe(arn);
+      expect(fs.existsSync(path)).toBe(false);
+      fs.rmSync(path.replace(/\.lock$/, ""));
+      fs.writeFileSync(path, content, { mode: 0o600 });
+      await isHeld({ context });
+    });
+
+    /** The content of the lock that this process makes. */
+    const readOwnLock = async (context: Context, path: string, arn: string): Promise<string> => {
+      fs.rmSync(path);
+      const looked = Promise.withResolvers<void>();
+      const ofFamily = ({ taskDefinition = "" }) => taskDefinition === familyOf(arn);
+      const held = { holdUntil: looked.promise };
+      world.aws.inject({ operation: "DescribeTaskDefinition", when: ofFamily, do: held });
+      const before = calls("DescribeTaskDefinition");
+      const defining = define(context);
+      await world.aws.waitFor(() => calls("DescribeTaskDefinition") === before + 2);
+      const content = fs.readFileSync(path, "utf8");
+      looked.resolve();
+      await defining;
+      fs.rmSync(path.replace(/\.lock$/, ""));
+      return content;
+    };
+
+    test("prepareImages takes over a link in place of a lock", async () => {
+      const { arn, context, path } = await locked("");
+      fs.rmSync(path);
+      fs.symlinkSync("/etc/passwd", path);
+      fs.lutimesSync(path, 1, 1);
+      expect(await define(context)).toBe(arn);
+      expect(fs.existsSync(path)).toBe(false);
+    });
+
+    test("prepareImages does without files on a full disk", async ({ skip }) => {
+      const path = join(directory(), "full");
+      fs.mkdirSync(path);
+      const mount = ["-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", path];
+      if (spawnSync("mount", mount, { stdio: "ignore" }).status !== 0) skip("mount(8) is not permitted");
+      try {
+        expect(() => fs.writeFileSync(join(path, "filler"), Buffer.alloc(1_000_000))).toThrow("ENOSPC");
+        const context = jobWith("node:22", path);
+        const arn = await define(context);
+        expect(await define(context)).toBe(arn);
+        expect(calls("RegisterTaskDefinition")).toBe(1);
+        expect(fs.readdirSync(path)).toEqual(["filler"]);
+      } finally {
+        spawnSync("umount", [path]);
+      }
+    });
+  });
+
+  describe("sweep", () => {
+    const DAY = 86_400;
+    const hashes = (n: number) => n.toString(16).padStart(32, "0");
+    const now = () => Date.now() / 1000;
+    const register = (family: string, age: number) =>
+      world.aws.register({
+        family,
+        containerDefinitions: [{ name: CONTAINER, image: "sshd" }],
+        registeredAt: now() - age * DAY,
+      });
+    const sweepOnce = (context: Context, dryRun = false) => sweep(context, { dryRun, json: false });
+    const active = () =>
+      world.aws
+        .taskDefinitions()
+        .filter(({ status, family }) => status === "ACTIVE" && family.includes("-job-"))
+        .map(({ taskDefinitionArn }) => taskDefinitionArn);
+    const sweeper = (changes: ConfigChanges = {}) => jobWith("", undefined, changes);
+
+    test("sweep deregisters old definitions of images that no task uses", async () => {
+      const table = { TaskDefinitions: [{ Image: "ruby:*", TaskDefinition: "ci-ruby:3" }] };
+      const context = sweeper({ top: { JobImage: { ...JobImage, ...table } } });
+      const old = ["test-task", "ci-ruby"].map((base) => register(`${base}-job-${hashes(1)}`, 8));
+      const second = register(`test-task-job-${hashes(1)}`, 7.01);
+      const young = register(`test-task-job-${hashes(2)}`, 6.99);
+      const used = register(`test-task-job-${hashes(3)}`, 30);
+      const ended = register(`test-task-job-${hashes(4)}`, 30);
+      const run = (taskDefinitionArn: string) =>
+        Object.assign(world.aws.addTask({ cluster: "test-cluster", startedBy: "anybody" }), { taskDefinitionArn });
+      run(used);
+      Object.assign(run(ended), { desiredStatus: "STOPPED", lastStatus: "STOPPED" });
+      const alike = [
+        `other-job-${hashes(1)}`,
+        `test-task-other-job-${hashes(1)}`,
+        `my-test-task-job-${hashes(1)}`,
+        `test-task-job-${hashes(1)}0`,
+        `test-task-job-${hashes(1).slice(1)}`,
+        `test-task-job-${hashes(0xa).toUpperCase()}`,
+        `test-task-job-${hashes(1)}-job-x`,
+        `TEST-TASK-job-${hashes(1)}`,
+      ].map((family) => register(family, 30));
+      const cached = join(context.config.TaskMetadata.Directory, `.definition-${hashes(1)}`);
+      fs.writeFileSync(cached, `${second}\n`, { mode: 0o600 });
+      const expected = [...old, second, ended].sort();
+      const would = await sweepOnce(context, true);
+      expect([...(would.deregistered ?? [])].sort()).toEqual(expected);
+      expect(calls("DeregisterTaskDefinition")).toBe(0);
+      expect(fs.readdirSync(context.config.TaskMetadata.Directory)).toEqual([basename(cached)]);
+      const report = await sweepOnce(context);
+      expect([...(report.deregistered ?? [])].sort()).toEqual(expected);
+      expect(report.problems).toEqual([]);
+      expect(active().sort()).toEqual([young, used, ...alike].sort());
+      expect(fs.existsSync(cached)).toBe(false);
+    });
+
+    test("sweep reports the definitions as text and as JSON", async () => {
+      const context = sweeper();
+      const arn = register(`test-task-job-${hashes(1)}`, 8);
+      const would = await sweepOnce(context, true);
+      const last = "tasks: 0 would be stopped, 0 left running; records: 0 would be removed; problems: 0";
+      expect(formatSweep(would, false)).toBe(
+        `${arn} would be deregistered: it is older than a week, and no task uses it\n${last}\n`,
+      );
+      expect(JSON.parse(formatSweep(would, true))).toEqual({
+        ...{ dryRun: true, stopped: [], left: [], removedRecords: [], problems: [] },
+        deregistered: [arn],
+      });
+    });
+
+    test("sweep deregisters at most ten definitions, and asks for each date once", async () => {
+      const context = sweeper();
+      for (let n = 0; n < 23; n++) register(`test-task-job-${hashes(n)}`, 8);
+      const young = register(`test-task-job-${hashes(99)}`, 1);
+      const counts: number[] = [];
+      for (let n = 0; n < 4; n++) counts.push((await sweepOnce(context)).deregistered?.length ?? 0);
+      expect(counts).toEqual([10, 10, 3, 0]);
+      expect(calls("DescribeTaskDefinition")).toBe(24);
+      const dates = join(context.config.TaskMetadata.Directory, ".definition-dates");
+      expect(Object.keys(JSON.parse(fs.readFileSync(dates, "utf8")))).toEqual([young]);
+      expect(fs.statSync(dates).mode & 0o777).toBe(0o600);
+    });
+
+    test.each(["", "{", "[1]", '{"x": null}', "null"])("sweep repairs a file of dates with %j", async (content) => {
+      const context = sweeper();
+      const arn = register(`test-task-job-${hashes(1)}`, 8);
+      const dates = join(context.config.TaskMetadata.Directory, ".definition-dates");
+      fs.writeFileSync(dates, content, { mode: 0o600 });
+      expect(await sweepOnce(context)).toMatchObject({ deregistered: [arn], problems: [] });
+      expect(fs.readFileSync(dates, "utf8")).toBe("{}");
+    });
+
+    test.each(["ListTaskDefinitions", "DescribeTaskDefinition", "DeregisterTaskDefinition"] as const)(
+      "sweep does the rest of its work if it may not call %s",
+      async (operation) => {
+        const context = sweeper();
+        register(`test-task-job-${hashes(1)}`, 8);
+        const { Directory } = context.config.TaskMetadata;
+        const startedBy = `fargate-${await managerId(Directory, {})}-${"1".repeat(32)}`;
+        const task = world.aws.addTask({ cluster: "test-cluster", startedBy });
+        Object.assign(task, { createdAt: task.createdAt - 3_600_000 }); // its record is gone
+        const rest = ["ListTasks", "DescribeTasks", "StopTask"];
+        const definitions = ["ListTaskDefinitions", "DescribeTaskDefinition", "DeregisterTaskDefinition"];
+        const allowed = [...rest, ...definitions.filter((name) => name !== operation)];
+        world.aws.permissions = new Set(allowed.map((name) => `ecs:${name}`));
+        const report = await sweepOnce(context);
+        expect(report).toMatchObject({ stopped: [{ taskArn: task.taskArn }], deregistered: [] });
+        const problem = `^ecs:${operation} was refused: AccessDeniedException: .*; what to do: .*ecs:${operation}`;
+        expect(report.problems).toEqual([expect.stringMatching(problem)]);
+      },
+    );
+
+    test("sweep makes no further call and reports nothing more without AllowedImages", async () => {
+      const table = { TaskDefinitions: [{ Image: "ruby:*", TaskDefinition: "ci-ruby" }] };
+      register(`test-task-job-${hashes(1)}`, 8);
+      for (const own of [{}, { JobImage: table }, { JobImage: { AllowedImages: [], AllowedServices: [] } }]) {
+        const before = world.aws.calls.length;
+        const report = await sweepOnce(sweeper({ top: { JobImage: undefined, ...own } }));
+        expect(report).toEqual({ dryRun: false, stopped: [], left: [], removedRecords: [], problems: [] });
+        expect(world.aws.calls.slice(before).map(({ operation }) => operation)).toEqual(["ListTasks"]);
+      }
+    });
+
+    test("sweep removes week-old files of definitions", async () => {
+      const context = sweeper();
+      const { Directory } = context.config.TaskMetadata;
+      const names = ["", ".lock", `.${"a".repeat(12)}.tmp`].map((end) => `.definition-${hashes(1)}${end}`);
+      const put = (name: string, age: number) => {
+        const path = join(Directory, name.replace(hashes(1), hashes(Math.ceil(age * DAY))));
+        fs.writeFileSync(path, "", { mode: 0o600 });
+        fs.utimesSync(path, now() - age * DAY, now() - age * DAY);
+        return basename(path);
+      };
+      for (const name of names) put(name, 7.01);
+      const kept = [put(names[0] ?? "", 6.9), put(names[1] ?? "", 6.9), put(names[2] ?? "", 0.04)];
+      await sweepOnce(context, true);
+      expect(fs.readdirSync(Directory)).toHaveLength(6);
+      await sweepOnce(context);
+      expect(fs.readdirSync(Directory).sort()).toEqual([...kept, ".definition-dates"].sort());
     });
   });
 });
