@@ -2,7 +2,7 @@
  * Every file in this directory is parsed or run, and compared with the others: a reader copies several of them, and they
  * must fit together. Needs no container, no compiled driver and no AWS account.
  */
-import { globSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { PassThrough } from "node:stream";
@@ -31,12 +31,14 @@ import {
   makeLogger,
   parseCommandLine,
   prepare,
+  prepareImages,
   readConfig,
   run,
   runTaskInput,
   sweep,
 } from "../fargate.ts";
 import { GitLabStandIn } from "../fixtures/gitlab.ts";
+import { gitlabJob } from "../fixtures/job.ts";
 import { type Finished, start } from "../fixtures/process.ts";
 import { parseRunnerConfig } from "../fixtures/runner-config.ts";
 import { makeWorld, projectRoot, type World } from "../fixtures/world.ts";
@@ -239,7 +241,8 @@ const actionsOf = (...names: string[]) =>
 
 describe("IAM policies", () => {
   /** The actions that IAM cannot restrict to a resource, or ListTasks, which the condition on the cluster restricts. */
-  const ANY_RESOURCE = /^(ecr:GetAuthorizationToken|ec2:DescribeNetworkInterfaces|ecs:ListTasks|ssmmessages:\w+)$/;
+  const ANY_RESOURCE =
+    /^(ecr:GetAuthorizationToken|ec2:DescribeNetworkInterfaces|ecs:(ListTasks|\w+TaskDefinitions?)|ssmmessages:\w+)$/;
 
   const all = Object.entries(policies).map(([name, policy]): [path: string, policy: Policy] => [`iam/${name}`, policy]);
   test.each([...all, ...managerPolicies])(
@@ -280,6 +283,11 @@ describe("IAM policies", () => {
     });
     expect(pass?.Resource).toEqual([taskDefinition.executionRoleArn, taskDefinition.taskRoleArn]);
     expect(pass?.Condition).toEqual({ StringEquals: { "iam:PassedToService": "ecs-tasks.amazonaws.com" } });
+    const [, startImages, passToImages] = policies["job-image.json"]?.Statement ?? [];
+    const derived = `arn:aws:ecs:${Region}:${ACCOUNT}:task-definition/${TaskDefinition}-job-*:*`;
+    expect(startImages).toMatchObject({ Resource: [derived], Condition: start?.Condition });
+    expect(passToImages).toMatchObject({ Resource: pass?.Resource, Condition: pass?.Condition });
+    expect(policies["job-image-tags.json"]?.Statement[0]?.Resource).toEqual([derived]);
 
     const execution = policies["execution-role.json"]?.Statement.flatMap(({ Resource }) => Resource);
     const [, registry, repository] = /^([\d.]+dkr[\w.-]+)\/([\w-]+):/.exec(container.image) ?? [];
@@ -321,9 +329,10 @@ describe("IAM policies", () => {
     ecs.restore();
     ec2.restore();
     expect(new Set(["iam:PassRole", ...made])).toEqual(
-      new Set(actionsOf("driver.json", "sweep.json", "public-ip.json")),
+      new Set(actionsOf("driver.json", "sweep.json", "public-ip.json", "job-image.json", "job-image-sweep.json")),
     );
     expect(actionsOf("tags.json")).toEqual(["ecs:TagResource"]);
+    expect(actionsOf("job-image-tags.json")).toEqual(["ecs:TagResource"]);
   });
 });
 
@@ -385,6 +394,66 @@ describe("whole job", () => {
     await expect(sweep(context, options)).rejects.toThrow(/AccessDeniedException.*ecs:ListTasks/);
     world.aws.permissions = new Set(actionsOf("driver.json", "sweep.json"));
     expect(await sweep(context, options)).toMatchObject({ stopped: [], problems: [] });
+  });
+
+  const JobImage = { ...config.JobImage, AllowedImages: ["**"], AllowedServices: ["**"] };
+  /** A job with an image, on a host with these policies. */
+  async function makeImageContext(tags: Record<string, string>, ...allowed: string[]) {
+    const { context, world } = await makeContext(...allowed);
+    const responseFile = join(world.directory, "response.json");
+    writeFileSync(responseFile, JSON.stringify(gitlabJob({ image: "node:22", services: ["redis:7"] }).response));
+    mkdirSync(world.records, { mode: 0o700 });
+    const withImages: Context = {
+      ...context,
+      config: { ...context.config, JobImage, Fargate: { ...context.config.Fargate, Tags: tags } },
+      job: { ...context.job, imageNames: ["node:22", "redis:7"] },
+      env: { JOB_RESPONSE_FILE: responseFile },
+    };
+    const define = () => {
+      const aws = new Aws(withImages.config.Fargate, withImages);
+      return prepareImages(withImages, aws, Date.now() + 60_000);
+    };
+    return { context: withImages, define, world };
+  }
+
+  test("prepareImages needs exactly the permissions of examples/iam/job-image.json", async () => {
+    const { define, world } = await makeImageContext({}, "job-image.json");
+    for (const missing of ["ecs:DescribeTaskDefinition", "ecs:RegisterTaskDefinition", "iam:PassRole"]) {
+      world.aws.permissions = new Set(actionsOf("job-image.json").filter((action) => action !== missing));
+      await expect(define()).rejects.toThrow(new RegExp(`AccessDeniedException: .* perform: ${missing} on resource`));
+    }
+    world.aws.permissions = new Set(actionsOf("job-image.json"));
+    const { config: derived } = await define();
+    // What the policy lets the driver start.
+    const [pattern = ""] = policies["job-image.json"]?.Statement[1]?.Resource ?? [];
+    expect(derived.Fargate.TaskDefinition).toMatch(new RegExp(`^${pattern.replaceAll("*", ".*")}$`));
+    const input = runTaskInput(derived, { startedBy: "image", clientToken: "image" }, undefined);
+    const ecs = new ECS({ region: config.Fargate.Region, endpoint: world.aws.url });
+    expect((await ecs.runTask(input)).tasks).toHaveLength(1);
+  });
+
+  test("prepareImages needs examples/iam/job-image-tags.json only with Tags", async () => {
+    const { define, world } = await makeImageContext({ team: "ci" }, "job-image.json");
+    await expect(define()).rejects.toThrow(/AccessDeniedException: .* perform: ecs:TagResource on resource/);
+    world.aws.permissions = new Set(actionsOf("job-image.json", "job-image-tags.json"));
+    await define();
+    expect(world.aws.taskDefinitions().at(-1)?.tags).toEqual([{ key: "team", value: "ci" }]);
+  });
+
+  test("sweep needs only examples/iam/job-image-sweep.json to deregister definitions", async () => {
+    const allowed = ["driver.json", "sweep.json", "job-image.json"];
+    const { context, define, world } = await makeImageContext({}, ...allowed);
+    await define();
+    const definition = world.aws.taskDefinitions().at(-1);
+    if (definition) definition.registeredAt -= 8 * 86_400;
+    const options = { dryRun: false, json: false };
+    const [problem] = (await sweep(context, options)).problems;
+    expect(problem).toMatch(/AccessDeniedException.*ecs:ListTaskDefinitions/);
+    world.aws.permissions = new Set(actionsOf(...allowed, "job-image-sweep.json"));
+    expect(await sweep(context, options)).toMatchObject({
+      deregistered: [definition?.taskDefinitionArn],
+      problems: [],
+    });
   });
 
   test("examples/task-definition.json has a size that Fargate offers", async () => {
