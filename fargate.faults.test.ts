@@ -12,7 +12,7 @@ import { promisify } from "node:util";
 import { ECSClient, RunTaskCommand, type RunTaskCommandInput } from "@aws-sdk/client-ecs";
 import { describe, expect, onTestFinished } from "vitest";
 import { managerId, readJob, readRecord, type SweepReport, type TaskRecord, writeRecord } from "./fargate.ts";
-import type { FaultAction, StopCause } from "./fixtures/aws.ts";
+import type { Fault, FaultAction, Operation, StopCause } from "./fixtures/aws.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { addRow } from "./fixtures/faults.ts";
 import {
@@ -3138,6 +3138,100 @@ describe.concurrent("manager", () => {
     ]);
     return { stage: "manager", finished, says: /unregistered/ };
   });
+});
+
+describe("definitions of images", () => {
+  // On embedded hosts, nothing runs the service: any listener of this machine counts as its own.
+  const withService: FaultOptions = {
+    changes: { top: { JobImage: { AllowedServices: ["**"] } } },
+    job: { services: ["redis:7"] },
+  };
+  const definitionFault = (name: string, body: (scene: Scene) => Promise<FaultEffect>) =>
+    faultTest(name, body, withService);
+  const calls = ({ world }: Scene, operation: Operation) => world.aws.callsTo(operation).length;
+  const derived = ({ world }: Scene) =>
+    world.aws.taskDefinitions().filter(({ family }) => family.startsWith("test-task-job-"));
+
+  definitionFault("prepare registers a definition again that has been deregistered", async (scene) => {
+    ended(await scene.stage("prepare"), 0);
+    ended(await scene.stage("cleanup"), 0);
+    for (const definition of derived(scene)) definition.status = "INACTIVE";
+    const finished = await scene.stage("prepare");
+    ended(finished, 0);
+    ended(await scene.run("echo hello"), 0);
+    expect(derived(scene).map(({ status, revision }) => `${status} ${revision}`)).toEqual(["INACTIVE 1", "ACTIVE 2"]);
+    const runs = scene.world.aws.callsTo("RunTask").map(({ input, error }) => {
+      return `${input.taskDefinition?.split(":").at(-1)} ${error ?? "ok"}`;
+    });
+    expect(runs).toEqual(["1 ok", "1 ClientException", "2 ok"]);
+    return { stage: "prepare", finished, says: /Ready/ };
+  });
+
+  definitionFault("prepare registers a definition only once more if RunTask refuses it", async (scene) => {
+    const refusal = { error: "ClientException", message: "TaskDefinition is inactive" };
+    scene.world.aws.inject({ operation: "RunTask", times: Number.POSITIVE_INFINITY, do: refusal });
+    const finished = await scene.stage("prepare");
+    ended(finished, 2);
+    expect(calls(scene, "RunTask")).toBe(2);
+    // The second time, ECS still describes it as active.
+    expect(calls(scene, "RegisterTaskDefinition")).toBe(1);
+    return { stage: "prepare", finished };
+  });
+
+  for (const operation of ["DescribeTaskDefinition", "RegisterTaskDefinition"] as const)
+    definitionFault(`prepare fails at once when IAM refuses ecs:${operation}`, async (scene) => {
+      const rest = ["DescribeTaskDefinition", "RegisterTaskDefinition", "RunTask", "DescribeTasks", "StopTask"];
+      const allowed = rest.filter((name) => name !== operation).map((name) => `ecs:${name}`);
+      scene.world.aws.permissions = new Set(allowed);
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      expect(finished.stderr).toContain(`what to do: allow ecs:${operation} in the IAM policy`);
+      expect(calls(scene, operation)).toBe(1);
+      expect(calls(scene, "RunTask")).toBe(0);
+      scene.world.aws.permissions = new Set(rest.map((name) => `ecs:${name}`));
+      ended(await scene.stage("prepare"), 0);
+      return { stage: "prepare", finished };
+    });
+
+  definitionFault("prepare fails at once when the definition to add a service to is not found", async (scene) => {
+    scene.configure({ ...withService.changes, Fargate: { TaskDefinition: "ci-none" } });
+    const finished = await scene.stage("prepare");
+    ended(finished, 2);
+    expect(scene.world.aws.calls.map(({ operation }) => operation)).toEqual(["DescribeTaskDefinition"]);
+    return { stage: "prepare", finished };
+  });
+
+  // Where prepare is: the call that AWS has received but not answered.
+  const MOMENTS: [where: string, fault: Fault["operation"], nth: number, after: boolean][] = [
+    ["asks for its base", "DescribeTaskDefinition", 1, false],
+    ["looks for it", "DescribeTaskDefinition", 2, false],
+    ["has sent it", "RegisterTaskDefinition", 1, false],
+    ["has registered it", "RegisterTaskDefinition", 1, true],
+  ];
+  for (const signal of ["SIGKILL", "SIGTERM"] as const)
+    for (const [where, operation, nth, after] of MOMENTS)
+      definitionFault(`prepare leaves at most a definition after ${signal} when it ${where}`, async (scene) => {
+        const { aws } = scene.world;
+        const answer = Promise.withResolvers<void>();
+        let seen = 0;
+        const action = { holdUntil: answer.promise, after };
+        aws.inject({ operation, when: () => ++seen === nth, do: action });
+        const first = scene.begin("prepare");
+        await aws.waitFor(() => calls(scene, operation) === nth && (!after || derived(scene).length === 1), 60_000);
+        first.process.kill(signal);
+        const finished = await first.finished;
+        answer.resolve();
+        expect([finished.signal, finished.code]).toEqual(signal === "SIGKILL" ? [signal, null] : [null, 2]);
+        expect(aws.tasks()).toEqual([]);
+        expect(filesLeft(scene.world).filter((name) => /\.tmp$/.test(name))).toEqual([]);
+        ended(await scene.stage("cleanup"), 0);
+        const next = await scene.stage("prepare");
+        ended(next, 0);
+        ended(await scene.run("echo hello"), 0);
+        expect(derived(scene).length).toBeLessThanOrEqual(2);
+        expect(filesLeft(scene.world)).toEqual([basename(scene.record)]);
+        return { stage: "prepare", finished };
+      });
 });
 
 testTable("faults");
