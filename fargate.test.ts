@@ -8377,6 +8377,17 @@ describe("task definitions of images", () => {
     expect(calls("RegisterTaskDefinition")).toBe(1);
   });
 
+  test("prepareImages refuses an image whose name is too long for ECS", async () => {
+    const start = "registry.example.com/group/";
+    const image = `${start}${"a".repeat(200)}:${"1".repeat(255 - start.length - 201)}`;
+    await define(jobWith(image));
+    await expect(define(jobWith(`${image}1`))).rejects.toMatchObject({
+      kind: "build",
+      message: expect.stringMatching(/^image: registry\S+ is longer than the 255 characters that ECS accepts$/),
+    });
+    expect(calls("RegisterTaskDefinition")).toBe(1);
+  });
+
   describe("lock", () => {
     /** A job whose definition another process is registering, by this content of its lock. */
     const locked = async (content: string, touched = Date.now()) => {
@@ -8413,9 +8424,9 @@ describe("task definitions of images", () => {
     });
 
     test.each([
-      ["of a process in another container", elsewhere],
-      ["that is empty", ""],
-    ])("prepareImages takes over a lock %s after its last touch", async (_, content) => {
+      ["another container's", elsewhere],
+      ["an empty", ""],
+    ])("prepareImages takes over %s lock some time after its last touch", async (_, content) => {
       await isHeld(await locked(content, Date.now() - 15_000));
       const old = await locked(content, Date.now() - 21_000);
       expect(await define(old.context)).toBe(old.arn);
@@ -8563,7 +8574,7 @@ describe("task definitions of images", () => {
       expect(fs.statSync(dates).mode & 0o777).toBe(0o600);
     });
 
-    test.each(["", "{", "[1]", '{"x": null}', "null"])("sweep repairs a file of dates with %j", async (content) => {
+    test.each(["", "{", "[1]", '{"x":null}', "null"])("sweep repairs a file of dates with %j", async (content) => {
       const context = sweeper();
       const arn = register(`test-task-job-${hashes(1)}`, 8);
       const dates = join(context.config.TaskMetadata.Directory, ".definition-dates");

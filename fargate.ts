@@ -4897,6 +4897,7 @@ function allowContainer(
   const refuse = (why: string) => new Failure("build", `${what} ${keyword.name.slice(0, 300)} ${why}`);
   const image = parseImage(keyword.name);
   if (!image) throw refuse("is not an image reference, such as registry.example.com/group/image:tag");
+  if (nameOfImage(image).length > 255) throw refuse("is longer than the 255 characters that ECS accepts");
   if (!patterns.some((pattern) => matchesImage(pattern, image, project)))
     throw refuse(`(${nameOfImage(image)}) is not allowed: ${key} is ${patterns.join(", ")}`);
   const user = userOf(keyword);
