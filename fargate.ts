@@ -761,7 +761,8 @@ function readConfig(file: string, path: string, options: Options, env: Environme
   config.TaskMetadata.Directory = beside(config.TaskMetadata.Directory);
   if (config.SSH.PrivateKeyPath) config.SSH.PrivateKeyPath = beside(config.SSH.PrivateKeyPath);
   if (config.LogFile && !firstSet(options.LogFile)) config.LogFile = beside(config.LogFile);
-  if (firstSet(options.TaskDefinition)) config.JobImage.TaskDefinitions = []; // the option overrides the table
+  // The option overrides the table as well.
+  if (firstSet(options.TaskDefinition)) config.JobImage.TaskDefinitions = [];
   const refusal = refuseOverride(config.Fargate, jobOverrides, configured);
   return { config, jobOverrides, refusal, warnings: warnings.map((warning) => `${path}: ${warning}`) };
 }
@@ -3260,11 +3261,10 @@ async function runInTask(
   const path = config.SSH.PrivateKeyPath;
   if (!PrivateKey && !path)
     throw new Failure("system", "the record has no key: set PrivateKeyPath to the key that prepare used");
-  const key =
-    path && !PrivateKey ? readFile(path, `PrivateKeyPath ${path}`) : Buffer.from(PrivateKey, "base64");
-  const privateKey = key.toString();
-  const hostKey = Buffer.from(HostKey, "base64");
-  const target: SshTarget = { ...config.SSH, host, privateKey, hostKey, toSend: script.length };
+  const isOwn = path && !PrivateKey;
+  const key = isOwn ? readFile(path, `PrivateKeyPath ${path}`) : Buffer.from(PrivateKey, "base64");
+  const keys = { privateKey: key.toString(), hostKey: Buffer.from(HostKey, "base64") };
+  const target: SshTarget = { ...config.SSH, host, ...keys, toSend: lengthToSend(record, script) };
   const scriptRun: ScriptRun = { context, record, target, script, stage, shells, lastSeen };
   let tries = 0;
   let verifiedAt = -Infinity;
@@ -4826,7 +4826,7 @@ const LINK = "/.fargate"; // where the shared volume is mounted
 const ACCEPT_SECONDS = 4; // for the agent to accept a script; then ECS is asked about its container
 const MAX_CONTAINERS = 10; // of a task definition
 const MAX_OVERRIDES = 8_192; // characters of JSON, for all overrides of RunTask together
-const COORDINATOR_OVERRIDE = 1_000; // of these, for the public key and the deadline; an RSA key takes 540
+const COORDINATOR_OVERRIDE = { ed25519: 300, rsa: 1_000 }; // of these, for the public key and the deadline
 
 const optionalText = ifValid(v.string());
 const words = ifValid(v.array(v.string()));
@@ -4834,14 +4834,20 @@ const userOption = ifValid(v.object({ user: ifValid(v.union([v.string(), v.numbe
 const platformOption = ifValid(v.object({ platform: optionalText }));
 const VariableSchema = v.object({
   key: v.string(),
-  value: v.string(),
+  value: v.fallback(v.string(), ""),
   public: v.fallback(v.boolean(), false),
   masked: v.fallback(v.boolean(), false),
   file: v.fallback(v.boolean(), false),
   raw: v.fallback(v.boolean(), false),
 });
 type Variable = v.InferOutput<typeof VariableSchema>;
-const variables = v.fallback(v.array(VariableSchema), []);
+/** The valid items of a list. */
+const validItems = <T extends v.GenericSchema>(item: T) =>
+  v.pipe(
+    v.fallback(v.array(v.fallback(v.nullable(item), null)), []),
+    v.transform((items) => items.flatMap((item): v.InferOutput<T>[] => (item === null ? [] : [item]))),
+  );
+const variables = validItems(VariableSchema);
 /** `image:` or one of `services:`, as the runner passes it. */
 const KeywordSchema = v.object({
   ...{ name: v.string(), alias: optionalText, entrypoint: words, command: words, pull_policy: words },
@@ -4855,7 +4861,7 @@ type Keyword = v.InferOutput<typeof KeywordSchema>;
 const KeywordsSchema = v.object({
   job_info: v.object({ project_id: v.number() }),
   image: v.fallback(v.nullable(KeywordSchema), null),
-  services: v.fallback(v.array(KeywordSchema), []),
+  services: validItems(KeywordSchema),
   variables,
 });
 
@@ -4965,7 +4971,9 @@ function jobVolumes({ JobImage: f }: Config, coordinator: ContainerDefinition) {
   const directories = { "fargate-builds": f.BuildsDirectory, "fargate-cache": f.CacheDirectory };
   const mounts = Object.entries({ "fargate-link": LINK, ...directories }).map(([name, containerPath]) => {
     // A mount of the configured definition stays, such as one of EFS.
-    const own = coordinator.mountPoints?.find((mount) => mount.containerPath === containerPath);
+    const own = coordinator.mountPoints?.find(
+      (mount) => mount.containerPath?.replace(/\/+$/, "") === containerPath,
+    );
     return { own, mount: own ?? { sourceVolume: name, containerPath, readOnly: false } };
   });
   const added = mounts.flatMap(({ own, mount }) => (own ? [] : [mount]));
@@ -5043,12 +5051,15 @@ function refuseDefinition(base: TaskDefinition, plan: ImagePlan): string | undef
   if (!names.includes(CONTAINER)) return `it has no container ${CONTAINER}`;
   if (taken.length > 0) return `it has a container ${taken.join(", ")}, the name of one that is added`;
   if (plan.build && base.pidMode) return "it sets pidMode, but the job's container needs process 1";
+  const volume = base.volumes?.find(({ name = "" }) => /^fargate-(link|builds|cache)$/.test(name))?.name;
+  if (plan.build && volume) return `it has a volume ${volume}, the name of one that is added`;
   const total = names.length + added.length;
   const excess = `${total} containers with those of the job; ECS allows ${MAX_CONTAINERS}`;
   if (total - plan.services.length > MAX_CONTAINERS) return `it has ${excess}`;
   if (total > MAX_CONTAINERS) throw new Failure("build", `services: the task would have ${excess}`);
 }
 
+const SHARED = "the containers of a task share one network";
 /** Checks what a job asks for against the definition. @throws {Failure} of the job */
 function checkPlan(base: TaskDefinition, plan: ImagePlan, sshPort: number): void {
   const { build, services } = plan;
@@ -5066,7 +5077,7 @@ function checkPlan(base: TaskDefinition, plan: ImagePlan, sshPort: number): void
     for (const port of portsOf(keyword)) {
       const other = ports.get(port);
       const both = `services: ${keyword.name} and ${other} cannot both listen on port ${port}`;
-      if (other) throw new Failure("build", `${both}: the containers of a task share one network`);
+      if (other) throw new Failure("build", `${both}: ${SHARED}`);
       ports.set(port, keyword.name);
     }
 }
@@ -5346,8 +5357,9 @@ function portsOf({ variables, ports }: Keyword): number[] {
 }
 
 /**
- * The names of the secret variables that a variable of the job is or contains: GitLab expands variables before
- * the runner gets them, and leaves those public that now contain a secret. Short values may be anything.
+ * The names of the secret variables that a variable of the job is or contains: GitLab expands variables
+ * before the runner gets them, and leaves those public that now contain a secret. Short values may be
+ * anything.
  */
 const secretsIn = (variable: Variable, all: ReadonlyMap<string, Variable>): string[] =>
   [...all.values()]
@@ -5356,8 +5368,8 @@ const secretsIn = (variable: Variable, all: ReadonlyMap<string, Variable>): stri
     .map(({ key }) => key);
 
 /**
- * Expands `$NAME` and `${NAME}` as GitLab Runner does: an unknown name to nothing, and `$$` to `$`. Cuts values
- * that are far too long for ECS, since a job's variables may contain each other many times.
+ * Expands `$NAME` and `${NAME}` as GitLab Runner does: an unknown name to nothing, and `$$` to `$`. Cuts
+ * values that are far too long for ECS, since a job's variables may contain each other many times.
  * @returns `secrets`: the names of secret variables that the references lead to
  */
 function expandVariable({ value, raw }: Variable, all: ReadonlyMap<string, Variable>) {
@@ -5390,7 +5402,7 @@ const isReserved = (name: string): boolean => /^(FARGATE_|ECS_|AWS_CONTAINER_)|^
  * a secret variable.
  * @throws {Failure} of the job, if the first two groups do not fit, or a service's variable uses a secret
  */
-function serviceOverrides({ config, log }: Context, plan: ImagePlan): ContainerOverride[] {
+function serviceOverrides({ config: { JobImage, SSH }, log }: Context, plan: ImagePlan): ContainerOverride[] {
   const all = new Map(plan.variables.map((variable) => [variable.key, variable])); // the last one counts
   const expanded = [...all.values()]
     .filter((variable) => !isSecret(variable) && !variable.file && !isReserved(variable.key))
@@ -5400,14 +5412,17 @@ function serviceOverrides({ config, log }: Context, plan: ImagePlan): ContainerO
     });
   const hidden = expanded.filter(({ isOpen }) => !isOpen).map(({ name }) => name);
   const open = expanded.filter(({ isOpen }) => isOpen);
-  const own = open.filter(({ name }) => !isPredefined(name));
+  const ofJob = open.filter(({ name }) => !isPredefined(name));
   const services = plan.services.map(({ name, keyword }) => {
-    const environment = new Map(own.map((variable) => [variable.name, variable.value]));
-    for (const variable of keyword.variables.filter(({ key }) => !isReserved(key))) {
-      const { value, secrets } = expandVariable(variable, all);
+    const environment = new Map(ofJob.map((variable) => [variable.name, variable.value]));
+    const own = keyword.variables.map((variable) => ({ ...variable, public: true, masked: false }));
+    const visible = new Map([...all, ...own.map((variable) => [variable.key, variable] as const)]);
+    for (const variable of own.filter(({ key }) => !isReserved(key))) {
+      const { value, secrets: used } = expandVariable(variable, visible);
+      const secrets = [...used, ...secretsIn({ ...variable, key: "" }, all)];
       const uses = `services: ${keyword.name}: its variable ${variable.key} contains ${secrets.join(", ")}`;
       const refused = "secret variables are passed to services only with SecretsInServices";
-      if (secrets.length > 0 && !config.JobImage.SecretsInServices)
+      if (secrets.length > 0 && !JobImage.SecretsInServices)
         throw new Failure("build", `${uses}; ${refused}`);
       environment.set(variable.key, value);
     }
@@ -5418,7 +5433,7 @@ function serviceOverrides({ config, log }: Context, plan: ImagePlan): ContainerO
       name,
       environment: [...environment].map(([name, value]) => ({ name, value })),
     }));
-  const limit = MAX_OVERRIDES - COORDINATOR_OVERRIDE;
+  const limit = MAX_OVERRIDES - COORDINATOR_OVERRIDE[SSH.PrivateKeyPath ? "rsa" : SSH.KeyType];
   const size = Buffer.byteLength(JSON.stringify(overrides()));
   const tooLong = `variables of services: take ${size} characters; ECS accepts ${limit} for a task`;
   if (size > limit) throw new Failure("build", tooLong);
@@ -5548,6 +5563,9 @@ trap : HUP INT QUIT TERM
 exec 3<>$link/calls
 while :; do worker | worker | worker | worker; done 2>/dev/null`.trim();
 
+/** The number of bytes to send for a script: in a relay, each quote takes four. */
+const lengthToSend = ({ Build }: TaskRecord, script: Buffer): number =>
+  (Build ? shellQuote(script) : script).length;
 /** Quotes bytes for a POSIX shell. */
 const shellQuote = (bytes: Buffer): Buffer =>
   Buffer.from(`'${bytes.toString("latin1").replaceAll("'", "'\\''")}'`, "latin1");
@@ -5621,30 +5639,32 @@ exit $c`.trim();
 type BuildOutcome = Outcome | { readonly ended: "late" | "refused" | "dead" };
 type Sinks = Pick<Context, "signal" | "log"> & OutputSinks;
 
-/**
- * Runs a script in the container `build`, by a relay in the coordinator.
- * @param before shell code for the coordinator to run first
- * @throws {Failure}
- */
+/** Runs a script in the container `build`, by a relay in the coordinator. @throws {Failure} */
 async function callBuild(
   connection: Connection,
   shell: "bash" | "sh",
   script: Buffer,
   shells: Shells,
   context: Sinks,
-  before = "",
 ): Promise<BuildOutcome> {
   const { target } = connection;
   const grace = target.CancelGracePeriod;
   const mark = randomBytes(16).toString("hex");
   // The relay must outlive the script's grace period.
   const own = { ...connection, target: { ...target, CancelGracePeriod: grace + 2, PassEnvironment: [] } };
-  const relay = Buffer.concat([Buffer.from(`${before}\n`), relayScript(script, mark, shell, grace)]);
-  const outcome = await runScript(own, relay, shells, context);
+  const outcome = await runScript(own, relayScript(script, mark, shell, grace), shells, context);
   if (outcome.ended !== "exited" || outcome.code === 0) return outcome;
   const directory = `${LINK}/${mark}.${shell}`;
-  const program = `cat ${directory}/failed ${directory}/code 2>/dev/null; mv ${directory} ${directory}.new; rm -rf ${directory}.new`;
-  const answer = (await runCommand(own, program, context.signal)).trim();
+  const clear = `mv ${directory} ${directory}.new; rm -rf ${directory}.new`;
+  const program = `cat ${directory}/failed ${directory}/code 2>/dev/null; ${clear}`;
+  // An SshFailure would mean that the script has not begun.
+  const answer = (
+    await runCommand(own, program, context.signal).catch((error) => {
+      context.signal.throwIfAborted();
+      const unknown = `the script has ended, but its exit code (${outcome.code}) is not confirmed`;
+      throw new Failure("system", `${unknown}: ${reasonOf(error)}`);
+    })
+  ).trim();
   if (answer === "late" || answer === "refused" || answer === "dead") return { ended: answer };
   if (answer === `${outcome.code}`) return outcome;
   throw new Failure(
@@ -5788,12 +5808,26 @@ async function pollServices(
   waiting: Map<string, JobContainer>,
   until: number,
 ): Promise<Task> {
-  const { signal, log } = context;
+  const { signal, log, config, jobTask } = context;
   const task = await aws.describeTask(record.TaskARN, { until, signal });
   if (!task || isEnding(task)) throw stoppedEarly(task ?? {});
+  const rule = `its own health check, or listeners on port ${config.SSH.Port} for IPv4 and IPv6`;
   if (findContainer(task, CONTAINER)?.healthStatus === "UNHEALTHY")
-    throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY`, { problem: "unhealthy" });
-  for (const name of warnOfEndedServices(log, record, task)) waiting.delete(name);
+    throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY: services need ${rule}`, {
+      problem: "unhealthy",
+    });
+  for (const name of warnOfEndedServices(log, record, task)) {
+    const { image, keyword } = waiting.get(name) ?? {};
+    waiting.delete(name);
+    const isSame = (other: JobContainer) =>
+      other.name !== name && other.image.repository === image?.repository;
+    const twin = jobTask?.plan.services.find(isSame)?.keyword.name;
+    if (twin && findContainer(task, name)?.exitCode && keyword && portsOf(keyword).length === 0)
+      throw new Failure(
+        "build",
+        `services: ${keyword.name} and ${twin} cannot both listen on the same port: ${SHARED}`,
+      );
+  }
   return task;
 }
 
@@ -5825,8 +5859,7 @@ async function waitForServices(
   const images = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
   log.info("Waiting for services: {images}", { images });
   const begun = now();
-  let startedAt = Infinity;
-  let nextPoll = 0;
+  let [startedAt, nextPoll, isFirst] = [Infinity, 0, true];
   while (waiting.size > 0) {
     let canHaveServices = true;
     if (now() >= nextPoll) {
@@ -5840,7 +5873,8 @@ async function waitForServices(
     const program = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null";
     const open = listeningPorts(await runCommand(connection, program, signal));
     // Services start when the coordinator is healthy: earlier listeners belong to other containers.
-    if (!canHaveServices) for (const port of open) known.add(port);
+    if (isFirst && !canHaveServices) for (const port of open) known.add(port);
+    isFirst = false;
     const others = [...open].filter((port) => !known.has(port)).length;
     const silent = [...waiting.values()].filter(({ keyword }) => portsOf(keyword).length === 0).length;
     for (const [name, { keyword }] of waiting) {
@@ -5865,21 +5899,17 @@ async function waitForServices(
 /** Stages whose scripts run in the job's own image. */
 const isBuildStage = (stage: string): boolean => /^(build_script|after_script|step_.+)$/.test(stage);
 
-/** Whether the two containers need help to use each other's files. */
-const hasTwoUsers = ({ Build }: TaskRecord): boolean =>
-  Build !== undefined && Build.User !== Build.CoordinatorUser;
-/** Shell code with which root makes files that its scripts left usable for the other container's user. */
-const openFiles = ({ JobImage }: Config): string =>
-  `find ${JobImage.BuildsDirectory} ! -type l ! -perm -0666 -exec chmod a+rwX {} + 2>/dev/null`;
-
-/** A script with what the other container's user needs of it. @param self the user that it runs as */
-function shareFiles(script: Buffer, record: TaskRecord, config: Config, self: number | undefined): Buffer {
-  if (!hasTwoUsers(record)) return script;
-  // ci-coordinator does this before each script of the other container instead (see callBuild).
-  const isRootOfBuild = self === 0 && record.Build?.User === 0;
-  const atEnd = isRootOfBuild ? `trap 'c=$?; ${openFiles(config)}; exit $c' 0; ` : "";
-  const share = `umask 0; export GIT_CONFIG_SYSTEM="\${GIT_CONFIG_SYSTEM:-${LINK}/gitconfig}"; ${atEnd}\n`;
-  return Buffer.concat([Buffer.from(share), script]);
+/**
+ * A script that leaves its files usable for the other container, if their users differ: with an open umask,
+ * git that accepts the other's directories, and at its end the modes of files that have got other ones.
+ */
+function shareFiles(script: Buffer, { Build }: TaskRecord, { JobImage: f }: Config): Buffer {
+  if (!Build || Build.User === Build.CoordinatorUser) return script;
+  // Without root, chmod works only for own files; find and chmod may be missing in the job's image.
+  const find = `find ${f.BuildsDirectory} ${f.CacheDirectory} ! -type l ! -perm -0666`;
+  const atEnd = `trap 'c=$?; ${find} -exec chmod a+rwX {} + 2>/dev/null; exit $c' 0`;
+  const git = `export GIT_CONFIG_SYSTEM="\${GIT_CONFIG_SYSTEM:-${LINK}/gitconfig}"`;
+  return Buffer.concat([Buffer.from(`umask 0; ${git}; ${atEnd}\n`), script]);
 }
 
 /** Runs a stage's script where it belongs. Without containers of the job, in the coordinator as it is. */
@@ -5887,7 +5917,7 @@ async function runJobScript(scriptRun: ScriptRun, connection: Connection): Promi
   const { context, record, script, stage, shells } = scriptRun;
   const { Build, Services = [] } = record;
   if (!Build && Services.length === 0) return runScript(connection, script, shells, context);
-  const shared = shareFiles(script, record, context.config, Build?.CoordinatorUser);
+  const shared = shareFiles(script, record, context.config);
   const outcome =
     Build && isBuildStage(stage)
       ? await runInBuild(scriptRun, Build, connection)
@@ -5911,10 +5941,9 @@ async function runInBuild(
   const { log, now, signal, config } = context;
   const until = now() + config.SSH.ConnectTimeout * 1000;
   const shell = interpreterOf(script, build.Shell);
-  const text = shareFiles(script, record, config, build.User);
-  const before = hasTwoUsers(record) && build.CoordinatorUser === 0 ? openFiles(config) : "";
+  const text = shareFiles(script, record, config);
   for (;;) {
-    const outcome = await callBuild(connection, shell, text, shells, context, before);
+    const outcome = await callBuild(connection, shell, text, shells, context);
     if (outcome.ended === "lost") return outcome;
     if (outcome.ended === "exited") {
       if (outcome.code !== 137) return outcome;
