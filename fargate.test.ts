@@ -1652,7 +1652,11 @@ describe("judgeTask", () => {
     startedBy: `fargate-${manager}-${job}`,
     createdAt: new Date((now - age) * 1000),
     overrides: deadline
-      ? { containerOverrides: [{ environment: [{ name: "FARGATE_DEADLINE", value: String(deadline) }] }] }
+      ? {
+          containerOverrides: [
+            { name: CONTAINER, environment: [{ name: "FARGATE_DEADLINE", value: String(deadline) }] },
+          ],
+        }
       : undefined,
   });
   const idle = (seconds: number) => ({ ...snapshot, records: [{ ...record, mtimeMs: (now - seconds) * 1000 }] });
@@ -7085,12 +7089,12 @@ describe("job image and services", () => {
       const onlyImage = planOf(keywords, { AllowedImages: ["**"] });
       expect(nameOf(onlyImage.build?.image)).toBe("docker.io library/node :22");
       expect(onlyImage.services).toEqual([]);
-      expect(onlyImage.unused).toEqual(["services: postgres:16, redis: AllowedServices is empty"]);
+      expect(onlyImage.unused).toEqual([["services: postgres:16, redis", "AllowedServices is empty"]]);
       const onlyServices = planOf(keywords, { AllowedServices: ["**"] });
       expect(onlyServices.build).toBeUndefined();
       expect(onlyServices.services.map(({ name }) => name)).toEqual(["service-1-postgres", "service-2-redis"]);
       expect(onlyServices.unused).toEqual([
-        "image: node:22: no row of TaskDefinitions matches, and AllowedImages is empty",
+        ["image: node:22", "no row of TaskDefinitions matches, and AllowedImages is empty"],
       ]);
       const { build, services, unused, taskDefinition } = planOf(keywords);
       expect([build?.name, ...services.map(({ name }) => name)]).toEqual([
@@ -7120,7 +7124,7 @@ describe("job image and services", () => {
       for (const name of ["alpine", "registry.example.com/7/a/b", "registry.example.com.evil.io/42/a", "no image"])
         expect(selected(name)).toEqual([
           ...[undefined, undefined],
-          `image: ${name}: no row of TaskDefinitions matches, and AllowedImages is empty`,
+          [`image: ${name}`, "no row of TaskDefinitions matches, and AllowedImages is empty"],
         ]);
       // The services of such a job are derived from the row's definition.
       const keywords = { image: { name: "node:22" }, services: [{ name: "redis" }] };
@@ -7134,7 +7138,7 @@ describe("job image and services", () => {
       expect(planOf(keywords, { ...all, TaskDefinitions }, ["TaskDefinition"])).toEqual({
         services: [],
         variables: [],
-        unused: ["image: and services: (evil.io/x, redis): the job sets FARGATE_TASK_DEFINITION"],
+        unused: [["image: and services: (evil.io/x, redis)", "the job sets FARGATE_TASK_DEFINITION"]],
       });
       expect(planOf({ image: { name: "node" } }, all, ["PlatformVersion"]).build?.name).toBe("build");
     });
@@ -7219,8 +7223,8 @@ describe("job image and services", () => {
     test("planImages reports a pull_policy other than always", () => {
       const services = [{ name: "redis", pull_policy: ["if-not-present", "always"] }, { name: "postgres" }];
       expect(planOf({ image: { name: "node", pull_policy: ["never"] }, services }).unused).toEqual([
-        "pull_policy of node: ECS pulls the images of each task",
-        "pull_policy of redis: ECS pulls the images of each task",
+        ["pull_policy of node", "ECS pulls the images of each task"],
+        ["pull_policy of redis", "ECS pulls the images of each task"],
       ]);
       for (const pull_policy of [["always"], [], null, undefined, "never", [3]])
         expect(planOf({ image: { name: "node", pull_policy } }).unused).toEqual([]);
@@ -7546,7 +7550,7 @@ describe("job image and services", () => {
     });
 
     test("planImages gives containers names that ECS accepts", () => {
-      const names = ["a.b__c-d", `x/${"y".repeat(240)}`, "registry.example.com:5000/group/db:1"];
+      const names = ["a.b__c-d", `x/${"y".repeat(230)}`, "registry.example.com:5000/group/db:1"];
       const settings = { AllowedServices: ["**", "registry.example.com:5000/**"] };
       const { services } = planOf({ services: names.map((name) => ({ name })) }, settings);
       for (const { name } of services) expect(name).toMatch(/^[\w-]{1,255}$/);
@@ -7689,10 +7693,9 @@ describe("job image and services", () => {
       ["accepts 10 containers", undefined, baseWith({}, { containerDefinitions: others(6) })],
       [
         "refuses more than 10 containers",
-        "8 containers and 3 for the job are 11; ECS allows 10",
-        baseWith({}, { containerDefinitions: others(7) }),
+        "it has 12 containers with those of the job; ECS allows 10",
+        baseWith({}, { containerDefinitions: others(8) }),
       ],
-      ["refuses 8 services", "1 containers and 10 for the job are 11; ECS allows 10", base, () => plan(8)],
       ["accepts 7 services", undefined, base, () => plan(7)],
       [
         "refuses a container named build",
@@ -7725,6 +7728,12 @@ describe("job image and services", () => {
       ["accepts pidMode with services alone", undefined, { ...base, pidMode: "task" }, onlyServices],
     ])("refuseDefinition %s", (_, why, from, make = plan) => {
       expect(refuseDefinition(from, make())).toBe(why);
+    });
+
+    test("refuseDefinition blames a job with too many services", () => {
+      const failure = thrown(() => refuseDefinition(base, plan(8)));
+      expect(failure).toMatchObject({ kind: "build" });
+      expect(failure.message).toBe("services: the task would have 11 containers with those of the job; ECS allows 10");
     });
 
     const platform = (text: string) => ({ executor_opts: { docker: { platform: text } } });
@@ -8049,8 +8058,8 @@ describe("job image and services", () => {
       const services = [service([variable("OWN", "1")]), { name: "postgres" }, { name: "mysql" }];
       const variables = [...many(100, "CI_VARIABLE_", 60), ...many(20, "JOB_", 20)];
       const { overrides, environments, logged } = overridesOf(services, variables);
-      expect(size(overrides)).toBeLessThanOrEqual(8_192 - 1_000);
-      expect(size(overrides)).toBeGreaterThan(6_800);
+      expect(size(overrides)).toBeLessThanOrEqual(8_192 - 300);
+      expect(size(overrides)).toBeGreaterThan(7_400);
       for (const environment of environments)
         expect(environment).toMatchObject({ JOB_0: "v".repeat(20), JOB_19: "v".repeat(20) });
       const passed = Object.keys(environments[0] ?? {}).filter((name) => name.startsWith("CI_")).length;
@@ -8060,7 +8069,7 @@ describe("job image and services", () => {
       ]);
       // With the override of ci-coordinator, the whole stays within ECS's limit.
       const identity = { startedBy: "fargate-a-b", clientToken: "token" };
-      const own = { SSH_PUBLIC_KEY: `ssh-rsa ${"A".repeat(540)}`, FARGATE_DEADLINE: "1700000000" };
+      const own = { SSH_PUBLIC_KEY: `ssh-ed25519 ${"A".repeat(68)}`, FARGATE_DEADLINE: "1700000000" };
       const input = runTaskInput(configWith(all), identity, own, overrides);
       expect(size(input.overrides)).toBeLessThanOrEqual(8_192);
       expect(input.overrides?.containerOverrides?.map(({ name }) => name)).toEqual([
@@ -8070,15 +8079,15 @@ describe("job image and services", () => {
 
     test("serviceOverrides refuses variables of services that do not fit", () => {
       const fits = (length: number) => overridesOf([service([variable("A", "x".repeat(length))])], []).overrides;
-      const room = 7_192 - size(fits(0));
-      expect(size(fits(room))).toBe(7_192);
+      const room = 7_892 - size(fits(0));
+      expect(size(fits(room))).toBe(7_892);
       const services = [service([variable("A", "x".repeat(room + 1))])];
-      const why = "the variables of services: take 7193 characters; ECS accepts 7192 for all of a task";
+      const why = "variables of services: take 7893 characters; ECS accepts 7892 for a task";
       expect(refusalOf(services, [])).toBe(why);
       // The job's own variables count for each service, and in bytes.
-      expect(refusalOf([service(), service(), service()], [variable("A", "x".repeat(2_500))])).toContain("characters");
-      expect(refusalOf([service()], [variable("A", "é".repeat(3_700))])).toContain("characters");
-      expect(refusalOf([service()], [variable("A", '"'.repeat(3_700))])).toContain("characters");
+      expect(refusalOf([service(), service(), service()], [variable("A", "x".repeat(2_700))])).toContain("characters");
+      expect(refusalOf([service()], [variable("A", "é".repeat(4_000))])).toContain("characters");
+      expect(refusalOf([service()], [variable("A", '"'.repeat(4_000))])).toContain("characters");
       // Predefined ones alone are no reason.
       expect(overridesOf([service()], [variable("CI_A", "x".repeat(9_000))]).environments).toEqual([{}]);
     });
