@@ -745,7 +745,7 @@ describe("arbitrary input", () => {
   // --- Configuration ---
 
   const configFiles = ["guide", "guide-2020", "guide-private", "manual", "loose", "full"].map(configFile);
-  const KEY = /^ {2}(LogLevel|LogFormat|LogFile|Fargate|TaskMetadata|SSH)(\.[^\n]*)?(: | is |$)/;
+  const KEY = /^ {2}(LogLevel|LogFormat|LogFile|Fargate|JobImage|TaskMetadata|SSH)(\.[^\n]*)?(: | is |$)/;
 
   /** Expects that any text is either a configuration or a clear failure. */
   function expectConfigOrFailure(text: string): void {
@@ -766,7 +766,7 @@ describe("arbitrary input", () => {
     const { config, warnings } = read;
     expect(v.parse(ConfigSchema, config)).toEqual(config);
     for (const warning of warnings) expect(formatRecord(logRecord(warning), "text").length).toBeLessThan(LONGEST);
-    for (const table of [config, config.Fargate, config.Fargate.Tags, config.TaskMetadata, config.SSH])
+    for (const table of [config, config.Fargate, config.Fargate.Tags, config.JobImage, config.TaskMetadata, config.SSH])
       expect(Object.getPrototypeOf(table)).toBe(Object.prototype);
   }
 

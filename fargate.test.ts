@@ -623,6 +623,20 @@ describe("configuration", () => {
         AbandonedAfter: 1800,
         Tags: { team: "ci", "cost centre": "42" },
       },
+      JobImage: {
+        TaskDefinitions: [{ Image: "registry.example.com/ci/node:*", TaskDefinition: "ci-node" }],
+        AllowedImages: ["**", "registry.example.com/{project_id}/**"],
+        AllowedServices: ["postgres:*", "registry.example.com:5000/services/*@sha256:*"],
+        PullCredentials: [
+          {
+            Image: "registry.example.com/**",
+            SecretArn: "arn:aws:secretsmanager:eu-west-1:123456789012:secret:registry",
+          },
+        ],
+        SecretsInServices: true,
+        BuildsDirectory: "/srv/builds",
+        CacheDirectory: "/srv/cache",
+      },
       TaskMetadata: { Directory: "/var/lib/fargate" },
       SSH: {
         Username: "worker",
@@ -705,6 +719,15 @@ describe("configuration", () => {
         "Fargate.Tags.a",
         "Fargate.PropagateTags",
         "Fargate.StartTimeout",
+        "JobImage.TaskDefinitions[0].Image",
+        "JobImage.TaskDefinitions[0].TaskDefinition",
+        "JobImage.AllowedImages[0]",
+        "JobImage.AllowedServices",
+        "JobImage.PullCredentials[0].Image",
+        "JobImage.PullCredentials[0].SecretArn",
+        "JobImage.SecretsInServices",
+        "JobImage.BuildsDirectory",
+        "JobImage.CacheDirectory",
         "TaskMetadata.Directory",
         "SSH.Username",
         "SSH.Port",
@@ -742,6 +765,111 @@ describe("configuration", () => {
     expect(PassEnvironment).toEqual([
       ...["AWS_CONTAINER_*", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_EXECUTION_ENV", "ECS_CONTAINER_METADATA_URI*"],
     ]);
+  });
+
+  const withJobImage = (line: string) => `${configFile("guide")}\n[JobImage]\n  ${line}\n`;
+  const problemsOf = (file: string) =>
+    thrown(() => readConfig(file, "x", {}, {}))
+      .message.split("\n")
+      .slice(1);
+
+  test("readConfig uses neither image nor services by default", () => {
+    const none = {
+      ...{ TaskDefinitions: [], AllowedImages: [], AllowedServices: [], PullCredentials: [] },
+      ...{ SecretsInServices: false, BuildsDirectory: "/builds", CacheDirectory: "/cache" },
+    };
+    for (const file of [configFile("guide"), withJobImage(""), withJobImage('BuildsDirectory = ""')]) {
+      const { config, warnings } = readConfig(file, "x", {}, {});
+      expect({ JobImage: config.JobImage, warnings }).toEqual({ JobImage: none, warnings: [] });
+    }
+    const other = readConfig(withJobImage('allowedimages = [" node:* "]'), "x", {}, {});
+    expect([other.config.JobImage.AllowedImages, other.warnings]).toEqual([["node:*"], []]);
+  });
+
+  test("readConfig explains each bad value in JobImage", () => {
+    const pattern =
+      "registry/repository:tag or @digest; * for any text but /, ** for any path, {project_id}; none in the registry";
+    const cases: [line: string, problem: string][] = [
+      [
+        "AllowedImages = [1]",
+        `AllowedImages[0] is 1; expected: the images that a job may run its script in: a list of up to 100, each ${pattern}`,
+      ],
+      [
+        'AllowedImages = ["node", "*.io/x"]',
+        `AllowedImages[1] is "*.io/x"; expected: the images that a job may run its script in: a list of up to 100, each ${pattern}`,
+      ],
+      [
+        'AllowedServices = "redis"',
+        `AllowedServices is "redis"; expected: the images that a job may use for services: a list of up to 100, each ${pattern}`,
+      ],
+      [
+        'TaskDefinitions = [{ Image = "node" }]',
+        "TaskDefinitions[0].TaskDefinition is missing; expected: family, family:revision or ARN of the task definition",
+      ],
+      ['TaskDefinitions = [{ TaskDefinition = "x" }]', `TaskDefinitions[0].Image is missing; expected: ${pattern}`],
+      [
+        'PullCredentials = [{ Image = "a.io/x" }]',
+        "PullCredentials[0].SecretArn is missing; expected: the ARN of a secret with a registry's user name and password",
+      ],
+      [
+        "SecretsInServices = 1",
+        "SecretsInServices is 1; expected: whether variables of services may contain secret variables: true or false",
+      ],
+      [
+        'BuildsDirectory = "b"',
+        'BuildsDirectory is "b"; expected: builds_dir of jobs with an image of their own: an absolute path',
+      ],
+      [
+        'CacheDirectory = "/c d"',
+        'CacheDirectory is "/c d"; expected: cache_dir of jobs with an image of their own: an absolute path',
+      ],
+    ];
+    for (const [line, problem] of cases) expect(problemsOf(withJobImage(line))).toEqual([`  JobImage.${problem}`]);
+    const [scalar] = problemsOf(configFile("guide").replace("[Fargate]", "JobImage = 3\n[Fargate]"));
+    expect(scalar).toMatch(/^ {2}JobImage is 3; expected: a table/);
+    const list = JSON.stringify(Array.from({ length: 101 }, (_, i) => `image-${i}`));
+    expect(problemsOf(withJobImage(`AllowedImages = ${list}`))).toHaveLength(1);
+    const { warnings } = readConfig(withJobImage("AllowedImage = []"), "x", {}, {});
+    expect(warnings).toEqual([
+      "x: unknown key JobImage.AllowedImage; the most similar known key is JobImage.AllowedImages",
+    ]);
+  });
+
+  test("readConfig refuses PullCredentials whose pattern names no registry", () => {
+    const withPattern = (pattern: string) =>
+      withJobImage(`PullCredentials = [{ Image = "${pattern}", SecretArn = "a" }]`);
+    for (const bad of ["node", "**", "*", "group/*:*", "node@sha256:*", "registry/x", "*.example.com/x"]) {
+      const [problem, ...more] = problemsOf(withPattern(bad));
+      expect([bad, more]).toEqual([bad, []]);
+      expect(problem).toMatch(/^ {2}JobImage\.PullCredentials\[0\]\.Image is .*; the registry must be named$/);
+    }
+    for (const good of ["docker.io/**", "registry.example.com/{project_id}/**", "registry:5000/x", "localhost/x"])
+      expect(readConfig(withPattern(good), "x", {}, {}).config.JobImage.PullCredentials).toHaveLength(1);
+  });
+
+  test("readConfig refuses directories of which one contains the other", () => {
+    const withBoth = (builds: string, cache: string) =>
+      withJobImage(`BuildsDirectory = "${builds}"\n  CacheDirectory = "${cache}"`);
+    for (const [builds, cache] of [
+      ["/a", "/a"],
+      ["/a", "/a/b"],
+      ["/a/b/c", "/a"],
+      ["/cache", "/cache"],
+    ] as const)
+      expect(problemsOf(withBoth(builds, cache))).toEqual([
+        expect.stringMatching(
+          /^ {2}JobImage is \{.*\}; expected: a table in which neither BuildsDirectory nor CacheDirectory contains the other$/,
+        ),
+      ]);
+    // Also with a default.
+    expect(problemsOf(withJobImage('CacheDirectory = "/builds/cache"'))).toHaveLength(1);
+    expect(problemsOf(withJobImage('BuildsDirectory = "/cache"'))).toHaveLength(1);
+    const { JobImage } = readConfig(withBoth("/a/b", "/a/bc"), "x", {}, {}).config;
+    expect([JobImage.BuildsDirectory, JobImage.CacheDirectory]).toEqual(["/a/b", "/a/bc"]);
+    for (const bad of ["", "/"]
+      .map((path) => `${path}a/../b`)
+      .concat("/", "//a", "/a/", "a", "/a//b", "/.a", "/$x", "/a'b", "/é"))
+      expect([bad, problemsOf(withBoth(bad, "/cache")).length]).toEqual([bad, 1]);
   });
 
   test("readConfig accepts a CancelGracePeriod from 0 to 240", () => {
@@ -1275,6 +1403,21 @@ describe("task record", () => {
     );
   });
 
+  test("readRecord accepts a record with and without containers of the job", () => {
+    const path = recordIn(directory());
+    const Build = { Shell: "sh", User: 1000, CoordinatorUser: 0 } as const;
+    const Services = [{ Container: "service-1-redis", Image: "redis:7", Log: "" }];
+    for (const record of [someRecord, { ...someRecord, Services }, { ...someRecord, Build, Services }]) {
+      writeRecord(path, record);
+      expect(readRecord(path)).toEqual(record);
+    }
+    for (const odd of [{ Build: { ...Build, Shell: "zsh" } }, { Build: 3 }, { Services: [{}] }]) {
+      writeRecord(path, { ...someRecord, ...odd } as TaskRecord);
+      expect(thrown(() => readRecord(path)).message).toMatch(/Build|Services/);
+      expect(salvageRecord(path).TaskARN).toBe(someRecord.TaskARN);
+    }
+  });
+
   test("readRecord refuses a record that belongs to another user", ({ skip }) => {
     if (process.geteuid?.() !== 0) return skip("only root can give files away");
     const path = recordIn(directory());
@@ -1482,6 +1625,20 @@ describe("RunTask's input", () => {
     expect(input("guide", change)).toEqual({ ...official, ...identity, ...added });
   });
 
+  test("runTaskInput adds the overrides of services after its own", () => {
+    const { config } = readConfig(configFile("guide"), "guide", {}, {});
+    const services = [{ name: "service-1-redis", environment: [{ name: "A", value: "b" }] }];
+    const key = { SSH_PUBLIC_KEY: "ssh-ed25519 AAAA" };
+    const own = official.overrides.containerOverrides;
+    expect(runTaskInput(config, identity, key, services)).toEqual({
+      ...official,
+      ...identity,
+      overrides: { containerOverrides: [...own, ...services] },
+    });
+    expect(runTaskInput(config, identity, undefined, services).overrides).toEqual({ containerOverrides: services });
+    expect(JSON.stringify(runTaskInput(config, identity, key, []))).toBe(JSON.stringify(input("guide")));
+  });
+
   test("runTaskInput passes lists of subnets and security groups", () => {
     const { networkConfiguration } = input("full", (c) => (c.Fargate.EnablePublicIP = false));
     expect(networkConfiguration?.awsvpcConfiguration).toEqual({
@@ -1659,6 +1816,17 @@ describe("judgeTask", () => {
         }
       : undefined,
   });
+  /** A task whose containers of services have a deadline among their variables. */
+  const taskWithService = (age: number, ofService: number, deadline?: number): Task => ({
+    ...task(age),
+    overrides: {
+      containerOverrides: [
+        { name: "service-1-redis", environment: [{ name: "FARGATE_DEADLINE", value: String(ofService) }] },
+        ...(task(age, deadline).overrides?.containerOverrides ?? []),
+        { environment: [{ name: "FARGATE_DEADLINE", value: String(ofService) }] },
+      ],
+    },
+  });
   const idle = (seconds: number) => ({ ...snapshot, records: [{ ...record, mtimeMs: (now - seconds) * 1000 }] });
   const other = "ffffffffffff";
   const onEcs = "e".repeat(32);
@@ -1684,6 +1852,9 @@ describe("judgeTask", () => {
       task(60, now + 9),
       { records: [{ ...record, Deadline: now - 1 }] },
     ],
+    ["ignores an early deadline of a service's container", undefined, taskWithService(600, now - 1, now + 1), {}],
+    ["ignores a late deadline of a service's container", LATE, taskWithService(600, now + 900, now - 1), {}],
+    ["ignores a service's deadline in a task without its own", undefined, taskWithService(600, now - 1), {}],
     ["stops a task without a deadline after MaxTaskAge", LATE, task(86_401), {}],
     ["leaves a task without a deadline until MaxTaskAge", undefined, task(86_400), {}],
     ["stops an abandoned task after AbandonedAfter", ABANDONED, task(60), idle(901)],
@@ -1849,6 +2020,84 @@ describe("stages with ECS mocked", () => {
       "Ready: logged in to 127.0.0.1 as worker (N s)",
     ]);
     expect(ecs.commandCalls(StopTaskCommand)).toHaveLength(0);
+  });
+
+  test.each<[when: string, images: string[], change: (config: Config) => void, warnings: string[]]>([
+    ["without JobImage", [], () => {}, []],
+    [
+      "with an image and without JobImage",
+      ["node:22", "redis"],
+      () => {},
+      [
+        "warning: image: and services: have no effect (node:22, redis); to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION",
+      ],
+    ],
+    ["with JobImage and without an image", [], ({ JobImage }) => JobImage.AllowedImages.push("**"), []],
+  ])("prepare calls ECS as ever %s", async (_, imageNames, change, warnings) => {
+    const context = contextOf((config) => {
+      config.SSH.Port = 0;
+      change(config);
+    });
+    taskGoesThrough(context, undefined, taskIn("PROVISIONING"), taskIn("PENDING", "127.0.0.1"));
+    // There is no such response: nothing reads it.
+    const env = { JOB_RESPONSE_FILE: join(directory(), "none.json") };
+    await prepare({ ...context, env, job: { ...context.job, imageNames } });
+    const [input] = inputs(RunTaskCommand) as [RunTaskCommandInput];
+    const ids =
+      /fargate-[0-9a-f]{12}-|ssh-ed25519 [^"]*|(?<="FARGATE_DEADLINE","value":")\d+|(?<="clientToken":")[^"]*/g;
+    expect(JSON.stringify(input).replace(ids, "*")).toBe(
+      '{"cluster":"test-cluster","taskDefinition":"test-task:1","count":1,' +
+        '"networkConfiguration":{"awsvpcConfiguration":{"subnets":["subnet-xxxxxx"],' +
+        '"securityGroups":["sg-xxxxxxxxxxxxx"],"assignPublicIp":"DISABLED"}},' +
+        '"overrides":{"containerOverrides":[{"name":"ci-coordinator","environment":[' +
+        '{"name":"SSH_PUBLIC_KEY","value":"*"},{"name":"FARGATE_DEADLINE","value":"*"}]}]},' +
+        '"startedBy":"*0123456789abcdef0123456789abcdef","clientToken":"*"}',
+    );
+    expect(ecs.calls().map(({ args }) => args[0].constructor.name)).toEqual([
+      ...["RunTaskCommand", "DescribeTasksCommand", "DescribeTasksCommand", "DescribeTasksCommand"],
+    ]);
+    expect(logged.filter((line) => /image|service|no effect/.test(line))).toEqual(warnings);
+    expect(readRecord(recordFile())).not.toHaveProperty("Build");
+    expect(readRecord(recordFile())).not.toHaveProperty("Services");
+  });
+
+  test("prepare runs the task definition that a row of TaskDefinitions names", async () => {
+    const context = contextOf((config) => {
+      config.SSH.Port = 0;
+      config.JobImage.TaskDefinitions.push({ Image: "node:*", TaskDefinition: "ci-node" });
+    });
+    taskGoesThrough(context, taskIn("PENDING", "127.0.0.1"));
+    const env = { JOB_RESPONSE_FILE: join(directory(), "response.json") };
+    const services = [{ name: "redis" }];
+    fs.writeFileSync(
+      env.JOB_RESPONSE_FILE,
+      JSON.stringify({ ...gitlabJob().response, image: { name: "node:22" }, services }),
+    );
+    await prepare({ ...context, env, job: { ...context.job, imageNames: ["node:22", "redis"] } });
+    expect(inputs(RunTaskCommand)).toMatchObject([{ taskDefinition: "ci-node" }]);
+    const commands = new Set(ecs.calls().map(({ args }) => args[0].constructor.name));
+    expect(commands).toEqual(new Set(["RunTaskCommand", "DescribeTasksCommand"]));
+    expect(logged.slice(0, 2)).toEqual([
+      "warning: no effect: services: redis: AllowedServices is empty",
+      "Starting a task of ci-node on cluster test-cluster in us-east-2",
+    ]);
+    expect(readRecord(recordFile())).not.toHaveProperty("Services");
+  });
+
+  test("prepare makes no call to AWS for an image that is not allowed", async () => {
+    const context = contextOf(({ JobImage }) => JobImage.AllowedImages.push("registry.example.com/**"));
+    const env = { JOB_RESPONSE_FILE: join(directory(), "response.json") };
+    const image = { name: "registry.example.com.evil.io/x" };
+    fs.writeFileSync(env.JOB_RESPONSE_FILE, JSON.stringify({ ...gitlabJob().response, image }));
+    const failure = await prepare({ ...context, env, job: { ...context.job, imageNames: [image.name] } }).catch(
+      (e) => e,
+    );
+    expect([failure.kind, failure.message]).toEqual([
+      "build",
+      "image: registry.example.com.evil.io/x (registry.example.com.evil.io/x:latest) is not allowed: AllowedImages is registry.example.com/**",
+    ]);
+    expect(ecs.calls()).toEqual([]);
+    expect(fs.existsSync(recordFile())).toBe(false);
   });
 
   test("prepare writes the record with the token before it calls RunTask", async () => {
@@ -5255,7 +5504,7 @@ describeProgram("compiled program", () => {
     const [line, ...more] = lines.filter((text) => /ruby|postgres|redis|no effect/.test(text));
     expect(more).toEqual([]);
     expect(line).toMatch(
-      /Z warning: image: and services: have no effect; set FARGATE_TASK_DEFINITION instead\. Ignored: ruby:3\.2, postgres:16, redis:7, /,
+      /Z warning: image: and services: have no effect \(ruby:3\.2, postgres:16, redis:7, .*; to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION$/,
     );
     expect(line).not.toMatch(/\p{Cc}|z{5000}/u);
     // Without image: and services:, there is no warning.

@@ -155,7 +155,8 @@ const schemaAt = (path: string): Schema =>
 /** The settings of a table: those that are not tables themselves. */
 const settingsOf = (path: string) => Object.entries(entriesOf(schemaAt(path))).filter(([, schema]) => !isTable(schema));
 
-const TABLES = ["", "Fargate", "Fargate.CapacityProviderStrategy", "TaskMetadata", "SSH"];
+const JOB_IMAGE_TABLES = ["JobImage", "JobImage.TaskDefinitions", "JobImage.PullCredentials"];
+const TABLES = ["", "Fargate", "Fargate.CapacityProviderStrategy", "TaskMetadata", "SSH", ...JOB_IMAGE_TABLES];
 const allSettings = TABLES.flatMap((table) => settingsOf(table).map(([key, schema]) => ({ table, key, schema })));
 const tableOf = (key: string) => allSettings.find((setting) => setting.key === key)?.table;
 
@@ -185,6 +186,7 @@ const options = new Map(
 
 /** The options that override a setting, and the variable of a job that does. Both are found by trying. */
 function overridesOf(table: string, key: string): string[] {
+  if (table.includes(".")) return []; // settings of a list, such as the TaskDefinition of a row
   const byOption = [...options].flatMap(([name, value]) => {
     if (name === "--help" || name === "--version") return []; // they print
     for (const example of value ? ["debug", "text", "x"] : [undefined])
@@ -288,6 +290,7 @@ describe("settings", () => {
     expect(overridesOf("Fargate", "TaskDefinition")).toEqual(["--task-def", "FARGATE_TASK_DEFINITION"]);
     expect(overridesOf("", "LogLevel")).toEqual(["--debug", "--log-level"]);
     expect(overridesOf("SSH", "Port")).toEqual([]);
+    expect(overridesOf("JobImage.TaskDefinitions", "TaskDefinition")).toEqual([]);
   });
 
   /** Settings, completed with those that are required. */
