@@ -21,7 +21,7 @@ import {
   stepTiming,
   straceWorks,
 } from "./fixtures/steps.ts";
-import { containerHosts, NEWER_BASE_IMAGE } from "./fixtures/tasks.ts";
+import { buildImages, containerHosts, NEWER_BASE_IMAGE } from "./fixtures/tasks.ts";
 import { hosts, plainSshd, setUp, startTask, testSecrets } from "./fixtures/test-support.ts";
 import { makeWorld } from "./fixtures/world.ts";
 
@@ -86,6 +86,55 @@ soakTest("a job keeps its exit code beside 199 others under AWS's request rates"
     if (operation !== "DescribeTasks") expect(all - throttled, operation).toBe(count);
   }
   return { ended: "each job: its own exit code", says: "", left: tasksLeft.length };
+});
+
+/** Jobs at once with services in these many images. Their tasks have an SSH server inside this process. */
+const manyImages = (name: string, jobs: number, images: number, managers: number) =>
+  soakTest(name, async (meta) => {
+    meta.hosts = "embedded";
+    const stages = ["get_sources", "build_script"];
+    const serviceOf = (id: number) => `redis:${id % images}`;
+    const load = await runLoad({ jobs, serviceOf, managers, hosts, stages });
+    const { RegisterTaskDefinition: register, DescribeTaskDefinition: describe } = load.calls;
+    console.log(`${name}: ${JSON.stringify({ calls: load.calls, seconds: Math.round(load.seconds) })}`);
+    // Not the number of prepares: this machine also runs all tasks, and one may be too slow to answer.
+    const failed = load.jobs.filter(({ status, outputIsComplete, throttling }) => {
+      return status !== "success" || !outputIsComplete || throttling.length > 0;
+    });
+    expect(failed.map(({ id, log }) => `${id}: ${log}`)).toEqual([]);
+    expect(load.jobs.map((job) => job.images)).toEqual(
+      load.jobs.map(({ id }) => [`docker.io/library/${serviceOf(id)}`]),
+    );
+    expect(load.recordsLeft).toEqual([]);
+    expect([register?.failed, describe?.failed]).toEqual([0, expect.any(Number)]); // the first to look finds none
+    const registered = (register?.all ?? 0) - (register?.throttled ?? 0);
+    expect(registered).toBeGreaterThanOrEqual(images);
+    // Other hosts may register the same at the same moment, and no host registers one twice.
+    expect(registered).toBeLessThanOrEqual(images * managers);
+    return { ended: "each job: 0", says: "", left: load.tasksLeft.length };
+  });
+manyImages("prepare fails for none of 200 jobs at once with 40 images under AWS's rates", 200, 40, 1);
+manyImages("prepare fails for none of 60 jobs at once with 20 images on three hosts", 60, 20, 3);
+
+soakTest("a job runs in its own image beside 49 others with 5 images", async (meta, skip) => {
+  if (hosts.kind !== "container") return skip("it needs a container");
+  meta.hosts = "container";
+  const images = Object.fromEntries([0, 1, 2, 3, 4].map((n) => [`ci/base:${n}`, [`RUN echo ${n} >/image`]]));
+  await buildImages(images);
+  const own = await containerHosts({ samePort: true, images });
+  try {
+    const stages = ["get_sources", "build_script"];
+    const load = await runLoad({ jobs: 50, imageOf: (id) => `ci/base:${id % 5}`, hosts: own, stages });
+    console.log(`50 jobs with 5 images: ${JSON.stringify({ calls: load.calls, seconds: Math.round(load.seconds) })}`);
+    const seen = load.jobs.map(({ id, status, image, outputIsComplete }) => ({ id, status, image, outputIsComplete }));
+    expect(seen).toEqual(
+      load.jobs.map(({ id }) => ({ id, status: "success", image: `${id % 5}`, outputIsComplete: true })),
+    );
+    expect(load.calls.RegisterTaskDefinition).toEqual({ all: 5, throttled: 0, failed: 0 });
+    return { ended: "each job: 0", says: "", left: load.tasksLeft.length };
+  } finally {
+    await own.close();
+  }
 });
 
 for (const cpus of [undefined, 0.25])
@@ -158,8 +207,8 @@ async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<n
       table(({ tasksLeft }) => tasksLeft > 0),
       "tasks left",
     ).toBe("");
-    // A temporary file of the manager's id may be left: it has no secret, and sweep removes it.
-    const litter = (name: string) => !/^\.manager-id\.[0-9a-f]{12}\.tmp$/.test(name);
+    // These may be left: they have no secret, and sweep removes them.
+    const litter = (name: string) => !/^\.(manager-id|definition-[0-9a-f]{32})\.([0-9a-f]{12}\.tmp|lock)$/.test(name);
     expect(
       table(({ filesLeft }) => filesLeft.some(litter)),
       "files left",
@@ -218,6 +267,19 @@ stepTest(
   { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: { delay: 8_000 } },
   { stage: "prepare", signal: "SIGTERM", only: whenSent, runTask: "hang-after" },
   { stage: "prepare", signal: "SIGINT", only: whenSent, runTask: "hang-after" },
+);
+const registering = {
+  stage: "prepare" as const,
+  only: (step: string) => /definition/i.test(step),
+  config: { top: { JobImage: { AllowedServices: ["**"] } } },
+  job: { services: ["redis:7"] },
+} satisfies Omit<StepOptions, "world" | "signal">;
+stepTest(
+  "prepare leaves no task after a signal at any system call for a definition",
+  "prepare: SIGKILL or 2",
+  { ...registering, signal: "SIGKILL" },
+  { ...registering, signal: "SIGKILL", followedBy: "next try" },
+  { ...registering, signal: "SIGTERM", followedBy: "next try" },
 );
 stepTest(
   "run ends after a signal at any of its system calls",
