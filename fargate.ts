@@ -5871,7 +5871,9 @@ async function waitForServices(
         startedAt = Math.min(startedAt, now());
     }
     const program = "cat /proc/net/tcp /proc/net/tcp6 2>/dev/null";
-    const open = listeningPorts(await runCommand(connection, program, signal));
+    // Services that start may slow down the container.
+    const patience = { timeoutMs: SERVICE_WAIT_MS };
+    const open = listeningPorts(await runCommand(connection, program, signal, patience));
     // Services start when the coordinator is healthy: earlier listeners belong to other containers.
     if (isFirst && !canHaveServices) for (const port of open) known.add(port);
     isFirst = false;
