@@ -8,7 +8,7 @@
  *     --only      the benchmarks to run, separated by commas; default all
  *     --driver    the driver to measure; default dist/fargate
  *     --baseline  another driver, measured in the same rounds as a further reference;
- *                 not in prepare, job and scale
+ *                 not in prepare, job, image and scale
  *     --runs      rounds of the short measurements; default 30. Longer ones have fewer
  *
  * It judges nothing: a figure that misses its goal is marked in the table, and the exit code is 0. A process that
@@ -23,7 +23,13 @@ import { join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { bundle } from "./.ci/build.ts";
-import { prepareBenchmark, projection, scaleBenchmark, wholeJobBenchmark } from "./fixtures/bench-jobs.ts";
+import {
+  imageBenchmark,
+  prepareBenchmark,
+  projection,
+  scaleBenchmark,
+  wholeJobBenchmark,
+} from "./fixtures/bench-jobs.ts";
 import {
   abandon,
   alternate,
@@ -412,6 +418,7 @@ const BENCHMARKS: Readonly<Record<string, (subject: Subject) => Promise<Figure[]
   prepare: prepareBenchmark,
   cleanup: cleanupBenchmark,
   job: wholeJobBenchmark,
+  image: imageBenchmark,
   waiting: waitingBenchmark,
   scale: scaleBenchmark,
 };
