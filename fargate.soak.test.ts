@@ -4,12 +4,13 @@
  */
 import { connect as connectTcp } from "node:net";
 import { beforeAll, expect, type TaskMeta, test } from "vitest";
-import { readRecord, type TaskRecord } from "./fargate.ts";
+import { callBuild, readRecord, type TaskRecord } from "./fargate.ts";
 import { addRow, type FaultRow } from "./fixtures/faults.ts";
 import { makeFleet, managersNamed } from "./fixtures/fleet.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
 import { makeManagerWorld } from "./fixtures/manager.ts";
+import { startPair } from "./fixtures/relay.ts";
 import { enumerateRunnersSteps } from "./fixtures/runner-steps.ts";
 import { ended, forever, makeScene, soaks, testTable } from "./fixtures/scene.ts";
 import {
@@ -22,7 +23,7 @@ import {
   straceWorks,
 } from "./fixtures/steps.ts";
 import { buildImages, containerHosts, NEWER_BASE_IMAGE } from "./fixtures/tasks.ts";
-import { hosts, plainSshd, setUp, startTask, testSecrets } from "./fixtures/test-support.ts";
+import { collect, hosts, log, never, plainSshd, setUp, startTask, testSecrets } from "./fixtures/test-support.ts";
 import { makeWorld } from "./fixtures/world.ts";
 
 const SOAK = process.env.SOAK === "true";
@@ -154,6 +155,44 @@ for (const cpus of [undefined, 0.25])
       }
     },
   );
+
+soakTest("callBuild keeps 200 MB of two streams apart, and the codes of 2000 calls", async (meta, skip) => {
+  if (hosts.kind !== "container") return skip("it needs a container");
+  meta.hosts = hosts.kind;
+  const pair = await startPair();
+  const shells = { interpreter: "bash", loginShell: "bash" } as const;
+  const call = async (script: string) => {
+    const connection = await pair.logIn();
+    const [stdout, stderr] = [collect(), collect()];
+    const context = { signal: never, log, stdout: stdout.sink, stderr: stderr.sink };
+    const outcome = await callBuild(connection, "bash", Buffer.from(script), shells, context);
+    connection.client.end();
+    return { outcome, stdout: stdout.bytes(), stderr: stderr.bytes() };
+  };
+  try {
+    const stream = (letter: string) => `head -c 100000000 /dev/zero | tr '\\0' ${letter}`;
+    const { outcome, stdout, stderr } = await call(`${stream("o")} & ${stream("e")} >&2; wait`);
+    expect(outcome).toEqual({ ended: "exited", code: 0 });
+    expect([stdout.equals(Buffer.alloc(1e8, "o")), stderr.equals(Buffer.alloc(1e8, "e"))]).toEqual([true, true]);
+    const wrong: unknown[] = [];
+    let next = 0;
+    const work = async () => {
+      for (let n = next++; n < 2_000; n = next++) {
+        const ran = await call(`echo out${n}; echo err${n} >&2; exit ${n % 256}`);
+        const texts = [ran.stdout.toString(), ran.stderr.toString()];
+        const seen = [ran.outcome, ...texts];
+        const expected = [{ ended: "exited", code: n % 256 }, `out${n}\n`, `err${n}\n`];
+        if (JSON.stringify(seen) !== JSON.stringify(expected)) wrong.push(seen);
+      }
+    };
+    await Promise.all([work(), work(), work(), work()]);
+    expect(wrong).toEqual([]);
+    expect((await pair.host.exec("ls -A /.fargate")).output).toBe("calls\n");
+    return { ended: "each script: its own exit code, all output there", says: "", left: 0 };
+  } finally {
+    await pair.host.stop();
+  }
+});
 
 soakTest("run tries again while sshd bars the address (OpenSSH 10)", async (meta) => {
   // The worker image's own entry point turns this off.

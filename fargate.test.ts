@@ -52,6 +52,7 @@ import {
   type Config,
   type Connection,
   type Context,
+  callBuild,
   canonical,
   checkPlan,
   configAnswer,
@@ -67,6 +68,7 @@ import {
   findShells,
   formatRecord,
   formatSweep,
+  GIT_CONFIG,
   hostNames,
   imageDirectories,
   interfaceOf,
@@ -104,6 +106,7 @@ import {
   runTaskInput,
   salvageRecord,
   serviceOverrides,
+  shareFiles,
   sshHealthCheck,
   startRetryPause,
   stopCause,
@@ -123,13 +126,14 @@ import {
   GitLabStandIn,
   type GitLabStandInOptions,
 } from "./fixtures/gitlab.ts";
+import { BUSYBOX_IMAGE } from "./fixtures/images.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { type Loaded, recordingProgram, recordLoads } from "./fixtures/loaded-modules.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
 import { type Container, makeManagerWorld, managerFields, managerTest } from "./fixtures/manager.ts";
 import { driver, type Finished, fargate, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
-import { runThroughRelay, startPair } from "./fixtures/relay.ts";
+import { BUILDS, runThroughRelay, startPair } from "./fixtures/relay.ts";
 import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
 import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
 import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
@@ -4089,6 +4093,280 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     expect(await running).toMatchObject({ ended: "lost", begun: true });
     await proxy.close();
   });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 12. The relay to the container `build`
+// ---------------------------------------------------------------------------------------------------------
+
+describe("relay", () => {
+  type Pair = Awaited<ReturnType<typeof startPair>>;
+  const exited = (code: number) => ({ ended: "exited", code });
+  const relayTest = (name: string, body: () => Promise<void>, timeout = 60_000) =>
+    taskTest(name, body, { containerOnly: true, timeout });
+
+  interface CallOptions {
+    shell?: string;
+    signal?: AbortSignal;
+    grace?: number;
+    out?: ReturnType<typeof collect>;
+    login?: Connection;
+  }
+  /** Runs a script in `build`. Without `login`, over a connection of its own. */
+  async function call(pair: Pair, script: string, options: CallOptions = {}) {
+    const { shell = "sh", signal = never, grace = 5, out = collect() } = options;
+    const err = collect();
+    const login = options.login ?? (await pair.logIn());
+    const connection = { ...login, target: { ...login.target, CancelGracePeriod: grace } };
+    const interpreter = shell === "bash" ? "bash" : "sh";
+    const shells = { interpreter, loginShell: "bash" } as const;
+    const context = { signal, log, stdout: out.sink, stderr: err.sink };
+    try {
+      const outcome = await callBuild(connection, interpreter, Buffer.from(script), shells, context);
+      return { outcome, stdout: out.bytes().toString(), stderr: err.bytes().toString() };
+    } finally {
+      if (!options.login) login.client.end();
+    }
+  }
+
+  /** Calls a script. `ready` settles once it runs, `ended` when the call has ended. */
+  const beginLater = (pair: Pair, script: string, options?: Parameters<typeof call>[2]) => {
+    const out = collect();
+    const ended = call(pair, `echo ready; ${script}`, { ...options, out }).catch((error: Error) => error);
+    const ready = expect.poll(() => out.bytes().toString(), { timeout: 30_000 }).toMatch(/^ready$/m);
+    return { ended, ready };
+  };
+
+  /** What remains of calls: their directories, and processes besides the agent's five. */
+  const left = async (pair: Pair) => {
+    const { output } = await pair.host.exec(
+      "ls -A /.fargate; pgrep -c -f 'fargate-[0-9a-f]{32}'; pgrep -c -x 'cat|sleep'",
+      CONTAINER,
+    );
+    const agents = "n=0; for p in /proc/[0-9]*; do [ $p/fd/3 -ef /.fargate/calls ] && n=$((n+1)); done; echo $n";
+    return `${output}${(await pair.host.exec(agents)).output}`.trim().split(/\s+/);
+  };
+  const NOTHING_LEFT = ["calls", "0", "0", "5"];
+
+  async function withPair(options: Parameters<typeof startPair>[0], body: (pair: Pair) => Promise<void>) {
+    const pair = await startPair(options);
+    try {
+      await body(pair);
+    } finally {
+      await pair.host.stop();
+    }
+  }
+
+  /** Calls scripts with these exit codes, four at a time. @returns those with a wrong outcome or output */
+  async function wrongCalls(pair: Pair, codes: readonly number[], shell: string): Promise<string[]> {
+    const queue = [...codes];
+    const wrong: string[] = [];
+    const work = async () => {
+      while (queue.length > 0) {
+        const login = await pair.logIn();
+        for (const code of queue.splice(0, 4)) {
+          const ran = await call(pair, `echo out${code}; echo err${code} >&2; exit ${code}`, { shell, login });
+          const expected = { outcome: exited(code), stdout: `out${code}\n`, stderr: `err${code}\n` };
+          if (JSON.stringify(ran) !== JSON.stringify(expected)) wrong.push(JSON.stringify([code, ran]));
+        }
+        login.client.end();
+      }
+    };
+    await Promise.all([work(), work(), work(), work()]);
+    return wrong;
+  }
+
+  describe("shared containers", () => {
+    let pair: Pair;
+    beforeAll(async () => {
+      if (hosts.kind === "container") pair = await startPair();
+    });
+    afterAll(() => pair?.host.stop());
+
+    relayTest("callBuild returns each exit code of concurrent calls, and leaves nothing", async () => {
+      const codes = Array.from({ length: 256 }, (_, code) => code);
+      expect(await wrongCalls(pair, codes, "sh")).toEqual([]);
+      await expect.poll(() => left(pair)).toEqual(NOTHING_LEFT);
+      const { output } = await pair.host.exec("grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l");
+      expect(output.trim()).toBe("0");
+    });
+
+    relayTest("callBuild keeps two streams of 25 MB apart", async () => {
+      const script = "head -c 25000000 /dev/zero | tr '\\0' o & head -c 25000000 /dev/zero | tr '\\0' e >&2; wait";
+      const { outcome, stdout, stderr } = await call(pair, script);
+      expect(outcome).toEqual(exited(0));
+      expect([/^o{25000000}$/.test(stdout), /^e{25000000}$/.test(stderr)]).toEqual([true, true]);
+    });
+
+    relayTest("callBuild shows a script the environment of its container", async () => {
+      const { stdout } = await call(pair, 'echo "$OWN"; env | grep -c FARGATE_');
+      expect(stdout).toBe("value\n0\n");
+    });
+
+    relayTest("callBuild runs scripts that do not ignore SIGINT", async () => {
+      for (const shell of ["sh", "bash"]) {
+        const { stdout } = await call(pair, "sh -c 'kill -INT $$'; echo $?", { shell });
+        expect(stdout).toBe("130\n");
+      }
+    });
+
+    for (const script of ["kill 0; sleep 600", "kill -TERM -1; exit 143", "kill -9 -1", "kill -9 0"])
+      relayTest(`callBuild works again after a script that calls ${script.split(";")[0]}`, async () => {
+        const { outcome } = await call(pair, script);
+        expect(outcome).toEqual(script.includes("-9") ? { ended: "dead" } : exited(143));
+        expect((await call(pair, "exit 3")).outcome).toEqual(exited(3));
+        await expect.poll(() => left(pair)).toEqual(NOTHING_LEFT);
+      });
+
+    relayTest("callBuild ends all processes of cancelled scripts, one after another", async () => {
+      for (const [script, times] of [
+        ["setsid sleep 600 & sleep 600", 5],
+        ["trap '' TERM; while :; do sleep 1; done", 2],
+      ] as const)
+        for (let i = 0; i < times; i++) {
+          const stop = new AbortController();
+          const { ended, ready } = beginLater(pair, script, { signal: stop.signal, grace: 1 });
+          await ready;
+          stop.abort(new Failure("system", "stopped"));
+          expect(await ended).toMatchObject({ message: "stopped" });
+          const { output } = await pair.host.exec("grep -l sleep /proc/[0-9]*/comm 2>/dev/null");
+          expect(output).toBe("");
+          // As after_script does.
+          expect((await call(pair, "exit 4")).outcome).toEqual(exited(4));
+        }
+    });
+
+    relayTest("callBuild runs no script that is cancelled before the agent accepts it", async () => {
+      const stop = new AbortController();
+      await pair.host.pause();
+      const ended = call(pair, "echo began >/builds/began", { signal: stop.signal, grace: 1 }).catch((error) => error);
+      const arrived = async () => (await pair.host.exec("ls /.fargate", CONTAINER)).output;
+      await expect.poll(arrived).toMatch(/\.sh$/m);
+      stop.abort(new Failure("system", "stopped"));
+      expect(await ended).toMatchObject({ message: "stopped" });
+      await pair.host.resume();
+      expect((await call(pair, "cat /builds/began; exit 5")).outcome).toEqual(exited(5));
+      expect((await call(pair, "[ -e /builds/began ]")).outcome).toEqual(exited(1));
+      await pair.host.exec("rm -rf /.fargate/*.sh", CONTAINER);
+    });
+
+    relayTest("callBuild works after a relay that was killed, whose script runs whole or not", async () => {
+      const script = `echo begin >>/builds/trace; : '${"x".repeat(300_000)}'; echo end >>/builds/trace`;
+      for (let ms = 0; ms < 120; ms += 10) {
+        const running = call(pair, script).catch((error) => error);
+        const kill = `sleep 0.0${String(ms).padStart(2, "0")}; pkill -KILL -f 'fargate-[0-9a-f]{32}'`;
+        await pair.host.exec(ms < 100 ? kill : kill.replace("0.0", "0."), CONTAINER);
+        await running;
+        expect((await call(pair, "exit 6")).outcome).toEqual(exited(6));
+      }
+      const { stdout } = await call(pair, "cat /builds/trace 2>/dev/null");
+      expect(stdout).toMatch(/^(begin\nend\n)*$/);
+      await pair.host.exec("rm -rf /.fargate/*.sh*", CONTAINER);
+    });
+
+    relayTest("callBuild does not depend on the files of a call after its start", async () => {
+      const damage = "cd /.fargate/*.sh; rm -f out err exit; echo x >out; mkdir err exit; cd /; echo done; exit 7";
+      expect(await call(pair, damage)).toMatchObject({ outcome: exited(7), stdout: "done\n" });
+      expect((await call(pair, "exit 8")).outcome).toEqual(exited(8));
+    });
+  });
+
+  for (const shell of ["bash", "busybox"])
+    relayTest(`callBuild returns each exit code with ${shell} as sh in both containers`, () =>
+      withPair(
+        shell === "bash"
+          ? { entryPoint: ["/bin/bash", "-c", 'ln -sf /bin/bash /usr/local/bin/sh; exec "$@"', "entry"] }
+          : { image: BUSYBOX_IMAGE },
+        async (own) => {
+          await own.host.exec(`ln -sf "$(command -v ${shell})" /usr/local/bin/sh`, CONTAINER);
+          expect(await wrongCalls(own, [0, 1, 2, 126, 127, 128, 130, 137, 143, 254, 255], "sh")).toEqual([]);
+          const large = await call(own, `x='${"y".repeat(1_000_000)}'; echo \${#x} "$OWN"`);
+          expect(large).toMatchObject({ outcome: exited(0), stdout: "1000000 value\n" });
+          const stop = new AbortController();
+          const { ended, ready } = beginLater(own, "trap '' TERM; sleep 600", { signal: stop.signal, grace: 1 });
+          await ready;
+          stop.abort(new Failure("system", "stopped"));
+          expect(await ended).toMatchObject({ message: "stopped" });
+          expect((await call(own, "exit 3")).outcome).toEqual(exited(3));
+        },
+      ),
+    );
+
+  relayTest("callBuild reports a container that ends before or during a script", () =>
+    withPair({}, async (own) => {
+      const { ended, ready } = beginLater(own, "sleep 600");
+      await ready;
+      await own.host.killProcesses();
+      expect(await ended).toMatchObject({ outcome: { ended: "dead" } });
+      expect((await call(own, "exit 3")).outcome).toEqual(exited(3));
+      const second = beginLater(own, "sleep 600");
+      await second.ready;
+      await own.host.kill();
+      expect(await second.ended).toMatchObject({ outcome: { ended: "dead" } });
+      expect((await call(own, "exit 3")).outcome).toEqual({ ended: "late" });
+      expect(await left(own)).toEqual(["calls", "0", "0"]);
+    }),
+  );
+
+  relayTest("callBuild reports an entry point that does not end in exec", () =>
+    withPair({ entryPoint: ["sh", "-c", '"$@"; sleep 600', "entry"] }, async (own) => {
+      await expect
+        .poll(async () => (await own.host.exec("cat /.fargate/refused", CONTAINER)).output)
+        .toMatch(/^\d+\n$/);
+      expect((await call(own, "exit 3")).outcome).toEqual({ ended: "refused" });
+    }),
+  );
+
+  relayTest("callBuild fails after a script that removes the link", () =>
+    withPair({}, async (own) => {
+      await call(own, "rm -rf /.fargate/*; exit 3").catch(() => {});
+      expect((await call(own, "exit 3")).outcome).toEqual({ ended: "late" });
+    }),
+  );
+
+  for (const [username, coordinator] of [
+    ["root", 0],
+    ["worker", 1000],
+  ] as const)
+    for (const user of [0, 1001])
+      relayTest(`shareFiles lets users ${coordinator} and ${user} use each other's files and repository`, () =>
+        withPair({ user: `${user}`, username }, async (own) => {
+          const Build = { Shell: "bash" as const, User: user, CoordinatorUser: coordinator };
+          const settings = { JobImage: { BuildsDirectory: BUILDS, CacheDirectory: BUILDS } } as Config;
+          const share = (script: string) =>
+            shareFiles(Buffer.from(`set -e; ${script}`), { ...someRecord, Build }, settings);
+          await own.host.exec(`printf "${GIT_CONFIG}" >/.fargate/gitconfig`, CONTAINER);
+          const inCoordinator = async (script: string) => {
+            const connection = await own.logIn();
+            const [out, err] = [collect(), collect()];
+            const text = share(script);
+            const context = { signal: never, log, stdout: out.sink, stderr: err.sink };
+            const outcome = await runScript(connection, text, { interpreter: "bash", loginShell: "bash" }, context);
+            connection.client.end();
+            return { outcome, stderr: err.bytes().toString() };
+          };
+          const inBuild = (script: string) => call(own, share(script).toString(), { shell: "bash" });
+          const good = { outcome: exited(0), stderr: "" };
+          const identity = "-c user.name=x -c user.email=x@example.com";
+          expect(
+            await inCoordinator(
+              `cd ${BUILDS}; git init -q work; cd work; mkdir sub; echo 1 >sub/file; git add .; git ${identity} commit -qm one; chmod 600 sub/file; chmod 700 sub`,
+            ),
+          ).toMatchObject(good);
+          expect(
+            await inBuild(
+              `cd ${BUILDS}/work; git status --porcelain; echo 2 >>sub/file; mkdir out; echo 3 >out/new; rm -r sub; git checkout -q sub`,
+            ),
+          ).toMatchObject(good);
+          // Each script opens up the files of its user, at its end.
+          expect(await inBuild(`cd ${BUILDS}/work; chmod 600 out/new; chmod 700 out`)).toMatchObject(good);
+          expect(
+            await inCoordinator(
+              `cd ${BUILDS}/work; echo 4 >>out/new; git status --porcelain; rm -r out sub; git clean -fdxq; git checkout -q .`,
+            ),
+          ).toMatchObject(good);
+        }),
+      );
 });
 
 // ---------------------------------------------------------------------------------------------------------

@@ -5534,6 +5534,7 @@ cancel() {
   sleep $grace & timer=$!
   while others && kill -0 $timer; do pause; done
   kill -KILL $timer
+  wait $timer
   limit=20
   if others; then
     kill -KILL -1
@@ -6423,6 +6424,7 @@ export {
   findShells,
   formatRecord,
   formatSweep,
+  GIT_CONFIG,
   hostNames,
   imageDirectories,
   interfaceOf,
