@@ -126,7 +126,7 @@ import {
   GitLabStandIn,
   type GitLabStandInOptions,
 } from "./fixtures/gitlab.ts";
-import { BUSYBOX_IMAGE } from "./fixtures/images.ts";
+import { BUSYBOX_IMAGE, DEBIAN_IMAGE, POSTGRES_IMAGE, REDIS_IMAGE } from "./fixtures/images.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { type Loaded, recordingProgram, recordLoads } from "./fixtures/loaded-modules.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
@@ -135,7 +135,7 @@ import { driver, type Finished, fargate, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import { BUILDS, runThroughRelay, startPair } from "./fixtures/relay.ts";
 import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
-import { ended, forever, makeScene, setUpJobs } from "./fixtures/scene.ts";
+import { ANY_IMAGE, ended, forever, makeScene, setUpImageJobs, setUpJobs } from "./fixtures/scene.ts";
 import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { parseKey, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import {
@@ -5806,6 +5806,325 @@ describeProgram("compiled program", () => {
     }
     nothingLeft();
   });
+});
+
+describeProgram.concurrent("jobs with image: and services:", () => {
+  const entry = (...lines: string[]) => [
+    `RUN printf '%s\\n' '#!/bin/sh' ${lines.map((line) => `'${line}'`).join(" ")} >/entry && chmod 755 /entry`,
+    'ENTRYPOINT ["/entry"]',
+  ];
+  const images = {
+    "registry.example.com/minimal:1": BUSYBOX_IMAGE,
+    "debian:12": DEBIAN_IMAGE,
+    "postgres:16": POSTGRES_IMAGE,
+    "redis:7": REDIS_IMAGE,
+    "registry.example.com/tools/fails:1": entry("exit 3"),
+    "registry.example.com/tools/wraps:1": entry('export WRAPPED="by $0 $1"', 'exec "$@"'),
+    "registry.example.com/tools/waits:1": entry('"$@"'),
+    "registry.example.com/no-shell:1": ["FROM scratch", "COPY --from=debian:bookworm-slim /etc/hostname /etc/hostname"],
+    "registry.example.com/group/dies:1": entry("sleep 2; echo no licence >&2; exit 7"),
+  };
+  const logConfiguration = {
+    logDriver: "awslogs" as const,
+    options: { "awslogs-group": "/ci/jobs", "awslogs-region": "us-east-2", "awslogs-stream-prefix": "job" },
+  };
+  const coordinator = { name: CONTAINER, image: "sshd", stopTimeout: 2 };
+  const taskDefinitions = [
+    { family: "test-task", memory: "1024", cpu: "512", containerDefinitions: [coordinator] },
+    { family: "ci-node", containerDefinitions: [{ ...coordinator, environment: [{ name: "KIND", value: "node" }] }] },
+    {
+      family: "logged-task",
+      executionRoleArn: "arn:aws:iam::123456789012:role/ecsTaskExecutionRole",
+      containerDefinitions: [{ ...coordinator, logConfiguration }],
+    },
+  ];
+  const root = setUpImageJobs(images, { taskDefinitions, enforceMemory: true });
+  const asWorker = { top: { JobImage: ANY_IMAGE }, SSH: { Username: "worker" } };
+  const worker = setUpImageJobs(images, { tasks: { user: "1000" } }, asWorker);
+  const { makeRunner, nothingLeft, taskOf, world } = root;
+  const variable = (key: string, value: string) => {
+    return { ...{ key, value }, public: true, masked: false, file: false, raw: true };
+  };
+  const port = (number: number) => [{ number, protocol: "tcp", name: "" }];
+  const jobTest = (name: string, body: () => Promise<void>) =>
+    taskTest(name, body, { containerOnly: true, timeout: 180_000 });
+  const run = async (...setup: Parameters<typeof makeRunner>) => {
+    const runner = makeRunner(...setup);
+    const result = await runner.runJob();
+    const trace = result.trace.toString();
+    const of = (stage: string) => result.stages.findLast((candidate) => candidate.stage === stage);
+    const script = of("build_script")?.stdout.toString() ?? "";
+    nothingLeft(result, runner.job);
+    return { ...result, trace, of, script, directories: runner.driverConfig, task: taskOf(result.trace) };
+  };
+  /** Expects a failure of the job in its first prepare. @returns the line of the log with the error */
+  const refused = async (...[job, setup]: Parameters<typeof makeRunner>) => {
+    const runner = makeRunner(job, setup);
+    const { status, stages, trace } = await runner.runJob();
+    expect(status, trace.toString()).toBe("build-failure");
+    expect(stages.map(({ stage }) => stage)).toEqual(["config", "prepare", "cleanup"]);
+    const left = world().aws.running();
+    expect(left.filter((task) => task === taskOf(trace))).toEqual([]);
+    return /error: (?!what to do)(.*)/.exec(trace.toString())?.[1] ?? "";
+  };
+  /** Resolves when the runner's build_script has printed this text. */
+  const printing = (text: string) => {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const onOutput = (stage: string, _: string, chunk: Buffer) => {
+      if (stage === "build_script" && chunk.includes(text)) resolve();
+    };
+    return { printed: promise, onOutput };
+  };
+
+  jobTest("a job runs in an image with nothing but sh, cat, sleep and kill", async () => {
+    const { status, trace, script, directories, of } = await run({
+      image: "registry.example.com/minimal:1",
+      shell: "sh",
+      script: ["kill -l 9", "ls || echo no ls", "cat README.md >/dev/null && echo cloned"],
+      afterScript: ["git --version || echo no git"],
+    });
+    expect(status, trace).toBe("success");
+    expect(script).toMatch(/\nKILL\n[\s\S]*\nno ls\n[\s\S]*\ncloned\n/);
+    expect(of("after_script")?.stdout.toString()).toContain("no git");
+    expect(directories).toMatchObject({ builds_dir: "/builds", cache_dir: "/cache" });
+  });
+
+  jobTest("a job's log says what it gets of image: and services:", async () => {
+    const { trace, task } = await run({ image: "debian:12", script: ["true"] });
+    const log = trace.replaceAll(/^\S+Z (?=\w)/gm, "").split("\n");
+    expect(log).toContain(
+      "Images: docker.io/library/debian:12. ECS pulls them, without the job's registry credentials and DOCKER_AUTH_CONFIG",
+    );
+    const definition = task?.taskDefinitionArn.split("/").at(-1);
+    expect(definition).toMatch(/^test-task-job-[0-9a-f]{32}:1$/);
+    expect(log).toContain(`Starting a task of ${definition} on cluster test-cluster in us-east-2`);
+    expect(trace).not.toMatch(/warning:|error:/);
+  });
+
+  jobTest("a job ignores the image's own entry point", async () => {
+    const { status, script } = await run({
+      image: "registry.example.com/tools/fails:1",
+      script: ["echo $0 $$ >/dev/null; echo it runs"],
+    });
+    expect(status).toBe("success");
+    expect(script).toContain("\nit runs\n");
+  });
+
+  jobTest("a job runs by way of image:entrypoint if that ends in exec", async () => {
+    const name = "registry.example.com/tools/wraps:1";
+    const { status, script } = await run({ image: { name, entrypoint: ["/entry"] }, script: ["echo $WRAPPED"] });
+    expect(status).toBe("success");
+    expect(script).toContain("\nby /entry sh\n");
+  });
+
+  jobTest("prepare fails the build if image:entrypoint does not end in exec", async () => {
+    const name = "registry.example.com/tools/waits:1";
+    expect(await refused({ image: { name, entrypoint: ["/entry"] } })).toBe(
+      `the entry point of image: ${name} does not end in exec; set entrypoint: [""]`,
+    );
+    expect(await run({ image: { name, entrypoint: [""] }, script: ["true"] })).toMatchObject({ status: "success" });
+  });
+
+  jobTest("prepare fails the build if the image has no shell", async () => {
+    const name = "registry.example.com/no-shell:1";
+    expect(await refused({ image: name })).toMatch(
+      /^the container of image: registry\.example\.com\/no-shell:1 has ended: CannotStartContainerError: .*"sh": executable file not found/,
+    );
+  });
+
+  jobTest("prepare fails the build if the image cannot be pulled", async () => {
+    expect(await refused({ image: "debian:unknown" })).toMatch(
+      /^an image of this job cannot be used: .*CannotPullContainerError: .*docker\.io\/library\/debian:unknown: not found/,
+    );
+  });
+
+  jobTest("a job reaches its services by name and by alias from both containers", async () => {
+    const alive = (host: string, port: number) =>
+      `timeout 5 bash -c ': <>/dev/tcp/${host}/${port}' && echo ${host} answers`;
+    const runner = makeRunner({
+      image: "postgres:16",
+      services: [
+        { name: "postgres:16", variables: [variable("POSTGRES_PASSWORD", "open"), variable("POSTGRES_DB", "shop")] },
+        { name: "redis:7", alias: "cache, store" },
+      ],
+    });
+    const prepared = (await runner.prepare()).at(-1);
+    expect(prepared?.exitCode, prepared?.stderr.toString()).toBe(0);
+    expect(prepared?.stderr.toString()).toMatch(
+      /Waiting for services: postgres:16, redis:7\n[\s\S]*Services are ready/,
+    );
+    const query = "PGPASSWORD=open psql -h postgres -U postgres -Atc 'SELECT 6 * 7' shop";
+    const ping = (host: string) =>
+      `exec 3<>/dev/tcp/${host}/6379; echo PING >&3; read -r answer <&3; echo ${host} $answer`;
+    const inBuild = await runner.run(
+      "build_script",
+      ["#!/bin/bash", query, ...["cache", "store", "redis"].map(ping)].join("\n"),
+    );
+    expect(inBuild.stdout.toString().replaceAll("\r", "")).toBe("42\ncache +PONG\nstore +PONG\nredis +PONG\n");
+    const hosts = [alive("postgres", 5432), alive("cache", 6379), "command -v psql || echo coordinator"];
+    const inCoordinator = await runner.run("restore_cache", ["#!/bin/bash", ...hosts].join("\n"));
+    expect(inCoordinator.stdout.toString()).toBe("postgres answers\ncache answers\ncoordinator\n");
+    expect(await runner.cleanup()).toMatchObject({ exitCode: 0 });
+    nothingLeft(runner, runner.job);
+  });
+
+  jobTest("a job without image: uses services with their command, entrypoint and variables", async () => {
+    const { status, script, directories, trace } = await run({
+      services: [
+        { name: "redis:7", alias: "a", command: ["--port", "7001"], ports: port(7001) },
+        {
+          ...{ name: "redis:7", alias: "b", entrypoint: ["sh", "-c"], command: ['exec redis-server --port "$PORT"'] },
+          variables: [variable("PORT", "7002"), variable("HEALTHCHECK_TCP_PORT", "7002")],
+        },
+      ],
+      script: [...["a/7001", "b/7002"].map((at) => `timeout 5 bash -c ': <>/dev/tcp/${at}' && echo ${at}`)],
+    });
+    expect(status, trace).toBe("success");
+    expect(script).toMatch(/\na\/7001\n[\s\S]*\nb\/7002\n/);
+    expect(directories).not.toHaveProperty("builds_dir");
+    expect(directories).not.toHaveProperty("cache_dir");
+  });
+
+  jobTest("prepare names a service that dies, with its reason and its log stream", async () => {
+    const more = { Fargate: { TaskDefinition: "logged-task:1" } };
+    const { status, trace, task } = await run(
+      { services: ["registry.example.com/group/dies:1"], script: ["true"] },
+      { more },
+    );
+    expect(status).toBe("success");
+    const stream = `/ci/jobs job/service-1-dies/${task?.taskArn.split("/").at(-1)}`;
+    expect(trace).toContain(
+      `warning: the service registry.example.com/group/dies:1 has ended: exit code 7; its log: ${stream}\n`,
+    );
+    expect(trace).not.toContain("Services are ready");
+  });
+
+  jobTest("prepare fails the build if two services want one port", async () => {
+    const services = ["redis:7", "postgres:16"].map((name) => ({ name, ports: port(7000) }));
+    expect(await refused({ services })).toBe(
+      "services: postgres:16 and redis:7 cannot both listen on port 7000: the containers of a task share one network",
+    );
+  });
+
+  jobTest("a job that is cancelled in its image runs after_script there", async () => {
+    const seconds = `8${process.pid}`; // a duration that no other process of this machine uses
+    const { printed, onOutput } = printing("waiting now");
+    const runner = makeRunner(
+      {
+        image: "debian:12",
+        script: ["touch here", `echo waiting now; setsid sleep ${seconds} & timeout ${seconds} sleep ${seconds}`],
+        afterScript: ['echo "after: $CI_JOB_STATUS"; ls here', `grep -lz '^${seconds}$' /proc/[0-9]*/cmdline | wc -l`],
+      },
+      { onOutput },
+    );
+    const whole = runner.runJob();
+    await printed;
+    await runner.cancel();
+    const result = await whole;
+    expect(result.status).toBe("canceled");
+    const cancelled = result.stages.find(({ stage }) => stage === "build_script");
+    expect(cancelled).toMatchObject({ exitCode: 2 });
+    expect(cancelled?.stderr.toString()).toMatch(/error: stopped by SIGTERM\n$/);
+    const after = result.stages.find(({ stage }) => stage === "after_script")?.stdout.toString() ?? "";
+    expect(after).toMatch(/after: canceled\n[\s\S]*here\n[\s\S]*\n0\n$/);
+    nothingLeft(result, runner.job);
+  });
+
+  jobTest("a job that runs out of memory in its image ends with 137 and the reason", async () => {
+    const { status, exitCode, of, trace } = await run({
+      image: "debian:12",
+      script: ["tail /dev/zero"],
+      afterScript: ['echo "after: $CI_JOB_STATUS"'],
+    });
+    expect({ status, exitCode }, trace).toEqual({ status: "build-failure", exitCode: 137 });
+    expect(of("build_script")?.stderr.toString()).toMatch(
+      /error: build_script ended with exit code 137: the kernel killed processes in this container because memory ran out\n.*error: what to do: give the task definition more memory/,
+    );
+    expect(of("after_script")).toMatchObject({ exitCode: 0 });
+    expect(of("after_script")?.stdout.toString()).toContain("after: failed");
+    expect(of("upload_artifacts_on_failure")).toMatchObject({ exitCode: 0 });
+  });
+
+  jobTest("a job ends when its container is killed", async () => {
+    const { printed, onOutput } = printing("waiting now");
+    const runner = makeRunner(
+      { image: "debian:12", script: ["echo waiting now; sleep 600"], afterScript: ["echo after"] },
+      { onOutput },
+    );
+    const whole = runner.runJob();
+    await printed;
+    await taskOf(runner.trace)?.host?.kill("build");
+    const result = await whole;
+    expect(result).toMatchObject({ status: "build-failure", exitCode: 137 });
+    const errorOf = (name: string) => result.stages.find(({ stage }) => stage === name)?.stderr.toString();
+    expect(errorOf("build_script")).toMatch(
+      /error: the container of image: has ended while build_script ran: exit code 137\n/,
+    );
+    expect(errorOf("after_script")).toMatch(
+      /error: after_script did not begin: the container of image: has ended: exit code 137\n/,
+    );
+    const artifacts = result.stages.find(({ stage }) => stage === "upload_artifacts_on_failure");
+    expect(artifacts).toMatchObject({ exitCode: 0 });
+    nothingLeft(result, runner.job);
+  });
+
+  jobTest("a job runs in the task definition that a row of TaskDefinitions selects", async () => {
+    const TaskDefinitions = [
+      { Image: "registry.example.com/ci/node:*", TaskDefinition: "ci-node" },
+      { Image: "registry.example.com/ci/**", TaskDefinition: "test-task" },
+    ];
+    const more = { top: { JobImage: { TaskDefinitions } } };
+    const known = world().aws.taskDefinitions().length;
+    const { status, script, task, directories } = await run(
+      { image: "registry.example.com/ci/node:22", script: ["echo KIND is $KIND"] },
+      { more },
+    );
+    expect(status).toBe("success");
+    expect(script).toContain("\nKIND is node\n");
+    expect(task?.taskDefinitionArn).toMatch(/\/ci-node:1$/);
+    expect(directories).not.toHaveProperty("builds_dir");
+    expect(
+      world()
+        .aws.taskDefinitions()
+        .slice(known)
+        .filter(({ family }) => family.startsWith("ci-node")),
+    ).toEqual([]);
+  });
+
+  for (const [coordinator, jobs] of Object.entries({ root, worker }))
+    for (const user of ["0", "1001:1001"])
+      jobTest(`a job shares its files between ${coordinator} and the user ${user} of its image`, async () => {
+        const runner = jobs.makeRunner({ image: { name: "debian:12", executor_opts: { docker: { user } } } });
+        const textOf = (name: string) => runner.job.scripts.find(({ stage }) => stage === name)?.text ?? "";
+        const prepared = (await runner.prepare()).at(-1);
+        expect(prepared?.exitCode, prepared?.stderr.toString()).toBe(0);
+        const run = async (stage: string, ...lines: string[]) => {
+          const begin = ["#!/bin/bash", "set -e", `cd ${runner.job.projectDir}`];
+          const text = lines.length > 0 ? [...begin, ...lines].join("\n") : textOf(stage);
+          const { exitCode, stderr, stdout } = await runner.run(stage, text);
+          expect(exitCode, `${stage}: ${stdout}${stderr}`).toBe(0);
+          return stdout.toString();
+        };
+        await run("get_sources");
+        const built = await run(
+          "build_script",
+          ...["id -u", "git log -1 --format=%H", "git status --porcelain", "echo >>README.md; rm LICENSE"],
+          ...["mkdir -p reports/deep", "echo passed >reports/deep/result"],
+        );
+        expect(built).toBe(`${user.split(":")[0]}\n${repository.sha}\n`);
+        const artifacts = await run(
+          "upload_artifacts_on_success",
+          ...["id -un", "tar -c reports | tar -xO", "git status --porcelain", "rm -r reports", "git checkout -q ."],
+          "mkdir .cache; echo kept >.cache/file",
+        );
+        expect(artifacts).toBe(`${coordinator}\npassed\n D LICENSE\n M README.md\n?? reports/\n`);
+        expect(await run("after_script", "cat .cache/file; rm -r .cache LICENSE; git status --porcelain")).toBe(
+          "kept\n D LICENSE\n",
+        );
+        await run("get_sources"); // as the next job in a directory that is kept
+        expect(await runner.cleanup()).toMatchObject({ exitCode: 0 });
+        jobs.nothingLeft(runner, runner.job);
+      });
 });
 
 describe("manager", () => {

@@ -5304,11 +5304,11 @@ async function prepareImages(context: Context, aws: Aws, until: number): Promise
   const overrides = serviceOverrides(context, plan);
   const input = deriveDefinition(base, plan, mapped.config);
   const taskDefinition = await registerDefinition(mapped, aws, input, until);
-  const images = [plan.build, ...plan.services].flatMap((container) =>
-    container ? nameOfImage(container.image) : [],
+  const images = new Set(
+    [plan.build, ...plan.services].flatMap((container) => (container ? nameOfImage(container.image) : [])),
   );
   const unused = "ECS pulls them, without the job's registry credentials and DOCKER_AUTH_CONFIG";
-  log.info("Images: {images}. {unused}", { images: images.join(", "), unused });
+  log.info("Images: {images}. {unused}", { images: [...images].join(", "), unused });
   const known = (base.containerDefinitions ?? []).flatMap(({ portMappings = [] }) => portMappings);
   const jobTask: JobTask = {
     ...{ plan, family: `${input.family}`, overrides, logs: logStreams(input) },
@@ -5691,7 +5691,8 @@ const hasEnded = (container: Container | undefined): boolean =>
 
 /** A container's exit code and reason, in ECS's words. */
 const explainContainer = ({ exitCode, reason }: Container): string =>
-  [exitCode === undefined ? "no exit code" : `exit code ${exitCode}`, reason].filter(Boolean).join(", ");
+  [exitCode === undefined ? "" : `exit code ${exitCode}`, reason].filter(Boolean).join(", ") ||
+  "no exit code";
 
 /** Names that GitLab gives a service: of its image, without port and version, and its aliases. */
 function hostNames({ name, alias }: Keyword): string[] {
@@ -5860,7 +5861,7 @@ async function waitForServices(
   const images = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
   log.info("Waiting for services: {images}", { images });
   const begun = now();
-  let [startedAt, nextPoll, isFirst] = [Infinity, 0, true];
+  let [startedAt, nextPoll, isFirst, ready] = [Infinity, 0, true, 0];
   while (waiting.size > 0) {
     let canHaveServices = true;
     if (now() >= nextPoll) {
@@ -5883,7 +5884,7 @@ async function waitForServices(
     for (const [name, { keyword }] of waiting) {
       const own = portsOf(keyword);
       const isReady = own.length > 0 ? own.every((port) => open.has(port)) : others >= silent;
-      if (isReady) waiting.delete(name);
+      if (isReady && waiting.delete(name)) ready++;
     }
     const late = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
     if (late && startedAt === Infinity && now() > until)
@@ -5891,12 +5892,14 @@ async function waitForServices(
         problem: "unhealthy",
       });
     if (late && now() > startedAt + SERVICE_WAIT_MS) {
-      log.warn("services do not listen after {seconds} s: {late}", { seconds: SERVICE_WAIT_MS / 1000, late });
+      const seconds = Math.floor((now() - startedAt) / 1000);
+      log.warn("services do not listen after {seconds} s: {late}", { seconds, late });
       return;
     }
     if (waiting.size > 0) await sleep(SERVICE_POLL_MS, signal);
   }
-  log.info("Services are ready ({seconds} s)", { seconds: Math.round((now() - begun) / 1000) });
+  if (ready > 0)
+    log.info("Services are ready ({seconds} s)", { seconds: Math.round((now() - begun) / 1000) });
 }
 
 /** Stages whose scripts run in the job's own image. */
@@ -5957,7 +5960,9 @@ async function runInBuild(
     const container = await findBuildEnd(context, record, outcome.ended === "dead" ? BUILD_END_MS : 0);
     if (container || outcome.ended === "dead") {
       const what = container ? explainContainer(container) : "its processes were killed";
-      log.error("the container of image: has ended while {stage} ran: {what}", { stage, what });
+      const end = "the container of image: has ended";
+      if (outcome.ended === "dead") log.error(`${end} while {stage} ran: {what}`, { stage, what });
+      else log.error(`{stage} did not begin: ${end}: {what}`, { stage, what });
       const advice = recognize("", container?.reason).problem;
       if (advice) log.error("what to do: {advice}", { advice: ADVICE[advice] });
       return { ended: "exited", code: container?.exitCode || 137, isExplained: true };
