@@ -5889,7 +5889,7 @@ describeProgram.concurrent("jobs with image: and services:", () => {
     expect(directories).toMatchObject({ builds_dir: "/builds", cache_dir: "/cache" });
   });
 
-  jobTest("a job's log says what it gets of image: and services:", async () => {
+  jobTest("a job logs which images it gets", async () => {
     const { trace, task } = await run({ image: "debian:12", script: ["true"] });
     const log = trace.replaceAll(/^\S+Z (?=\w)/gm, "").split("\n");
     expect(log).toContain(
@@ -5968,7 +5968,7 @@ describeProgram.concurrent("jobs with image: and services:", () => {
     nothingLeft(runner, runner.job);
   });
 
-  jobTest("a job without image: uses services with their command, entrypoint and variables", async () => {
+  jobTest("a job without an image uses services with command, entrypoint and variables", async () => {
     const { status, script, directories, trace } = await run({
       services: [
         { name: "redis:7", alias: "a", command: ["--port", "7001"], ports: port(7001) },
