@@ -85,6 +85,7 @@ import {
   makeScene,
   newJobId,
   type Scene,
+  setUpImageJobs,
   setUpJobs,
   testTable,
 } from "./fixtures/scene.ts";
@@ -662,6 +663,52 @@ describeProgram.concurrent("hostile server of a new task", () => {
       expect(left).toEqual([]);
       expect(finished.stderr).not.toMatch(/bug in the driver|^2026-01-01/m);
     });
+});
+
+describeProgram.concurrent("services", () => {
+  // Takes the SSH port as soon as nobody else has it, on IPv4 alone, and accepts any key.
+  const images = {
+    "registry.example.com/impostor:1": [
+      "RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends openssh-server \\",
+      " && mkdir -p /run/sshd && ssh-keygen -A && echo impostor >/impostor \\",
+      " && printf '%s\\n' 'UsePAM no' 'AuthorizedKeysCommand /bin/echo %t %k' 'AuthorizedKeysCommandUser nobody' >/conf",
+      'CMD ["sh", "-c", "while :; do /usr/sbin/sshd -D -f /conf -o ListenAddress=0.0.0.0:$PORT -o ListenAddress=0.0.0.0:7000; sleep 0.1; done"]',
+    ],
+  };
+  const coordinator = { name: "ci-coordinator", image: "sshd", stopTimeout: 2 };
+  const healthCheck = { command: ["CMD-SHELL", "exit 0"], interval: 5 };
+  const taskDefinitions = [
+    { family: "test-task", containerDefinitions: [coordinator] },
+    { family: "hasty-task", containerDefinitions: [{ ...coordinator, healthCheck }] },
+  ];
+  // sshd starts late, so that a service could be faster.
+  const tasks = { ipv6: true, command: "sleep 12; exec sh /usr/local/bin/worker-entrypoint" };
+  const { makeRunner, nothingLeft, world } = setUpImageJobs(images, { taskDefinitions, tasks });
+  /** Runs a job with the impostor as a service. @returns the output of its script */
+  const outputWith = async (TaskDefinition: string) => {
+    const PORT = { key: "PORT", value: `${world().sshPort}`, public: true, masked: false, file: false, raw: true };
+    const ports = [{ number: 7000, protocol: "tcp", name: "" }];
+    const service = { name: "registry.example.com/impostor:1", variables: [PORT], ports };
+    const runner = makeRunner({ services: [service] }, { more: { Fargate: { TaskDefinition } } });
+    await runner.prepare();
+    const { stdout } = await runner.run("build_script", "#!/bin/sh\ncat /impostor 2>/dev/null || echo genuine\n");
+    await runner.cleanup();
+    nothingLeft(runner, runner.job);
+    return stdout.toString();
+  };
+
+  taskTest(
+    "prepare starts no service before the SSH server has all its addresses",
+    async () => expect(await outputWith("test-task:1")).toBe("genuine\n"),
+    { containerOnly: true, timeout: 120_000 },
+  );
+
+  // So the order is what prevents the attack.
+  taskTest(
+    "prepare trusts a service if a health check of the operator succeeds too early",
+    async () => expect(await outputWith("hasty-task:1")).toBe("impostor\n"),
+    { containerOnly: true, timeout: 120_000 },
+  );
 });
 
 describe("security model", () => {
