@@ -3,6 +3,7 @@
  * the compiled driver runs. Afterwards no task may be running. Each result is a row of `docs/faults.md`.
  */
 import { execFileSync, spawnSync } from "node:child_process";
+import { once } from "node:events";
 import * as fs from "node:fs";
 import { createServer } from "node:http";
 import { connect as connectTcp, type Socket } from "node:net";
@@ -11,10 +12,19 @@ import { basename, join } from "node:path";
 import { promisify } from "node:util";
 import { ECSClient, RunTaskCommand, type RunTaskCommandInput } from "@aws-sdk/client-ecs";
 import { describe, expect, onTestFinished } from "vitest";
-import { managerId, readJob, readRecord, type SweepReport, type TaskRecord, writeRecord } from "./fargate.ts";
+import {
+  CONTAINER,
+  managerId,
+  readJob,
+  readRecord,
+  type SweepReport,
+  type TaskRecord,
+  writeRecord,
+} from "./fargate.ts";
 import type { Fault, FaultAction, Operation, StopCause } from "./fixtures/aws.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { addRow } from "./fixtures/faults.ts";
+import { gitlabJob } from "./fixtures/job.ts";
 import {
   type Container,
   MANAGER_CLUSTER,
@@ -25,6 +35,7 @@ import {
 import { driver, type Finished, type Started, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import {
+  ANY_IMAGE,
   adviceLine,
   ended,
   type FaultEffect,
@@ -34,6 +45,7 @@ import {
   faultTest,
   filesLeft,
   forever,
+  imageHosts,
   makeScene,
   nextJobId,
   type Scene,
@@ -109,8 +121,20 @@ interface Step {
   readonly name: string;
   /** Starts prepare and resolves when it has reached the step. `release` lets it go on; call it after the signal. */
   hold(scene: Scene): Promise<{ prepare: Started; release?: () => unknown }>;
+  readonly isAfterLogin?: boolean;
   readonly options?: FaultOptions;
 }
+
+/** A service that counts as ready once this port has a listener. */
+const serviceAt = (port: string) => {
+  const variable = { key: "HEALTHCHECK_TCP_PORT", value: port, public: true, masked: false, file: false, raw: true };
+  return { services: [{ name: "redis:7", variables: [variable] }] };
+};
+/** A job with a service. Embedded hosts do not run it: the port is that of the stand-in for AWS. */
+const withService: FaultOptions = {
+  changes: { top: { JobImage: ANY_IMAGE } },
+  job: ({ aws }) => serviceAt(new URL(aws.url).port),
+};
 
 const steps: Step[] = [
   {
@@ -211,6 +235,38 @@ const steps: Step[] = [
     },
     options: { holdFirstCommand: true },
   },
+  ...(["DescribeTaskDefinition", "RegisterTaskDefinition"] as const).map(
+    (operation): Step => ({
+      name: `while a definition is ${operation.startsWith("Describe") ? "described" : "registered"}`,
+      async hold({ begin, world: { aws } }) {
+        const held = Promise.withResolvers<void>();
+        aws.inject({ operation, do: { holdUntil: held.promise, after: true } });
+        const prepare = begin("prepare");
+        await aws.waitFor(() => aws.callsTo(operation).length === 1, 30_000);
+        expect(aws.tasks()).toEqual([]);
+        return { prepare, release: () => held.resolve() };
+      },
+      options: withService,
+    }),
+  ),
+  {
+    name: "while it waits for a service",
+    isAfterLogin: true,
+    async hold(scene) {
+      const server = createServer().listen(0, "127.0.0.1");
+      await once(server, "listening");
+      const { port } = server.address() as { port: number };
+      await new Promise((closed) => server.close(closed));
+      const path = scene.env.JOB_RESPONSE_FILE as string;
+      const { response } = gitlabJob(serviceAt(`${port}`));
+      const { services } = response;
+      fs.writeFileSync(path, JSON.stringify({ ...JSON.parse(fs.readFileSync(path, "utf8")), services }));
+      const prepare = scene.begin("prepare");
+      await prepare.shows("Waiting for services: redis:7");
+      return { prepare, release: () => server.listen(port, "127.0.0.1").unref() };
+    },
+    options: withService,
+  },
 ];
 
 describe.concurrent("interrupted prepare", () => {
@@ -260,6 +316,135 @@ describe.concurrent("interrupted prepare", () => {
         step.options,
       );
   }
+});
+
+describe.concurrent("task definitions of jobs", () => {
+  const throttled = { error: "ThrottlingException", message: "Rate exceeded" };
+  const derived = ({ world }: Scene) => world.aws.taskDefinitions().filter(({ family }) => /-job-/.test(family));
+
+  for (const operation of ["DescribeTaskDefinition", "RegisterTaskDefinition"] as const) {
+    const faults: [what: string, fault: FaultAction, times: number][] = [
+      ["is throttled three times", throttled, 3],
+      ["answers 500 after its effect", "500-after", 1],
+      ["loses its answer", "reset-after", 1],
+      ["gets no connection", "reset-before", 1],
+    ];
+    for (const [what, fault, times] of faults)
+      faultTest(
+        `prepare registers once when ${operation} ${what}`,
+        async (scene) => {
+          const injected = scene.world.aws.inject({ operation, times, do: fault });
+          const finished = await scene.stage("prepare");
+          ended(finished, 0);
+          expect(injected.used).toBe(times);
+          expect(derived(scene)).toHaveLength(1);
+          expect(scene.world.aws.running()[0]?.taskDefinitionArn).toBe(derived(scene)[0]?.taskDefinitionArn);
+          return { stage: "prepare", finished };
+        },
+        withService,
+      );
+    faultTest(
+      `prepare fails when ${operation} is not permitted`,
+      async (scene) => {
+        scene.world.aws.permissions = new Set(
+          ["RunTask", "StopTask", "DescribeTasks", "ListTasks", "DescribeTaskDefinition", "RegisterTaskDefinition"]
+            .filter((name) => name !== operation)
+            .map((name) => `ecs:${name}`),
+        );
+        const finished = await scene.stage("prepare");
+        ended(finished, 2);
+        expect(finished.stderr).toContain(`ecs:${operation} was refused: AccessDeniedException`);
+        expect(scene.world.aws.tasks()).toEqual([]);
+        return { stage: "prepare", finished };
+      },
+      withService,
+    );
+    faultTest(
+      `prepare fails when ${operation} is throttled until StartTimeout`,
+      async (scene) => {
+        scene.world.aws.inject({ operation, times: Number.POSITIVE_INFINITY, do: throttled });
+        const finished = await scene.stage("prepare");
+        ended(finished, 2);
+        expect(scene.world.aws.tasks()).toEqual([]);
+        return { stage: "prepare", finished };
+      },
+      { ...withService, changes: { ...withService.changes, Fargate: { StartTimeout: 3 } } },
+    );
+  }
+
+  faultTest(
+    "prepare fails when ECS refuses the task definition of a job",
+    async (scene) => {
+      const message = "No Fargate configuration exists for given values.";
+      scene.world.aws.inject({ operation: "RegisterTaskDefinition", do: { error: "ClientException", message } });
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      return { stage: "prepare", finished };
+    },
+    withService,
+  );
+
+  faultTest(
+    "prepare registers a task definition again that was deregistered meanwhile",
+    async (scene) => {
+      ended(await scene.stage("prepare"), 0);
+      ended(await scene.stage("cleanup"), 0);
+      const [first] = derived(scene);
+      if (first) first.status = "INACTIVE";
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      expect(derived(scene)).toHaveLength(2);
+      expect(scene.world.aws.running()[0]?.taskDefinitionArn).toBe(derived(scene)[1]?.taskDefinitionArn);
+      return { stage: "prepare", finished };
+    },
+    withService,
+  );
+
+  const hostsWithDebian = { container: imageHosts({ "debian:12": [], "redis:7": [] }) };
+  const withEntryPoint = (...entrypoint: string[]): FaultOptions => ({
+    ...hostsWithDebian,
+    changes: { top: { JobImage: ANY_IMAGE }, Fargate: { StartTimeout: 15 } },
+    job: () => ({ image: { name: "debian:12", entrypoint } }),
+  });
+  faultTest(
+    "prepare fails the build when image:entrypoint ends at once",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 1);
+      return { stage: "prepare", finished };
+    },
+    withEntryPoint("sh", "-c", "exit 3"),
+  );
+  faultTest(
+    "prepare fails when image:entrypoint never runs its arguments",
+    async (scene) => {
+      const finished = await scene.stage("prepare");
+      ended(finished, 2);
+      return { stage: "prepare", finished };
+    },
+    withEntryPoint("sh", "-c", "sleep 600"),
+  );
+  const unhealthy = { command: ["CMD-SHELL", "exit 1"], interval: 5, retries: 1 };
+  for (const [what, healthCheck] of [
+    ["becomes UNHEALTHY", unhealthy],
+    ["is not HEALTHY within StartTimeout", { ...unhealthy, startPeriod: 300 }],
+  ] as const)
+    faultTest(
+      `prepare starts no service if ci-coordinator ${what}`,
+      async (scene) => {
+        const finished = await scene.stage("prepare");
+        ended(finished, 2);
+        return { stage: "prepare", finished };
+      },
+      {
+        ...hostsWithDebian,
+        taskDefinitions: [
+          { family: "test-task", containerDefinitions: [{ name: CONTAINER, image: "sshd", healthCheck }] },
+        ],
+        changes: { top: { JobImage: ANY_IMAGE }, Fargate: { StartTimeout: 15 } },
+        job: () => ({ services: ["redis:7"] }),
+      },
+    );
 });
 
 describe.concurrent("RunTask answers", () => {
@@ -689,13 +874,13 @@ describe.concurrent("cleanup", () => {
       async (scene) => {
         const { aws } = scene.world;
         aws.timing.sshDelay = 600_000; // no login succeeds before cleanup is done
-        if (step.options?.holdFirstCommand) aws.timing.sshDelay = 100;
+        if (step.options?.holdFirstCommand || step.isAfterLogin) aws.timing.sshDelay = 100;
         const { prepare, release } = await step.hold(scene);
         scene.configure({ top: { LogLevel: "debug" } });
         const begun = scene.begin("cleanup");
         const cleaning = begun.finished;
         await begun.shows("prepare is still running"); // only now may prepare go on
-        await release?.();
+        if (!step.isAfterLogin) await release?.();
         const finished = await prepare.finished;
         const cleaned = await cleaning;
         ended(cleaned, 0);

@@ -4,15 +4,16 @@
  */
 import { connect as connectTcp } from "node:net";
 import { beforeAll, expect, type TaskMeta, test } from "vitest";
-import { callBuild, readRecord, type TaskRecord } from "./fargate.ts";
-import { addRow, type FaultRow } from "./fixtures/faults.ts";
+import { CONTAINER, callBuild, readRecord, type TaskRecord } from "./fargate.ts";
+import { addRow, type FaultRow, normalise } from "./fixtures/faults.ts";
 import { makeFleet, managersNamed } from "./fixtures/fleet.ts";
+import { REDIS_IMAGE } from "./fixtures/images.ts";
 import { runLoad } from "./fixtures/load.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
 import { makeManagerWorld } from "./fixtures/manager.ts";
 import { startPair } from "./fixtures/relay.ts";
 import { enumerateRunnersSteps } from "./fixtures/runner-steps.ts";
-import { ended, forever, makeScene, soaks, testTable } from "./fixtures/scene.ts";
+import { ANY_IMAGE, ended, forever, imageHosts, makeScene, soaks, testTable } from "./fixtures/scene.ts";
 import {
   enumerateSteps,
   isTimingDependent,
@@ -226,6 +227,36 @@ soakTest("run tries again while sshd bars the address (OpenSSH 10)", async (meta
     await newer.close();
   }
 });
+
+// Another container of the task listens meanwhile.
+soakTest(
+  "prepare goes on after 30 s without a listener of a service",
+  async (meta, skip) => {
+    if (hosts.kind !== "container") return skip("it needs a container");
+    const images = { "redis:7": REDIS_IMAGE, "silent:1": ['CMD ["sleep", "600"]'] };
+    const own = await containerHosts(imageHosts(images));
+    const containerDefinitions = [
+      { name: CONTAINER, image: "sshd", stopTimeout: 2 },
+      { name: "own-cache", image: "redis:7" },
+    ];
+    const world = await makeWorld({ hosts: own, taskDefinitions: [{ family: "test-task", containerDefinitions }] });
+    meta.hosts = "container";
+    try {
+      const changes = { top: { JobImage: ANY_IMAGE } };
+      const scene = makeScene(world, { changes, job: () => ({ services: ["silent:1"] }) }, forever);
+      const finished = await scene.stage("prepare");
+      ended(finished, 0);
+      expect(finished.stderr).toMatch(/warning: services do not listen after 3\d s: silent:1\n.*Ready: /);
+      ended(await scene.stage("cleanup"), 0);
+      const says = normalise(/^.*services do not listen.*/m.exec(finished.stderr)?.[0] ?? "").replace(/3\d s/, "30 s");
+      return { ended: "prepare: 0", says, left: world.aws.running().length };
+    } finally {
+      await world.close();
+      await own.close();
+    }
+  },
+  { concurrent: true },
+);
 
 /** Interrupts stages after each system call that changes or observes the outside world. @returns the tasks left */
 async function stepsOf(...enumerations: Omit<StepOptions, "world">[]): Promise<number> {
