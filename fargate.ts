@@ -5477,24 +5477,25 @@ function logStreams({
  *  - A cancel sends SIGTERM to all processes but the workers, and SIGKILL after the grace period.
  */
 const AGENT = `
-# Runs the scripts of a GitLab CI job, which its container ci-coordinator passes on.
-link=${LINK}
+# Runs the scripts of a GitLab CI job, which its container ci-coordinator passes on. The names of variables have
+# a prefix, because the image's own environment must reach the scripts.
+fargate_link=${LINK}
 if [ $$ -ne 1 ]; then
   echo "fargate: the entry point runs this as process $$, not as process 1" >&2
-  echo $$ >$link/refused
+  echo $$ >$fargate_link/refused
   exit 1
 fi
 # Reads the script up to its mark, then evaluates it in the same shell.
-boot='FARGATE_SCRIPT=$(cat); case $FARGATE_SCRIPT in *"$FARGATE_MARK") ;; *) exit 1;; esac
+fargate_boot='FARGATE_SCRIPT=$(cat); case $FARGATE_SCRIPT in *"$FARGATE_MARK") ;; *) exit 1;; esac
 exec </dev/null; FARGATE_SCRIPT=\${FARGATE_SCRIPT%"$FARGATE_MARK"}; unset FARGATE_MARK
 eval "unset FARGATE_SCRIPT; $FARGATE_SCRIPT"'
-pause() { sleep 0.1 || sleep 1; }
+pause() { sleep 0.1 || { sleep 1; fargate_limit=$((fargate_limit - 9)); }; }
 # Whether a process holds the output of call $1 open; with "filter", one that reads from a pipe.
 holds() {
-  for p in /proc/[0-9]*; do
-    for f in 1 2; do
-      if [ $p/fd/$f -ef $1/out ] || [ $p/fd/$f -ef $1/err ]; then
-        if [ $2 = any ] || [ -p $p/fd/0 ]; then return 0; fi
+  for fargate_p in /proc/[0-9]*; do
+    for fargate_f in 1 2; do
+      if [ $fargate_p/fd/$fargate_f -ef $1/out ] || [ $fargate_p/fd/$fargate_f -ef $1/err ]; then
+        if [ $2 = any ] || [ -p $fargate_p/fd/0 ]; then return 0; fi
       fi
     done
   done
@@ -5502,44 +5503,45 @@ holds() {
 }
 # Whether there are processes besides this program's own, which hold the pipe "calls".
 others() {
-  for p in /proc/[0-9]*; do
-    if [ $p != /proc/1 ] && ! [ $p/fd/3 -ef $link/calls ] && [ -e $p ]; then return 0; fi
+  for fargate_p in /proc/[0-9]*; do
+    if [ $fargate_p = /proc/1 ] || [ $fargate_p/fd/3 -ef $fargate_link/calls ]; then continue; fi
+    if [ -e $fargate_p ]; then return 0; fi
   done
   return 1
 }
-# Waits while "$@" holds, for at most $limit tenths of a second.
-wait_while() { while [ $limit -gt 0 ] && "$@"; do pause; limit=$((limit - 1)); done; }
+# Waits while "$@" holds, for at most $fargate_limit tenths of a second.
+wait_while() { while [ $fargate_limit -gt 0 ] && "$@"; do pause; fargate_limit=$((fargate_limit - 1)); done; }
 serve() (
   trap : HUP INT QUIT TERM
   exec 4<>$1/exit
-  name=\${1##*/} shell=\${1##*.}
+  fargate_name=\${1##*/} fargate_shell=\${1##*.}
   (
     # A pipe that is open for both reading and writing does not block here if the relay has gone.
     exec 5<>$1/in 6<>$1/out 7<>$1/err
     exec <$1/in >$1/out 2>$1/err 3>&- 5>&- 6>&- 7>&-
     echo accepted >&4
     exec 4>&-
-    export FARGATE_MARK=\${name%.*}
-    exec $shell -c "$boot" $shell
+    export FARGATE_MARK=\${fargate_name%.*}
+    exec $fargate_shell -c "$fargate_boot" $fargate_shell
   )
-  code=$? limit=100
+  fargate_code=$? fargate_limit=100
   if holds $1 any; then pause; fi # a filter may have been forked just now, and not have its pipe yet
   wait_while holds $1 filter
   if holds $1 any; then : >$1/held; fi
-  echo $code >&4
+  echo $fargate_code >&4
 )
 cancel() {
-  read -r grace <$1/cancel
+  read -r fargate_grace <$1/cancel
   kill -TERM -1
-  sleep $grace & timer=$!
-  while others && kill -0 $timer; do pause; done
-  kill -KILL $timer
-  wait $timer
-  limit=20
+  sleep $fargate_grace & fargate_timer=$!
+  while others && kill -0 $fargate_timer; do pause; done
+  kill -KILL $fargate_timer
+  wait $fargate_timer
+  fargate_limit=20
   if others; then
     kill -KILL -1
     wait_while others
-    ended=workers
+    fargate_ended=workers
   fi
   exec 4<>$1/gone
   echo gone >&4
@@ -5547,21 +5549,22 @@ cancel() {
 claim() { (set -C; : >$1); }
 worker() {
   trap : HUP INT QUIT TERM
-  ended=
+  fargate_ended=
   while :; do
-    for call in $link/*.bash $link/*.sh; do
-      if ! [ -p $call/in ]; then continue; fi
-      if [ -e $call/cancel ]; then
-        if claim $call/cancelled; then cancel $call; fi
-        if [ "$ended" ]; then exit; fi # SIGKILL has ended the other workers, and a new pipeline replaces all
-      elif claim $call/taken; then serve $call
+    for fargate_call in $fargate_link/*.bash $fargate_link/*.sh; do
+      if ! [ -p $fargate_call/in ]; then continue; fi
+      if [ -e $fargate_call/cancel ]; then
+        if claim $fargate_call/cancelled; then cancel $fargate_call; fi
+        # SIGKILL has ended the other workers, and a new pipeline replaces all.
+        if [ "$fargate_ended" ]; then exit; fi
+      elif claim $fargate_call/taken; then serve $fargate_call
       fi
     done
-    read -r line <&3
+    read -r fargate_line <&3
   done
 }
 trap : HUP INT QUIT TERM
-exec 3<>$link/calls
+exec 3<>$fargate_link/calls
 while :; do worker | worker | worker | worker; done 2>/dev/null`.trim();
 
 /** The number of bytes to send for a script: in a relay, each quote takes four. */
@@ -5576,8 +5579,8 @@ const shellQuote = (bytes: Buffer): Buffer =>
  *
  * It opens its ends of the pipes before it calls the agent, so that no side blocks on a missing one. It sends
  * the script only after the agent has accepted it: otherwise, a script could run whose relay has given up.
- * When the agent's process ends, the pipe `exit` ends, too. The file `failed` then states why there is no
- * exit code; `code` confirms one other than 0.
+ * When the agent's process ends, the pipe `exit` ends, too. The name of a file then states why there is
+ * no exit code, or confirms one other than 0: a renamed pipe, since the disk may be full.
  */
 function relayScript(script: Buffer, mark: string, shell: "bash" | "sh", grace: number): Buffer {
   const text = RELAY.replaceAll("@CALL@", `${LINK}/${mark}.${shell}`).replaceAll("@GRACE@", `${grace}`);
@@ -5620,7 +5623,7 @@ read -r s
 end $t $z
 if [ "$s" != accepted ]; then
   if [ -e ${LINK}/refused ]; then s=refused; fi
-  echo $s >$d/failed
+  mv $d/gone $d/failed-$s
   end $a $b
   exit 1
 fi
@@ -5628,12 +5631,12 @@ trap cancel TERM
 (exec >$d/in 3>&- 5>&- 6>&- 7>&- 9>&-; printf %s%s @SCRIPT@) 2>/dev/null &
 exec 3>&- 5>&- 6>&- 7>&- 9>&- 9<&0
 # The timer may have ended at the same moment.
-(trap "" TERM; while read -r c <&9; do [ "$c" = late ] || exit $c; done; echo dead >$d/failed) & e=$!
+(trap "" TERM; while read -r c <&9; do [ "$c" = late ] || exit $c; done; mv $d/gone $d/failed-dead) & e=$!
 while wait $e; c=$?; kill -0 $e 2>/dev/null; do :; done
-if [ -e $d/failed ]; then drain; exit 1; fi
+if [ -e $d/failed-dead ]; then drain; exit 1; fi
 if [ ! -e $d/held ]; then drain; fi
 # Renames it first: a worker must not claim it while its files disappear.
-if [ $c = 0 ]; then mv $d $n && rm -rf $n; else echo $c >$d/code; fi
+if [ $c = 0 ]; then mv $d $n && rm -rf $n; else mv $d/gone $d/code-$c; fi
 exit $c`.trim();
 
 /** late: not sent. refused: the agent is not process 1. dead: the agent's process has ended */
@@ -5657,21 +5660,17 @@ async function callBuild(
   if (outcome.ended !== "exited" || outcome.code === 0) return outcome;
   const directory = `${LINK}/${mark}.${shell}`;
   const clear = `mv ${directory} ${directory}.new; rm -rf ${directory}.new`;
-  const program = `cat ${directory}/failed ${directory}/code 2>/dev/null; ${clear}`;
+  const program = `echo ${directory}/code-* ${directory}/failed-*; ${clear}`;
   // An SshFailure would mean that the script has not begun.
-  const answer = (
-    await runCommand(own, program, context.signal).catch((error) => {
-      context.signal.throwIfAborted();
-      const unknown = `the script has ended, but its exit code (${outcome.code}) is not confirmed`;
-      throw new Failure("system", `${unknown}: ${reasonOf(error)}`);
-    })
-  ).trim();
-  if (answer === "late" || answer === "refused" || answer === "dead") return { ended: answer };
-  if (answer === `${outcome.code}`) return outcome;
-  throw new Failure(
-    "system",
-    `the relay to container ${BUILD_CONTAINER} ended with exit code ${outcome.code}`,
-  );
+  const answer = await runCommand(own, program, context.signal).catch((error) => {
+    context.signal.throwIfAborted();
+    return reasonOf(error);
+  });
+  const [, what] = /\/(?:code|failed)-(\w+)/.exec(answer) ?? [];
+  if (what === "late" || what === "refused" || what === "dead") return { ended: what };
+  if (what === `${outcome.code}`) return outcome;
+  const end = `the relay to container ${BUILD_CONTAINER} ended with exit code ${outcome.code}`;
+  throw new Failure("system", `${end}, which is not confirmed: ${answer}`);
 }
 
 /** Collects a script's output. */
