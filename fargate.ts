@@ -5477,7 +5477,7 @@ function logStreams({
  *  - A cancel sends SIGTERM to all processes but the workers, and SIGKILL after the grace period.
  */
 const AGENT = `
-# Runs the scripts of a GitLab CI job, which its container ci-coordinator passes on. The names of variables have
+# Runs the scripts of a GitLab CI job, which its container ci-coordinator passes on. Names of variables have
 # a prefix, because the image's own environment must reach the scripts.
 fargate_link=${LINK}
 if [ $$ -ne 1 ]; then
@@ -5787,8 +5787,9 @@ async function greetBuild(
       const text = `the container of image: ${image} has ended: ${explainContainer(container)}`;
       throw new Failure("build", text, recognize("", container.reason));
     }
+    const kind = container?.lastStatus === "RUNNING" ? "build" : "system"; // its entry point runs something else
     if (now() > until)
-      throw new Failure("system", `the container of image: ${image} did not answer within StartTimeout`);
+      throw new Failure(kind, `the container of image: ${image} did not answer within StartTimeout`);
     if (isFirst) log.info("Waiting for the container of image: {image}", { image });
     isFirst = false;
   }
@@ -5800,6 +5801,7 @@ const listeningPorts = (text: string): Set<number> =>
 
 const SERVICE_WAIT_MS = 30_000; // how long prepare waits for the ports of services that have started
 const SERVICE_POLL_MS = 500;
+const HEALTH_LAG_MS = 3_000; // how late DescribeTasks may show a container as HEALTHY
 
 /** Asks ECS about the services. Warns of those that have ended, and no longer waits for them. */
 async function pollServices(
@@ -5860,13 +5862,13 @@ async function waitForServices(
   const images = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
   log.info("Waiting for services: {images}", { images });
   const begun = now();
-  let [startedAt, nextPoll, isFirst, ready] = [Infinity, 0, true, 0];
+  const firstSeen = new Map<number, number>(); // the time of each port's first listener
+  let [startedAt, healthyAt, nextPoll, ready] = [Infinity, Infinity, 0, 0];
   while (waiting.size > 0) {
-    let canHaveServices = true;
     if (now() >= nextPoll) {
       nextPoll = now() + pollPause(now() - begun, false, Math.random(), aws.throttled);
       const task = await pollServices(context, aws, record, waiting, until);
-      canHaveServices = findContainer(task, CONTAINER)?.healthStatus === "HEALTHY";
+      if (findContainer(task, CONTAINER)?.healthStatus === "HEALTHY") healthyAt = Math.min(healthyAt, now());
       const all = [...waiting.keys()].map((name) => findContainer(task, name));
       if (all.every((container) => container?.lastStatus === "RUNNING"))
         startedAt = Math.min(startedAt, now());
@@ -5875,10 +5877,10 @@ async function waitForServices(
     // Services that start may slow down the container.
     const patience = { timeoutMs: SERVICE_WAIT_MS };
     const open = listeningPorts(await runCommand(connection, program, signal, patience));
-    // Services start when the coordinator is healthy: earlier listeners belong to other containers.
-    if (isFirst && !canHaveServices) for (const port of open) known.add(port);
-    isFirst = false;
-    const others = [...open].filter((port) => !known.has(port)).length;
+    for (const port of open) firstSeen.set(port, firstSeen.get(port) ?? now());
+    // Services start when the coordinator is healthy. Earlier listeners belong to other containers.
+    const isOfService = (port: number) => (firstSeen.get(port) ?? 0) > healthyAt - HEALTH_LAG_MS;
+    const others = [...open].filter((port) => !known.has(port) && isOfService(port)).length;
     const silent = [...waiting.values()].filter(({ keyword }) => portsOf(keyword).length === 0).length;
     for (const [name, { keyword }] of waiting) {
       const own = portsOf(keyword);
@@ -5935,6 +5937,7 @@ async function runJobScript(scriptRun: ScriptRun, connection: Connection): Promi
 }
 
 const BUILD_END_MS = 5_000; // how long ECS may take to learn of the end of a container
+const SECOND_TRY_MS = 5_000; // within which a script that was not accepted is sent again: once
 
 /** Runs a script in the container `build`. If that has ended, the job is at fault: its task still runs. */
 async function runInBuild(
@@ -5944,7 +5947,7 @@ async function runInBuild(
 ): Promise<Outcome> {
   const { context, record, script, stage, shells } = scriptRun;
   const { log, now, signal, config } = context;
-  const until = now() + config.SSH.ConnectTimeout * 1000;
+  const until = now() + SECOND_TRY_MS;
   const shell = interpreterOf(script, build.Shell);
   const text = shareFiles(script, record, config);
   for (;;) {
