@@ -371,15 +371,15 @@ function splitImage(text: string) {
 function parseImage(text: string): Image | undefined {
   if (text.length > 512) return undefined;
   const { host, path, tag, version = ":latest" } = splitImage(text);
+  const repository = host === DOCKER_HUB && !path.includes("/") ? `library/${path}` : path;
   const isValid =
     HOST.test(host) &&
     REPOSITORY.test(path) &&
-    host.length + path.length < 255 &&
+    host.length + repository.length < 255 &&
     !/^[0-9a-f]{64}$/.test(path) && // Docker takes this for the id of an image
     (tag === undefined || /^\w[\w.-]{0,127}$/.test(tag)) &&
     (version.startsWith(":") || /^@sha256:[0-9a-f]{64}$/.test(version));
-  const isOfficial = host === DOCKER_HUB && !path.includes("/");
-  return isValid ? { host, repository: isOfficial ? `library/${path}` : path, version } : undefined;
+  return isValid ? { host, repository, version } : undefined;
 }
 
 /**
