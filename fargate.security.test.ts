@@ -40,8 +40,12 @@ import {
   makeKeyPair,
   makeLogger,
   managerId,
+  matchesImage,
   parseCommandLine,
+  parseImage,
+  parseImagePattern,
   parseStage,
+  planImages,
   readConfig,
   readJob,
   readRecord,
@@ -996,6 +1000,299 @@ describe("arbitrary input", () => {
         { runs: 400 },
       );
     });
+  });
+
+  // --- Images ---
+
+  describe("image reference", () => {
+    const HOSTS = [
+      ...[
+        "docker.io",
+        "index.docker.io",
+        "registry.example.com",
+        "registry.example.com:5000",
+        "localhost",
+        "registry:80",
+      ],
+      ...[
+        "registry.example.com.evil.io",
+        "evil.io",
+        "xn--80ak6aa92e.com",
+        "10.0.0.1",
+        "Registry.Example.com",
+        "INDEX.docker.io",
+      ],
+      ...[
+        "registry.example.com@evil.io",
+        "user:password@registry.example.com",
+        "registry\u3002example.com",
+        "[::1]:5000",
+      ],
+      ...[
+        "registry.ex\u0430mple.com",
+        "doc\u212aer.io",
+        "registry.example.com.",
+        "https:",
+        "",
+        "library",
+        "a_b.io",
+        "-a.io",
+      ],
+    ];
+    const COMPONENTS = [
+      "library",
+      "node",
+      "a",
+      "42",
+      "a-b",
+      "a--b",
+      "a__b",
+      "a.b",
+      "a_b",
+      "..",
+      "a___b",
+      "-a",
+      "A",
+      "",
+      "é",
+      "a b",
+    ];
+    const component = fc.oneof(
+      { weight: 4, arbitrary: fc.constantFrom(...COMPONENTS) },
+      { weight: 1, arbitrary: fc.constantFrom("a".repeat(64), "f".repeat(63), "x".repeat(245), "a-".repeat(120)) },
+      { weight: 1, arbitrary: fc.string({ unit: "binary", maxLength: 5 }) },
+    );
+    const tag = fc.oneof(
+      fc.constantFrom("latest", "22", "_", "V1.2-x", "-1", ".x", "", "a b", "a/b", "t".repeat(128), "t".repeat(129)),
+      fc.string({ maxLength: 5 }),
+    );
+    const hex = (digits: string, length: number) => digits.repeat(Math.ceil(length / digits.length)).slice(0, length);
+    const digest = fc.constantFrom(
+      ...[`sha256:${hex("0123456789abcdef", 64)}`, `sha256:${hex("A", 64)}`, `sha256:${hex("a", 63)}`],
+      ...[`sha512:${hex("a", 128)}`, "sha256:", "latest", ""],
+    );
+    /** Texts that are often references. */
+    const reference = fc
+      .record({
+        host: fc.option(fc.constantFrom(...HOSTS), { nil: undefined }),
+        path: fc.array(component, { minLength: 1, maxLength: 3 }),
+        tag: fc.option(tag, { nil: undefined, freq: 2 }),
+        digest: fc.option(digest, { nil: undefined, freq: 2 }),
+      })
+      .map(({ host, path, tag, digest }) =>
+        [host === undefined ? "" : `${host}/`, path.join("/"), tag === undefined ? "" : `:${tag}`]
+          .concat(digest === undefined ? "" : `@${digest}`)
+          .join(""),
+      );
+
+    /**
+     * An image by the grammar in the documentation of distribution/reference, and by the way in which Docker
+     * completes familiar names. Hosts count as equal without regard to case.
+     */
+    function imageOfDocker(text: string): string | undefined {
+      if (/^[a-f0-9]{64}$/.test(text)) return undefined;
+      const slash = text.indexOf("/");
+      const first = text.slice(0, Math.max(slash, 0));
+      const isHost = slash > 0 && (/[.:]/.test(first) || first === "localhost" || first !== first.toLowerCase());
+      const host = isHost ? first.toLowerCase() : "docker.io";
+      const rest = isHost ? text.slice(slash + 1) : text;
+      const canonicalHost = host === "index.docker.io" ? "docker.io" : host;
+      const full = `${canonicalHost}/${canonicalHost === "docker.io" && !rest.includes("/") ? "library/" : ""}${rest}`;
+      const LABEL = "(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])";
+      const DOMAIN = `${LABEL}(?:\\.${LABEL})*(?::[0-9]+)?`;
+      const PATH = "[a-z0-9]+(?:(?:[_.]|__|-+)[a-z0-9]+)*";
+      const TAG = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}";
+      const DIGEST = "sha256:[0-9a-f]{64}";
+      const grammar = new RegExp(`^(${DOMAIN})/(${PATH}(?:/${PATH})*)(?::(${TAG}))?(?:@(${DIGEST}))?$`);
+      const found = grammar.exec(full);
+      if (!found) return undefined;
+      const [, domain, path, ofTag = "latest", ofDigest] = found;
+      return `${domain}/${path}${ofDigest ? `@${ofDigest}` : `:${ofTag}`}`;
+    }
+    const nameOf = (image: ReturnType<typeof parseImage>) =>
+      image && `${image.host}/${image.repository}${image.version}`;
+
+    test("parseImage agrees with Docker's grammar", () => {
+      let [parsed, refused] = [0, 0];
+      return forAny(
+        fc.property(fc.oneof({ weight: 9, arbitrary: reference }, fc.string({ unit: "binary" })), (text) => {
+          const own = nameOf(parseImage(text));
+          const expected = imageOfDocker(text);
+          if (own !== undefined) {
+            parsed++;
+            expect([text, own]).toEqual([text, expected]);
+          } else {
+            refused++;
+            // Stricter: names that Docker could take for an id, a host in capitals without a dot, length.
+            const [first = ""] = text.split("/");
+            const isStricter =
+              text.split(/[/:@]/).some((part) => part.length > 63) || (/[A-Z]/.test(first) && !/[.:]/.test(first));
+            if (expected !== undefined) expect([text, isStricter]).toEqual([text, true]);
+          }
+        }),
+        { runs: 3_000 },
+      ).then(() => {
+        expect(parsed).toBeGreaterThan(100);
+        expect(refused).toBeGreaterThan(100);
+      });
+    });
+
+    test("parseImage returns the same for its own result", () =>
+      forAny(
+        fc.property(reference, (text) => {
+          const image = parseImage(text);
+          if (!image) return;
+          const name = `${nameOf(image)}`;
+          expect(name).toMatch(/^[a-z0-9.:-]+\/[a-z0-9._/-]+(:[\w.-]{1,128}|@sha256:[0-9a-f]{64})$/);
+          expect(parseImage(name)).toEqual(image);
+        }),
+        { runs: 1_000 },
+      ));
+
+    const wildcard = fc.constantFrom(
+      "*",
+      "**",
+      "a*",
+      "*-b",
+      "node",
+      "library",
+      "{project_id}",
+      "42",
+      "a",
+      "***",
+      "A",
+      "",
+    );
+    const pattern = fc
+      .record({
+        host: fc.option(fc.constantFrom(...HOSTS, "*.example.com", "**", "registry.*", "*"), { nil: undefined }),
+        path: fc.array(wildcard, { minLength: 1, maxLength: 3 }),
+        version: fc.constantFrom("", ":*", ":22", ":latest", ":**", "@sha256:*", "@*", ":", "@"),
+      })
+      .map(({ host, path, version }) => `${host === undefined ? "" : `${host}/`}${path.join("/")}${version}`);
+
+    const simple = fc
+      .tuple(fc.constantFrom(...HOSTS), fc.constantFrom("a", "42/a", "node", "42/node"), fc.constantFrom("", ":22"))
+      .map(([host, path, version]) => `${host}/${path}${version}`);
+
+    test("matchesImage matches no image of another host", () => {
+      let matched = 0;
+      return forAny(
+        fc.property(pattern, fc.oneof(simple, reference), fc.constantFrom(42, 4), (pattern, text, project) => {
+          const image = parseImage(text);
+          if (!image || !matchesImage(pattern, image, project)) return;
+          matched++;
+          const parsed = parseImagePattern(pattern, project);
+          expect(parsed?.host).toBe(image.host);
+          expect(imageOfDocker(text)?.split("/", 1)).toEqual([parsed?.host]);
+          // A pattern whose first component is no host is for Docker Hub.
+          if (!/^[^/]*[.:][^/]*\/|^localhost\//.test(pattern)) expect(image.host).toBe("docker.io");
+        }),
+        { runs: 20_000 },
+      ).then(() => expect(matched).toBeGreaterThan(20));
+    });
+
+    test("matchesImage covers each image by its own name and its whole host", () =>
+      forAny(
+        fc.property(reference, (text) => {
+          const image = parseImage(text);
+          if (!image) return;
+          const covers = (pattern: string) => matchesImage(pattern, image, 42);
+          expect([text, covers(`${nameOf(image)}`)]).toEqual([text, true]);
+          expect(covers(`${image.host}/**`)).toBe(true);
+          expect(covers(`${image.host}.evil.io/**`)).toBe(false);
+          expect(covers(`evil-${image.host}/**`)).toBe(false);
+        }),
+        { runs: 1_000 },
+      ));
+
+    const unit = fc.constantFrom(
+      "a",
+      "a-",
+      "a.",
+      "a__",
+      "a/",
+      "-",
+      ".",
+      "_",
+      "*",
+      "**",
+      "a*",
+      "/",
+      ":",
+      "@",
+      "0",
+      "A.",
+      "{",
+      " ",
+    );
+    const repeated = fc.tuple(unit, fc.integer({ min: 1, max: 3_000 })).map(([text, count]) => text.repeat(count));
+    const hostile = fc.array(repeated, { minLength: 1, maxLength: 4 }).map((parts) => parts.join(""));
+
+    // The test would not end if an expression backtracked without limit.
+    test("matchesImage survives long and repetitive input", () => {
+      const longest = parseImage(`registry.example.com/${"a/".repeat(110)}a:${"t".repeat(128)}`);
+      if (!longest) throw new Error("it is no reference");
+      return forAny(
+        fc.property(hostile, (text) => {
+          for (const given of [
+            text,
+            `registry.example.com/${text}`,
+            `node:${text}`,
+            `node@${text}`,
+            text.slice(0, 250),
+          ]) {
+            const image = parseImage(given);
+            if (image) expect(nameOf(image)?.length).toBeLessThan(512);
+            expect(typeof matchesImage(given, image ?? longest, 42)).toBe("boolean");
+          }
+        }),
+        {
+          runs: 300,
+          examples: [["a*a*a*b".padEnd(250, "a")], ["**a**a**b"], [`${"a".repeat(255)}!`], ["*a*a*a:*a*a*b"]],
+        },
+      );
+    });
+
+    test(
+      "planImages plans or fails clearly for any response",
+      () => {
+        const path = join(directory(), "response.json");
+        const { config } = readConfig(configFile("full"), "full", {}, {});
+        const { response } = gitlabJob({ token: "token-planted" });
+        const keyword = (name: string) => ({
+          ...{ name, alias: "a,b", entrypoint: ["x"], command: ["y"], pull_policy: ["never"] },
+          ...{ ports: [{ number: 80 }], variables: [{ key: "A", value: "$B", public: true }] },
+          executor_opts: { docker: { user: "u", platform: "linux/amd64" }, kubernetes: { user: 7 } },
+        });
+        const whole = { ...response, image: keyword("group/image:1"), services: [keyword("postgres:16")] };
+        const env = { JOB_RESPONSE_FILE: path };
+        const allowed = (host: string) => host === "docker.io" || host === "registry.example.com";
+        return forAny(
+          fc.property(mutatedJson(whole), (content) => {
+            fs.writeFileSync(path, content, "latin1");
+            try {
+              const job = readJob(env) as Job;
+              const plan = planImages({ config, job: { ...job, imageNames: ["x"] }, jobOverrides: [], env });
+              for (const { name, image, user = "0" } of [
+                ...(plan?.services ?? []),
+                ...(plan?.build ? [plan.build] : []),
+              ]) {
+                expect(name).toMatch(/^[\w-]{1,255}$/);
+                expect(parseImage(`${nameOf(image)}`)).toEqual(image);
+                expect(allowed(image.host)).toBe(true);
+                expect(user).toMatch(/^[\w.-]+(:[\w.-]+)?$/);
+              }
+            } catch (failure) {
+              if (!(failure instanceof Failure)) throw failure;
+              expect(expectClear(failure, failure.kind)).not.toContain("token-planted");
+            }
+          }),
+          { runs: 500 },
+        );
+      },
+      timeout,
+    );
   });
 
   // --- Records, with ECS mocked ---
