@@ -8281,7 +8281,7 @@ describe("job image and services", () => {
       ["an empty list and a command", { entrypoint: [], command: ["a"] }, [["a"], undefined]],
       ["an empty entry point alone", { entrypoint: [""] }, [undefined, undefined]],
       ["an empty command", { command: [""] }, [undefined, undefined]],
-    ])("deriveDefinition starts a service with %s as Docker does", (_, keyword, start) => {
+    ])("deriveDefinition starts a service with %s", (_, keyword, start) => {
       const service = containersOf(deriveFrom(planOf({ services: [{ name: "redis", ...keyword }] })))[
         "service-1-redis"
       ];
@@ -8559,7 +8559,7 @@ describe("job image and services", () => {
         baseWith({}, { containerDefinitions: [container("service-1-redis")] }),
       ],
       [
-        "accepts containers named build and permissions with services alone",
+        "accepts a container named build with services alone",
         undefined,
         baseWith({}, { containerDefinitions: [container("build"), container("permissions")] }),
         onlyServices,
@@ -8860,7 +8860,7 @@ describe("job image and services", () => {
       expect(overridesOf([service()], [secret("COUNT", "1"), variable("B", "10")]).environments).toEqual([{ B: "10" }]);
     });
 
-    test("serviceOverrides refuses a secret in a service's variable without SecretsInServices", () => {
+    test("serviceOverrides refuses secrets in services without SecretsInServices", () => {
       const token = madeUpSecret("glpat-");
       const variables = [secret("TOKEN", token), variable("USES", "x$TOKEN")];
       const own = (value: string) => [service([variable("POSTGRES_PASSWORD", value)], { name: "postgres:16" })];
@@ -8900,7 +8900,7 @@ describe("job image and services", () => {
       Array.from({ length: count }, (_, i) => variable(`${prefix}${i}`, "v".repeat(length)));
     const size = (overrides: unknown) => JSON.stringify(overrides).length;
 
-    test("serviceOverrides passes predefined variables while there is room and counts the rest", () => {
+    test("serviceOverrides passes predefined variables while there is room", () => {
       const services = [service([variable("OWN", "1")]), { name: "postgres" }, { name: "mysql" }];
       const variables = [...many(100, "CI_VARIABLE_", 60), ...many(20, "JOB_", 20)];
       const { overrides, environments, logged } = overridesOf(services, variables);
