@@ -792,7 +792,7 @@ describe("configuration", () => {
 
   test("readConfig explains each bad value in JobImage", () => {
     const pattern =
-      "registry/repository:tag or @digest; * for any text but /, ** for any path, {project_id}; none in the registry";
+      "registry/repository:tag or @digest, with * for any text but / and ** for any path, not in the registry";
     const cases: [line: string, problem: string][] = [
       [
         "AllowedImages = [1]",
@@ -2082,7 +2082,7 @@ describe("stages with ECS mocked", () => {
     const commands = new Set(ecs.calls().map(({ args }) => args[0].constructor.name));
     expect(commands).toEqual(new Set(["RunTaskCommand", "DescribeTasksCommand"]));
     expect(logged.slice(0, 2)).toEqual([
-      "warning: no effect: services: redis: AllowedServices is empty",
+      "warning: services: redis has no effect: AllowedServices is empty",
       "Starting a task of ci-node on cluster test-cluster in us-east-2",
     ]);
     expect(readRecord(recordFile())).not.toHaveProperty("Services");

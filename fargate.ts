@@ -6412,6 +6412,7 @@ export {
   adviceFor,
   awsFailure,
   CONTAINER,
+  COORDINATOR_OVERRIDE,
   ConfigSchema,
   callBuild,
   canonical,

@@ -12,7 +12,14 @@ import { parse as parseToml, stringify as stringifyToml } from "smol-toml";
 import * as v from "valibot";
 import { describe, expect, test } from "vitest";
 import { TARGETS } from "../.ci/build.ts";
-import { ConfigSchema, formatSweep, parseCommandLine, readConfig, startRetryPause } from "../fargate.ts";
+import {
+  COORDINATOR_OVERRIDE,
+  ConfigSchema,
+  formatSweep,
+  parseCommandLine,
+  readConfig,
+  startRetryPause,
+} from "../fargate.ts";
 import manifest from "../package.json" with { type: "json" };
 
 const root = join(import.meta.dirname, "..");
@@ -661,7 +668,7 @@ describe("claims", () => {
       ],
       "docs/images.md": [
         `limits all overrides of a task to ${constant("MAX_OVERRIDES").toLocaleString("en")} characters`,
-        `keeps ${constant("COORDINATOR_OVERRIDE").toLocaleString("en")} of these for itself`,
+        `keeps ${COORDINATOR_OVERRIDE.ed25519} of these for itself, or ${COORDINATOR_OVERRIDE.rsa.toLocaleString("en")} with an RSA key`,
         `After ${constant("SERVICE_WAIT_MS") / 1000} seconds, counted from the start of the last service`,
         `more than ${constant("DEFINITION_AGE") / 86_400} days old`,
         `at most ${constant("MAX_DEREGISTERED")} each time`,
