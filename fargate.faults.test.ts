@@ -419,7 +419,7 @@ describe.concurrent("task definitions of jobs", () => {
     "prepare fails when image:entrypoint never runs its arguments",
     async (scene) => {
       const finished = await scene.stage("prepare");
-      ended(finished, 2);
+      ended(finished, 1);
       return { stage: "prepare", finished };
     },
     withEntryPoint("sh", "-c", "sleep 600"),

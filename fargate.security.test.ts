@@ -736,7 +736,7 @@ describe("security model", () => {
       expect(named.length, row).toBeGreaterThan(0);
       for (const name of named) expect(known(name), `${name} of ${row}`).toBe(true);
     }
-  });
+  }, 180_000); // vitest loads all test files, which takes long beside other tests
 });
 
 // ---------------------------------------------------------------------------------------------------------

@@ -853,5 +853,5 @@ describe("claims", () => {
       named.filter(({ name }) => !exists(name)),
       gone,
     ).toEqual([]);
-  });
+  }, 180_000); // as for SECURITY.md: vitest loads all test files
 });
