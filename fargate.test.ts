@@ -5735,7 +5735,7 @@ describeProgram("compiled program", () => {
     const config = join(projectRoot, "fixtures", "config", "bad.toml");
     const bad = await fargate(["--config", config, "custom", "prepare"], { env: byHand() });
     expect(bad.code).toBe(2);
-    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(22);
+    expect(bad.stderr.trimEnd().split("\n")).toHaveLength(31);
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
     // As an absolute path, because the runner starts each stage in another working directory.
     expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml does not exist$/m);
@@ -5782,7 +5782,7 @@ describeProgram("compiled program", () => {
     const [line, ...more] = lines.filter((text) => /ruby|postgres|redis|no effect/.test(text));
     expect(more).toEqual([]);
     expect(line).toMatch(
-      /Z warning: image: and services: have no effect \(ruby:3\.2, postgres:16, redis:7, .*; to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION$/,
+      /Z warning: image: and services: have no effect; to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION\. Ignored: ruby:3\.2, postgres:16, redis:7, /,
     );
     expect(line).not.toMatch(/\p{Cc}|z{5000}/u);
     // Without image: and services:, there is no warning.

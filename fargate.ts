@@ -2801,7 +2801,7 @@ function checkJob(context: Context): void {
     "to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION";
   const names = job.imageNames?.join(", ");
   if (names && isOff)
-    log.warn("image: and services: have no effect ({names}); {instead}", { names, instead });
+    log.warn("image: and services: have no effect; {instead}. Ignored: {names}", { names, instead });
   const unused = unusedVariables(env).sort((a, b) => Number(!a.meant) - Number(!b.meant));
   for (const { name, meant } of unused.slice(0, 20))
     if (meant) log.warn("the job's variable {name} has no effect; did you mean {meant}?", { name, meant });
@@ -5233,7 +5233,8 @@ async function registerDefinition(
   const path = definitionPath(config, `${input.family}`);
   const limits = { until, signal };
   const find = async () => {
-    const found = await aws.describeTaskDefinition(`${input.family}`, limits);
+    const patient = { until: Math.max(until, now() + 5_000), signal }; // `until` is for registering
+    const found = await aws.describeTaskDefinition(`${input.family}`, patient);
     return found?.taskDefinitionArn && isSameDefinition(found, input) ? found.taskDefinitionArn : undefined;
   };
   // Register is limited to one call per second for the account, and ECS refuses concurrent ones of a family:
@@ -5509,6 +5510,7 @@ others() {
   done
   return 1
 }
+background() { holds $1 any && ! holds $1 filter; }
 # Waits while "$@" holds, for at most $fargate_limit tenths of a second.
 wait_while() { while [ $fargate_limit -gt 0 ] && "$@"; do pause; fargate_limit=$((fargate_limit - 1)); done; }
 serve() (
@@ -5524,8 +5526,9 @@ serve() (
     export FARGATE_MARK=\${fargate_name%.*}
     exec $fargate_shell -c "$fargate_boot" $fargate_shell
   )
-  fargate_code=$? fargate_limit=100
-  if holds $1 any; then pause; fi # a filter may have been forked just now, and not have its pipe yet
+  fargate_code=$? fargate_limit=5
+  wait_while background $1 # a filter may have been forked just now, and not have its pipe yet
+  fargate_limit=100
   wait_while holds $1 filter
   if holds $1 any; then : >$1/held; fi
   echo $fargate_code >&4
@@ -5787,7 +5790,7 @@ async function greetBuild(
       const text = `the container of image: ${image} has ended: ${explainContainer(container)}`;
       throw new Failure("build", text, recognize("", container.reason));
     }
-    const kind = container?.lastStatus === "RUNNING" ? "build" : "system"; // its entry point runs something else
+    const kind = container?.lastStatus === "RUNNING" ? "build" : "system"; // or it runs something else
     if (now() > until)
       throw new Failure(kind, `the container of image: ${image} did not answer within StartTimeout`);
     if (isFirst) log.info("Waiting for the container of image: {image}", { image });
@@ -5811,10 +5814,10 @@ async function pollServices(
   waiting: Map<string, JobContainer>,
   until: number,
 ): Promise<Task> {
-  const { signal, log, config, jobTask } = context;
+  const { signal, log, jobTask } = context;
   const task = await aws.describeTask(record.TaskARN, { until, signal });
   if (!task || isEnding(task)) throw stoppedEarly(task ?? {});
-  const rule = `its own health check, or listeners on port ${config.SSH.Port} for IPv4 and IPv6`;
+  const rule = "a health check in its definition, or an SSH server that listens on Port with IPv4 and IPv6";
   if (findContainer(task, CONTAINER)?.healthStatus === "UNHEALTHY")
     throw new Failure("system", `ECS reports ${CONTAINER} as UNHEALTHY: services need ${rule}`, {
       problem: "unhealthy",
@@ -5845,6 +5848,21 @@ function warnOfEndedServices(log: Logger, { Services = [], TaskARN }: TaskRecord
     log.warn("the service {Image} has ended: {reason}{where}", { Image, reason, where });
   }
   return ended.map(({ Container }) => Container);
+}
+
+/**
+ * Removes the services that listen from those that prepare waits for.
+ * @param others the number of open ports that no service has declared
+ * @returns how many it has removed
+ */
+function removeReady(waiting: Map<string, JobContainer>, open: ReadonlySet<number>, others: number): number {
+  const silent = [...waiting.values()].filter(({ keyword }) => portsOf(keyword).length === 0).length;
+  const ready = [...waiting.values()].filter(({ keyword }) => {
+    const own = portsOf(keyword);
+    return own.length > 0 ? own.every((port) => open.has(port)) : others >= silent;
+  });
+  for (const { name } of ready) waiting.delete(name);
+  return ready.length;
 }
 
 /** Waits until each service listens, or has ended. Warns of those that do not. */
@@ -5881,12 +5899,7 @@ async function waitForServices(
     // Services start when the coordinator is healthy. Earlier listeners belong to other containers.
     const isOfService = (port: number) => (firstSeen.get(port) ?? 0) > healthyAt - HEALTH_LAG_MS;
     const others = [...open].filter((port) => !known.has(port) && isOfService(port)).length;
-    const silent = [...waiting.values()].filter(({ keyword }) => portsOf(keyword).length === 0).length;
-    for (const [name, { keyword }] of waiting) {
-      const own = portsOf(keyword);
-      const isReady = own.length > 0 ? own.every((port) => open.has(port)) : others >= silent;
-      if (isReady && waiting.delete(name)) ready++;
-    }
+    ready += removeReady(waiting, open, others);
     const late = [...waiting.values()].map(({ keyword }) => keyword.name).join(", ");
     if (late && startedAt === Infinity && now() > until)
       throw new Failure("system", `services did not start within StartTimeout: ${late}`, {
