@@ -2033,7 +2033,7 @@ describe("stages with ECS mocked", () => {
       ["node:22", "redis"],
       () => {},
       [
-        "warning: image: and services: have no effect (node:22, redis); to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION",
+        "warning: image: and services: have no effect; to use them, set AllowedImages and AllowedServices in JobImage, or FARGATE_TASK_DEFINITION. Ignored: node:22, redis",
       ],
     ],
     ["with JobImage and without an image", [], ({ JobImage }) => JobImage.AllowedImages.push("**"), []],
