@@ -4308,6 +4308,35 @@ describe("relay", () => {
     }),
   );
 
+  relayTest("callBuild gives scripts the image's own variables, whatever their names", () => {
+    const names = ["link", "name", "shell", "call", "line", "boot", "code", "limit", "p", "f"];
+    const environment = Object.fromEntries(names.map((name) => [name, `of-${name}`]));
+    const lines = names.map((name) => `echo ${name}=$${name}`);
+    return withPair({ environment }, async (own) => {
+      const { outcome, stdout } = await call(own, lines.join("\n"));
+      expect({ outcome, stdout }).toEqual({ outcome: exited(0), stdout: names.map((n) => `${n}=of-${n}\n`).join("") });
+    });
+  });
+
+  relayTest("callBuild does not take an unconfirmed exit code for a script that has not begun", () =>
+    withPair({}, async (own) => {
+      const login = await own.logIn();
+      const exec = login.client.exec.bind(login.client);
+      let commands = 0;
+      // No second channel, and no second connection, for the command that confirms the exit code.
+      login.client.exec = ((command: string, done: (error?: Error) => void) =>
+        commands++ === 0 ? exec(command, done as never) : done(new Error("no channel"))) as never;
+      const target = { ...login.target, Port: 1 };
+      const error = await call(own, "echo once >>/builds/runs; exit 3", { login: { ...login, target } }).catch(
+        (e) => e,
+      );
+      expect(error).toBeInstanceOf(Failure);
+      expect(error.message).toMatch(/ended with exit code 3, which is not confirmed/);
+      expect(error).not.toHaveProperty("why"); // of an SshFailure, after which the driver sends a script again
+      expect((await own.host.exec("cat /builds/runs")).output).toBe("once\n");
+    }),
+  );
+
   relayTest("callBuild reports an entry point that does not end in exec", () =>
     withPair({ entryPoint: ["sh", "-c", '"$@"; sleep 600', "entry"] }, async (own) => {
       await expect
@@ -8883,6 +8912,20 @@ describe("job image and services", () => {
       ].map((key) => variable(key, "x"));
       const { environments } = overridesOf([service([...reserved, variable("A", "b")])], reserved);
       expect(environments).toEqual([{ A: "b" }]);
+    });
+
+    test("serviceOverrides keeps the others beside a variable without a value", () => {
+      const empty = { key: "EMPTY", value: null, public: true } as never;
+      expect(overridesOf([service([empty, variable("A", "b")])], [empty, variable("C", "d")]).environments).toEqual([
+        { EMPTY: "", A: "b", C: "d" },
+      ]);
+    });
+
+    test("serviceOverrides lets the variables of a service refer to each other", () => {
+      const own = [variable("DB", "app"), variable("URL", "postgres://$DB/$JOB")];
+      expect(overridesOf([service(own)], [variable("JOB", "x")]).environments).toEqual([
+        { DB: "app", URL: "postgres://app/x", JOB: "x" },
+      ]);
     });
 
     test("serviceOverrides lets the last of several variables of a name count", () => {
