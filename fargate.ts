@@ -5299,8 +5299,8 @@ async function prepareImages(context: Context, aws: Aws, until: number): Promise
       problem: "definition",
     });
   const refusal = refuseDefinition(base, plan);
-  if (refusal)
-    throw new Failure("system", `${TaskDefinition} cannot be used with image: and services:: ${refusal}`);
+  const unusable = `task definition ${TaskDefinition} cannot be extended for this job`;
+  if (refusal) throw new Failure("system", `${unusable}: ${refusal}`);
   checkPlan(base, plan, config.SSH.Port);
   const overrides = serviceOverrides(context, plan);
   const input = deriveDefinition(base, plan, mapped.config);
