@@ -3738,7 +3738,7 @@ async function stopOrphan({ report, limits }: Sweep, aws: Aws, task: SweptTask):
  * between the two snapshots, live processes touch their locks, or a new stage begins.
  */
 async function sweepTasks(shared: Sweep): Promise<void> {
-  const { context, aws, tasks, rules, report, takeSnapshot } = shared;
+  const { context, aws, tasks, rules, report, takeSnapshot, limits } = shared;
   const first = takeSnapshot();
   const judged = tasks
     .filter((task) => !isEnding(task))
@@ -3754,7 +3754,12 @@ async function sweepTasks(shared: Sweep): Promise<void> {
     const after = before.cause ? judgeTask(task, takeSnapshot(), rules) : before;
     // A touch between the two snapshots is a sign of life, whatever its time.
     const isOrphan = after.cause && after.cause === before.cause && after.lastSign === before.lastSign;
-    if (isOrphan) await shared.attempt(() => stopOrphan(shared, aws, after.task));
+    if (isOrphan)
+      await shared.attempt(async () => {
+        // Since the tasks were listed, the job's cleanup may have stopped it, and then removed its record.
+        const [now] = after.cause === "lost" ? await aws.describeTasks([task.taskArn ?? ""], limits()) : [];
+        if (!now || !isEnding(now)) await stopOrphan(shared, aws, after.task);
+      });
     else {
       const { why: _, ...left } = after.task;
       report.left.push(left);
