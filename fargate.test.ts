@@ -4067,7 +4067,7 @@ list='a b,c'; for word in $list /etc/hostnam?; do /usr/bin/printf '<%s>\n' "$wor
     const { rss } = process.memoryUsage;
     const connection = await task.logIn();
     try {
-      Object.assign(process.memoryUsage, { rss: () => rss() + 2 ** 30 }); // as if the server's data had taken 1 GiB
+      Object.assign(process.memoryUsage, { rss: () => rss() + 2 ** 40 }); // far more than the process can shrink meanwhile
       // The sleep keeps the script from ending before the connection.
       const { outcome } = await runIn(connection, "head -c 20000000 /dev/zero; sleep 600");
       const reason = "the server makes this process use too much memory";
