@@ -694,7 +694,7 @@ describe.concurrent("cleanup", () => {
     return { stage: "cleanup", finished };
   });
 
-  faultTest("sweep stops a task at once after its cleanup is killed", async (scene) => {
+  faultTest("sweep stops the task of a killed cleanup before its deadline", async (scene) => {
     const { aws } = scene.world;
     await prepared(scene);
     const held = aws.inject({ operation: "StopTask", times: Number.POSITIVE_INFINITY, do: { holdUntil: forever } });
@@ -1172,6 +1172,27 @@ describe.concurrent("sweep", () => {
       stage: "sweep",
       finished: { ...finished, stderr: finished.stdout.toString() },
       says: /^tasks: 0 stopped, 0 left running; records: 0 removed; problems: 0/,
+    };
+  });
+
+  faultTest("sweep leaves a task that its cleanup is about to stop", async (scene) => {
+    const arn = await prepared(scene);
+    const { aws } = scene.world;
+    const held = Promise.withResolvers<void>();
+    aws.inject({ operation: "StopTask", do: { holdUntil: held.promise } });
+    const cleaning = scene.begin("cleanup");
+    await aws.waitFor(() => aws.callsTo("StopTask").length > 0);
+    const finished = await sweeping(scene);
+    expect(JSON.parse(fs.readFileSync(scene.record, "utf8"))).toMatchObject({ Deadline: 1 });
+    held.resolve();
+    ended(await cleaning.finished, 0);
+    expect(finished).toMatchObject({ code: 0, stderr: "" });
+    expect(aws.callsTo("StopTask").map(({ input }) => input.task)).toEqual([arn]);
+    expect(filesLeft(scene.world).filter((name) => !name.startsWith(".manager-id"))).toEqual([]);
+    return {
+      stage: "sweep",
+      finished: { ...finished, stderr: finished.stdout.toString() },
+      says: /^tasks: 0 stopped, 1 left running; records: 0 removed; problems: 0/,
     };
   });
 

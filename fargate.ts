@@ -3388,7 +3388,7 @@ const PREPARE_WAIT_MS = 30_000; // how long cleanup waits for a live prepare of 
  */
 async function cleanup(caller: Context): Promise<void> {
   const context: Context = { ...caller, warned: new Set() };
-  const { config, job, log, now } = context;
+  const { config, job, log } = context;
   const { Directory } = config.TaskMetadata;
   if (!fs.existsSync(Directory))
     return log.warn(
@@ -3397,6 +3397,22 @@ async function cleanup(caller: Context): Promise<void> {
         Directory,
       },
     );
+  // Until the task is stopped, its record says that it must be: sweep leaves that to this process.
+  const removeLock = createLock(config.TaskMetadata, job.stem, "cleanup");
+  try {
+    await releaseTasks(context);
+  } finally {
+    removeLock();
+  }
+  // Files that a killed process was writing may contain a key.
+  const isTemporary = (name: string) => name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp");
+  for (const name of fs.readdirSync(Directory).filter(isTemporary))
+    fs.rmSync(join(Directory, name), { force: true });
+}
+
+/** Stops the job's task, and any that a live prepare starts meanwhile. Removes the record and dead locks. */
+async function releaseTasks(context: Context): Promise<void> {
+  const { config, now, wallTime, log } = context;
   const until = now() + PREPARE_WAIT_MS;
   // Looks for a prepare before it reads the record: a prepare that has ended has recorded its task.
   const first = findOtherPrepare(context);
@@ -3409,13 +3425,9 @@ async function cleanup(caller: Context): Promise<void> {
   }
   const isKnown = await releaseTask(context);
   // Meanwhile, a prepare may have written a record and sent RunTask.
-  if ((first || !isKnown) && hasManagerId(Directory))
+  if ((first || !isKnown) && hasManagerId(config.TaskMetadata.Directory))
     await stopTasksStartedBy(context, new Aws(config.Fargate, context), startedBy(context), { until: now() });
-  readLocks(config.TaskMetadata, context.wallTime()); // removes the locks of dead processes
-  // Files that a killed process was writing may contain a key.
-  const isTemporary = (name: string) => name.startsWith(`${job.stem}.json.`) && name.endsWith(".tmp");
-  for (const name of fs.readdirSync(Directory).filter(isTemporary))
-    fs.rmSync(join(Directory, name), { force: true });
+  readLocks(config.TaskMetadata, wallTime()); // removes the locks of dead processes
 }
 
 /** The fields needed to stop a task. */
