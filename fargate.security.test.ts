@@ -94,7 +94,7 @@ import {
   testTable,
 } from "./fixtures/scene.ts";
 import { wholeRun } from "./fixtures/secrets.ts";
-import { startSshServer } from "./fixtures/ssh-server.ts";
+import { newPrivateKey, startSshServer } from "./fixtures/ssh-server.ts";
 import {
   cleanup,
   collect,
@@ -1306,7 +1306,7 @@ describe("arbitrary input", () => {
       TaskARN: recorded,
       ContainerIP: "127.0.0.1",
       // A valid key, so that with an undamaged record, run tries to connect (nothing listens there).
-      PrivateKey: Buffer.from(utils.generateKeyPairSync("ed25519").private).toString("base64"),
+      PrivateKey: Buffer.from(newPrivateKey()).toString("base64"),
       HostKey: "AAAA",
       Deadline: 2_000_000_000,
       UpdatedAt: 1_900_000_000,

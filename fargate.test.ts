@@ -137,7 +137,7 @@ import { BUILDS, runThroughRelay, startPair } from "./fixtures/relay.ts";
 import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
 import { ANY_IMAGE, ended, forever, makeScene, setUpImageJobs, setUpJobs } from "./fixtures/scene.ts";
 import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
-import { parseKey, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
+import { newPrivateKey, parseKey, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import {
   buildWorkerImage,
   type ContainerHostsOptions,
@@ -2456,7 +2456,7 @@ describe("stages with ECS mocked", () => {
     };
     const withKey = (context: Context) => {
       context.config.SSH.PrivateKeyPath = join(directory(), "key");
-      fs.writeFileSync(context.config.SSH.PrivateKeyPath, utils.generateKeyPairSync("ed25519").private);
+      fs.writeFileSync(context.config.SSH.PrivateKeyPath, newPrivateKey());
     };
     /** Each scene: a name, the expected number of RunTask calls, AWS's answers, and changes to the job. */
     const scenes: [what: string, calls: number, answer: () => void, setUp?: (context: Context) => void][] = [
