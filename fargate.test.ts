@@ -5472,7 +5472,18 @@ describeProgram("compiled program", () => {
       }
       expect(await runWith("exit 0", ["ignore", full, full])).toMatchObject({ code: 0 });
     }
-    // Nobody reads standard error any more.
+    // Nobody reads standard output any more. Bun reports this in two ways, depending on the size of a part.
+    for (const part of ["echo line", "head -c 100000 /dev/zero"]) {
+      const words = ["--config", config, "custom", "run", scriptFile(`while :; do ${part}; done`), "x"];
+      const child = spawn(driver, words, { env, stdio: ["ignore", "pipe", "pipe"] });
+      const errors = collect();
+      child.stderr.pipe(errors.sink);
+      await new Promise((shown) => child.stdout.once("data", shown));
+      child.stdout.destroy();
+      expect(await new Promise((done) => child.on("close", done))).toBe(2);
+      expect(errors.bytes().toString()).toMatch(/ error: the job's output cannot be written: EPIPE: .*\n$/);
+    }
+    // Nor standard error.
     const script = scriptFile("while :; do echo line >&2; done");
     const child = spawn(driver, ["--config", config, "custom", "run", script, "x"], {
       env,

@@ -6370,7 +6370,7 @@ function openSink(file: Bun.BunFile, onError: (error: unknown) => void): OutputS
   return {
     async write(part, done) {
       try {
-        writer.write(part);
+        await writer.write(part); // its promise rejects if there is no reader
         await writer.flush(); // until the kernel has taken all of it, or there is no reader
       } catch (error) {
         onError(error);
