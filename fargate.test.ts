@@ -19,6 +19,9 @@ import {
   type EC2ClientResolvedConfig,
   type ServiceInputTypes as Ec2Input,
   type ServiceOutputTypes as Ec2Output,
+  type IpPermission,
+  type Route,
+  type VpcEndpoint,
 } from "@aws-sdk/client-ec2";
 import {
   type ContainerDefinition,
@@ -50,6 +53,7 @@ import {
   type Cause,
   CONTAINER,
   type Config,
+  ConfigSchema,
   type Connection,
   type Context,
   callBuild,
@@ -66,11 +70,15 @@ import {
   Failure,
   findPipeHolders,
   findShells,
+  formatConfig,
+  formatDuration,
   formatRecord,
   formatSweep,
+  formatTasks,
   GIT_CONFIG,
   hostNames,
   imageDirectories,
+  initialSettings,
   interfaceOf,
   interpreterOf,
   isSameDefinition,
@@ -115,9 +123,11 @@ import {
   unusedVariables,
   writeRecord,
 } from "./fargate.ts";
-import type { Operation } from "./fixtures/aws.ts";
+import type { FaultAction, Operation, PolicyDocument } from "./fixtures/aws.ts";
+import type { Statement } from "./fixtures/aws-policies.ts";
 import { makeAuthority } from "./fixtures/certificates.ts";
 import { DriverOutput, withDebugLines } from "./fixtures/debug.ts";
+import { HOST_GROUP, type Network, VPC } from "./fixtures/ec2.ts";
 import { EcsMetadata, type MetadataFault } from "./fixtures/ecs-metadata.ts";
 import { driverConfig, type Fleet, makeFleet, managersNamed, REGISTRATION_TOKEN, WORKER } from "./fixtures/fleet.ts";
 import {
@@ -127,6 +137,7 @@ import {
   type GitLabStandInOptions,
 } from "./fixtures/gitlab.ts";
 import { BUSYBOX_IMAGE, DEBIAN_IMAGE, POSTGRES_IMAGE, REDIS_IMAGE } from "./fixtures/images.ts";
+import { examplePolicies, type Installation, makeInstallation } from "./fixtures/installation.ts";
 import { awkwardVariables, gitlabJob, variableCheck } from "./fixtures/job.ts";
 import { type Loaded, recordingProgram, recordLoads } from "./fixtures/loaded-modules.ts";
 import { lostOutput } from "./fixtures/lost-output.ts";
@@ -135,17 +146,19 @@ import { driver, type Finished, fargate, start } from "./fixtures/process.ts";
 import { startConnectProxy, startProxy } from "./fixtures/proxy.ts";
 import { BUILDS, runThroughRelay, startPair } from "./fixtures/relay.ts";
 import { parseRunnerConfig, type RunnerSection } from "./fixtures/runner-config.ts";
-import { ANY_IMAGE, ended, forever, makeScene, setUpImageJobs, setUpJobs } from "./fixtures/scene.ts";
+import { ANY_IMAGE, ended, filesLeft, forever, makeScene, setUpImageJobs, setUpJobs } from "./fixtures/scene.ts";
 import { madeUpSecret, tagsOf, wholeRun } from "./fixtures/secrets.ts";
 import { newPrivateKey, parseKey, type SshServer, startSshServer } from "./fixtures/ssh-server.ts";
 import {
   buildWorkerImage,
   type ContainerHostsOptions,
   containerHosts,
+  embeddedHosts,
   LIKE_ALPINE,
   NEWER_BASE_IMAGE,
   type TaskHosts,
 } from "./fixtures/tasks.ts";
+import { openTerminal } from "./fixtures/terminal.ts";
 import {
   cleanup,
   collect,
@@ -157,6 +170,7 @@ import {
   log,
   never,
   nextAddress,
+  nextNumber,
   PACKAGES,
   plainSshd,
   prepare,
@@ -1260,7 +1274,8 @@ describe("job identity", () => {
     const hash = sha256(
       JSON.stringify(["https://gitlab.example.com/acme/rocket.git", 42, 4711, gitlabJob().response.token]),
     );
-    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, imageNames: [] };
+    const ids = { job: 4711, project: 42 };
+    const job = { stem: `job-4711-${hash}`, hash, title: "job 4711 of project 42", timeout: 3600, imageNames: [], ids };
     expect(readJob({ ...variables, JOB_RESPONSE_FILE })).toEqual(job);
     for (const name of [...Object.keys(variables), "CUSTOM_ENV_CI_BUILDS_DIR", "CUSTOM_ENV_JOB_RESPONSE_FILE"])
       for (const value of ["", "other", "../../x", "a\u0000b", "\u001b[0K\n", "x".repeat(5_000)])
@@ -2427,6 +2442,27 @@ describe("stages with ECS mocked", () => {
     await expect(prepare({ ...context, now: () => (time += 6_000) })).rejects.toThrow(
       "the task stopped before it was ready",
     );
+  });
+
+  test("prepare uses the fallback strategy after the cluster's default strategy", async () => {
+    const context = contextOf(({ Fargate }) => {
+      Fargate.LaunchType = undefined;
+      Fargate.CapacityProviderStrategy = undefined;
+      Fargate.FallbackCapacityProviderStrategy = [{ CapacityProvider: "FARGATE", Weight: 1 }];
+    });
+    const capacity = { failures: [{ reason: "Capacity is unavailable at this time." }] };
+    const denied = awsError("AccessDeniedException", "User: x is not authorized to perform: ecs:RunTask");
+    ecs.on(RunTaskCommand).resolvesOnce(capacity).rejects(denied);
+    let time = Date.now();
+    await expect(prepare({ ...context, now: () => (time += 6_000) })).rejects.toThrow("not authorized");
+    expect(
+      ecs
+        .commandCalls(RunTaskCommand)
+        .map(({ args }) => [args[0].input.launchType, args[0].input.capacityProviderStrategy]),
+    ).toEqual([
+      [undefined, undefined],
+      [undefined, [{ capacityProvider: "FARGATE", weight: 1 }]],
+    ]);
   });
 
   test("prepare and cleanup decide the same when messages have other texts", async () => {
@@ -6845,6 +6881,15 @@ describeProgram("runners", () => {
       expect(given).not.toHaveProperty("token_expires_at");
     });
 
+    test("runners gives every runner the cache that CACHE_S3_BUCKET_NAME names", async () => {
+      const fleet = await newFleet();
+      const bucket = { CACHE_S3_BUCKET_NAME: "test-ci-cache", CACHE_S3_BUCKET_LOCATION: "us-east-2" };
+      ended(await fleet.run({ ...managersNamed("one", "two"), ...bucket }), 0);
+      const example = parse(fs.readFileSync(join(projectRoot, "examples", "cache-s3.toml"), "utf8"));
+      const { cache } = example.runners as unknown as { cache: object };
+      expect(fleet.sections().map((section) => section.cache)).toEqual([cache, cache]);
+    });
+
     test("runners uses the registration token of managers without a token of their own", async () => {
       const fleet = await newFleet();
       const token = fleet.gitlab.createRunner();
@@ -6964,6 +7009,7 @@ describeProgram("runners", () => {
           STOP_TIMEOUT: "soon",
           SWEEP_INTERVAL: "-1",
           DRIVER_SETTINGS: "[]",
+          CACHE_S3_BUCKET_NAME: "test-ci-cache",
           GITLAB_REGISTRATION_TOKEN: undefined,
           GITLAB_RUNNER_TOKEN_THREE: TOKEN,
         },
@@ -6975,6 +7021,7 @@ describeProgram("runners", () => {
           `STOP_TIMEOUT is "soon"; expected: seconds that jobs have to finish before they are cancelled, ${whole(0)}`,
           `SWEEP_INTERVAL is "-1"; expected: seconds between sweeps, 0 for none, ${whole(0)}`,
           'DRIVER_SETTINGS is "[]"; expected: a JSON object with keys of the driver\'s configuration file',
+          "CACHE_S3_BUCKET_LOCATION is not set; expected: the bucket's region",
           'manager "one": worker_aws_region: Fargate.Region is missing; expected: an AWS region, such as us-east-1',
           'manager "two": driver_settings is 3; expected: a JSON object with keys of the driver\'s configuration file',
           "GITLAB_RUNNER_TOKEN_THREE is for no manager",
@@ -7681,6 +7728,2000 @@ describeProgram("runners", () => {
       expect(fleet.sections().map(({ token }) => token)).toEqual(fleet.gitlab.runners.map(({ token }) => token));
       expect(fleet.names()).toEqual([".runner_system_id", "config.toml", "fargate-one.toml", "fargate-two.toml"]);
     });
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 11. Operator commands
+// ---------------------------------------------------------------------------------------------------------
+
+describe("operator commands", () => {
+  test.each([
+    [0, "0s"],
+    [59.9, "59s"],
+    [60, "1m0s"],
+    [3_599, "59m59s"],
+    [3_600, "1h0m"],
+    [86_399, "23h59m"],
+    [86_400, "1d0h"],
+    [-5, "0s"],
+  ])("formatDuration formats %d s as %s", (seconds, text) => {
+    expect(formatDuration(seconds)).toBe(text);
+  });
+
+  test("formatTasks aligns its columns and escapes text of others", () => {
+    const task = {
+      project: 42,
+      taskArn: `arn:aws:ecs:us-east-2:1:task/c/${"a".repeat(32)}`,
+      startedBy: "x",
+      stages: [],
+    };
+    const tasks = [
+      { ...task, job: 7, state: "RUNNING", createdAt: 1_000, deadline: 1_000 + 7_200, address: "10.0.0.1" },
+      {
+        ...task,
+        job: null,
+        project: null,
+        taskArn: null,
+        state: null,
+        createdAt: 4_590,
+        deadline: null,
+        address: null,
+      },
+      { ...task, job: 12345, state: "\x1b[31m", createdAt: 0, deadline: 4_000, address: "10.0.0.22" },
+    ];
+    expect(formatTasks(tasks, false, 4_600).split("\n")).toEqual([
+      "JOB    PROJECT  TASK                              STATE       AGE    DEADLINE   ADDRESS",
+      `7      42       ${"a".repeat(32)}  RUNNING     1h0m   in 1h0m    10.0.0.1`,
+      "-      -        -                                 -           10s    -          -",
+      `12345  42       ${"a".repeat(32)}  \\u001b[31m  1h16m  10m0s ago  10.0.0.22`,
+      "",
+    ]);
+    expect(JSON.parse(formatTasks(tasks, true, 0))).toEqual({ tasks });
+  });
+
+  describe("init", () => {
+    const uncommented = (text: string) => text.replace(/^# (?=[A-Z]\w* = |\[)/gm, "");
+    const values = {
+      Fargate: {
+        Cluster: "ci",
+        Region: "us-east-2",
+        Subnets: ["subnet-1", "subnet-2"],
+        SecurityGroup: "sg-1",
+        TaskDefinition: "ci:3",
+        AllowedTaskDefinitions: [],
+        EnablePublicIP: true,
+        CapacityProviderStrategy: [{ CapacityProvider: "FARGATE_SPOT", Weight: 1 }],
+        Tags: { "cost centre": 'a "quoted" \\ text\u007f', team: "ü" },
+      },
+      TaskMetadata: { Directory: "/opt/gitlab-runner/metadata" },
+      SSH: { Username: "root", Port: 2222 },
+    };
+
+    test("formatConfig writes every setting and reads back as the given values", () => {
+      const text = formatConfig(values);
+      expect(parse(text)).toEqual({ ...values, JobImage: {} });
+      expect(readConfig(text, "/etc/fargate.toml", {}, {}).warnings).toEqual([]);
+      const all = parse(uncommented(text)) as Record<string, Record<string, unknown>>;
+      for (const [table, schema] of Object.entries(ConfigSchema.entries)) {
+        const inner = "wrapped" in schema ? (schema.wrapped as { entries?: object }) : (schema as { entries?: object });
+        if (inner.entries) expect(Object.keys(all[table] ?? {}), table).toEqual(Object.keys(inner.entries));
+        else expect(all).toHaveProperty(table);
+      }
+      for (const line of text.match(/^# (?!\w+ = ).*$/gm) ?? []) expect(line.length).toBeLessThanOrEqual(100);
+    });
+
+    test("formatConfig shows the default of each setting", () => {
+      const all = uncommented(formatConfig(values));
+      for (const line of [
+        "StartTimeout = 600",
+        'KeyType = "ed25519"',
+        "WaitForHealthy = false",
+        'BuildsDirectory = "/builds"',
+        'LogLevel = "info"',
+      ])
+        expect(all.split("\n")).toContain(line);
+    });
+
+    const settingsOf = (options: Parameters<typeof initialSettings>[0], env: Record<string, string> = {}) =>
+      initialSettings(options, {}, env);
+    test("initialSettings lets options override variables and --set override both", () => {
+      const env = { FARGATE_CLUSTER: "from-env", AWS_REGION: "eu-west-1", WORKER_SUBNET: "subnet-9" };
+      expect(settingsOf({ cluster: "from-option", set: ["ssh.port=22", "SSH.Username=ci"] }, env)).toEqual({
+        settings: {
+          Fargate: {
+            Cluster: "from-option",
+            Region: "eu-west-1",
+            Subnet: "subnet-9",
+            AllowedTaskDefinitions: [],
+            AllowedPlatformVersions: [],
+          },
+          TaskMetadata: { Directory: "/opt/gitlab-runner/metadata" },
+          SSH: { Port: 22, Username: "ci" },
+        },
+        missing: ["Fargate.SecurityGroup", "Fargate.TaskDefinition"],
+      });
+      const tags = ["Fargate.Tags.team=ci", 'Fargate.Tags.cost="12"', "Fargate.Cluster=last"];
+      expect(settingsOf({ set: tags }, env).settings).toMatchObject({
+        Fargate: { Cluster: "last", Tags: { team: "ci", cost: "12" } },
+      });
+    });
+
+    test.each([
+      ["Fargate.Clutser=ci", "unknown key Fargate.Clutser; the most similar known key is Fargate.Cluster"],
+      ["SSH.Port=99999", "SSH.Port is 99999; expected: the port of the task's SSH server, a whole number"],
+      ["SSH.Port=abc", 'SSH.Port is "abc"; expected'],
+      ["Port", "--set Port: expected Table.Key=value"],
+      ["=5", "--set =5: expected Table.Key=value"],
+      ["Fargate.EnablePublicIP=yes", 'Fargate.EnablePublicIP is "yes"; expected'],
+      ["Fargate=5", "Fargate is 5; expected: a table, as in Fargate.Key=value"],
+    ])("initialSettings refuses --set %s", (assignment, message) => {
+      expect(thrown(() => settingsOf({ set: [assignment] })).message).toContain(message);
+    });
+
+    testProgram("init writes a file that doctor accepts and a section that a runner reads", async () => {
+      const where = directory();
+      const env = { FARGATE_CLUSTER: "ci", FARGATE_REGION: "us-east-2", GITLAB_URL: "https://gitlab.example.com" };
+      const options = ["--subnet", "subnet-1", "--security-group", "sg-1", "--ssh-user", "root", "--task-def", "ci"];
+      const finished = await fargate(["init", ...options], { cwd: where, env });
+      const path = join(where, "fargate.toml");
+      expect(finished).toMatchObject({ code: 0, stderr: expect.stringContaining(`${path} written`) });
+      expect(finished.stderr).not.toContain("still to be set");
+      expect(fs.statSync(path).mode & 0o777).toBe(0o644);
+      const { config } = readConfig(fs.readFileSync(path, "utf8"), path, {}, {});
+      expect(config.Fargate).toMatchObject({ Cluster: "ci", TaskDefinition: "ci", AllowedTaskDefinitions: [] });
+      const { runners } = parse(finished.stdout.toString()) as { runners: Record<string, unknown>[] };
+      expect(runners).toMatchObject([
+        {
+          url: "https://gitlab.example.com",
+          executor: "custom",
+          custom: { run_exec: driver, run_args: ["--config", path, "custom", "run"] },
+        },
+      ]);
+      // It overwrites nothing.
+      const before = fs.readFileSync(path);
+      const again = await fargate(["init", ...options], { cwd: where, env });
+      expect(again).toMatchObject({ code: 2, stdout: Buffer.from("") });
+      expect(again.stderr).toContain(`${path} exists already`);
+      expect(again.stderr).toContain("what to do: name another file with --config, or remove that one");
+      expect(fs.readFileSync(path)).toEqual(before);
+    });
+
+    testProgram("init leaves no part of a file on a full disk", async ({ skip }) => {
+      const where = directory();
+      const mount = ["-t", "tmpfs", "-o", "size=4k", "none", where];
+      if (spawnSync("mount", mount, { stdio: "ignore" }).status !== 0) skip("mount(8) is not permitted");
+      try {
+        const finished = await fargate(["init", "--cluster", "ci"], { cwd: where });
+        expect(finished.code).toBe(2);
+        expect(finished.stderr).toMatch(/cannot be written: ENOSPC.*\n.*what to do: the runner's user must be able/);
+        expect(fs.readdirSync(where)).toEqual([]);
+      } finally {
+        spawnSync("umount", [where]);
+      }
+    });
+
+    testProgram("init writes what it knows and names what is still to be set", async () => {
+      const path = join(directory(), "new.toml");
+      const finished = await fargate(["--config", path, "init", "--cluster", "ci"], { env: {} });
+      expect(finished.code).toBe(0);
+      expect(finished.stderr).toContain(
+        `warning: still to be set in ${path}: Fargate.Region, Fargate.Subnet, Fargate.SecurityGroup, ` +
+          "Fargate.TaskDefinition, SSH.Username",
+      );
+      expect(parse(fs.readFileSync(path, "utf8"))).toMatchObject({ Fargate: { Cluster: "ci" } });
+    });
+  });
+
+  describeProgram("tasks and shell", () => {
+    let world: World;
+    const { byHand, nothingLeft, scriptFile } = setUpJobs((made) => {
+      world = made;
+    });
+    /** A job that `prepare` has made ready. */
+    const prepared = async (config = world.configure()) => {
+      const env = byHand();
+      expect(await fargate(["--config", config, "custom", "prepare"], { env })).toMatchObject({ code: 0 });
+      const id = `${readJob(env)?.ids?.job}`;
+      const task = world.aws.running().at(-1);
+      const command = (...args: string[]) => fargate(["--config", config, ...args], { env: world.aws.environment });
+      const run = (script: string) =>
+        start([driver, "--config", config, "custom", "run", scriptFile(script), "build_script"], { env });
+      const cleanup = () => fargate(["--config", config, "custom", "cleanup"], { env });
+      const record = join(world.records, `${readJob(env)?.stem}.json`);
+      return { env, id, task, taskId: `${task?.taskArn.slice(-32)}`, config, command, run, cleanup, record };
+    };
+
+    taskTest("tasks shows the running jobs of this host", async () => {
+      const first = await prepared();
+      const second = await prepared();
+      const running = second.run("echo begun; sleep 600");
+      await running.shows("begun");
+      const since = world.aws.calls.length;
+      const shown = await first.command("tasks");
+      expect(shown).toMatchObject({ code: 0, stderr: "" });
+      const lines = shown.stdout.toString().split("\n");
+      expect(lines[0]).toMatch(/^JOB {3}PROJECT {2}TASK {30}STATE {4}AGE +DEADLINE +ADDRESS$/);
+      for (const [i, { id, taskId, task }] of [first, second].entries())
+        expect(lines[i + 1]).toMatch(
+          new RegExp(`^${id}  42 +${taskId}  RUNNING  (\\d+m)?\\d+s +in \\d+h\\d+m +${task?.address}$`),
+        );
+      expect(lines.slice(3)).toEqual([""]);
+      expect(world.aws.calls.slice(since).map(({ operation }) => operation)).toEqual(["ListTasks", "DescribeTasks"]);
+      const { tasks } = JSON.parse((await first.command("tasks", "--json")).stdout.toString());
+      const { Deadline, StartedBy } = readRecord(first.record) as TaskRecord;
+      expect(tasks).toMatchObject([
+        {
+          job: Number(first.id),
+          project: 42,
+          taskArn: first.task?.taskArn,
+          state: "RUNNING",
+          deadline: Deadline,
+          startedBy: StartedBy,
+          stages: [],
+        },
+        { job: Number(second.id), address: second.task?.address, stages: ["run"] },
+      ]);
+      running.process.kill("SIGTERM");
+      await running.finished;
+      for (const job of [first, second]) await job.cleanup();
+      nothingLeft();
+      expect((await first.command("tasks")).stdout.toString()).toBe(
+        "JOB  PROJECT  TASK  STATE  AGE  DEADLINE  ADDRESS\n",
+      );
+    });
+
+    taskTest("tasks shows those of other hosts with --all, with the job in their tags", async () => {
+      const job = await prepared();
+      const startedBy = (manager: string) => `fargate-${manager}-${"0".repeat(32)}`;
+      const other = world.aws.addTask({ cluster: "test-cluster", startedBy: startedBy("0123456789ab") });
+      const tagged = world.aws.addTask({ cluster: "test-cluster", startedBy: startedBy("ba9876543210") });
+      Object.assign(tagged, {
+        tags: [
+          { key: "gitlab:job-id", value: "77" },
+          { key: "gitlab:project-id", value: "8" },
+        ],
+      });
+      world.aws.addTask({ cluster: "test-cluster", startedBy: "another-program" });
+      const list = async (...args: string[]) =>
+        JSON.parse((await job.command("tasks", "--json", ...args)).stdout.toString()).tasks.map(
+          ({ taskArn, job, project }: Record<string, unknown>) => [taskArn, job, project],
+        );
+      const own = [job.task?.taskArn, Number(job.id), 42];
+      const all = [own, [other.taskArn, null, null], [tagged.taskArn, 77, 8]].sort();
+      // ECS describes new tasks late.
+      await expect.poll(async () => (await list("--all")).sort(), { timeout: 10_000 }).toEqual(all);
+      expect(await list()).toEqual([own]);
+      await job.cleanup();
+    });
+
+    taskTest("tasks shows a job whose task is about to start, and one in another cluster", async () => {
+      const held = Promise.withResolvers<void>();
+      world.aws.inject({ operation: "RunTask", do: { holdUntil: held.promise } });
+      const env = byHand();
+      const config = world.configure();
+      const starting = start([driver, "--config", config, "custom", "prepare"], { env });
+      await starting.shows("Starting a task");
+      await world.aws.waitFor(() => fs.existsSync(join(world.records, `${readJob(env)?.stem}.json`)), 10_000);
+      const elsewhere = world.configure({ Fargate: { Cluster: "bare-cluster" } });
+      const list = async (path: string) =>
+        JSON.parse(
+          (await fargate(["--config", path, "tasks", "--json"], { env: world.aws.environment })).stdout.toString(),
+        );
+      const none = { taskArn: null, state: null, address: null };
+      await expect
+        .poll(() => list(config), { timeout: 10_000 })
+        .toMatchObject({ tasks: [{ ...none, stages: ["prepare"] }] });
+      held.resolve();
+      expect(await starting.finished).toMatchObject({ code: 0 });
+      expect(await list(elsewhere)).toMatchObject({ tasks: [{ job: readJob(env)?.ids?.job, state: "RUNNING" }] });
+      await fargate(["--config", config, "custom", "cleanup"], { env });
+      nothingLeft();
+    });
+
+    test("tasks asks nothing where no job has run", async () => {
+      const since = world.aws.calls.length;
+      const config = world.configure({ TaskMetadata: { Directory: join(directory(), "none") } });
+      const shown = await fargate(["--config", config, "tasks"], { env: world.aws.environment });
+      expect(shown).toMatchObject({
+        code: 0,
+        stderr: expect.stringMatching(/no job has run with TaskMetadata.Directory .* yet\n$/),
+      });
+      expect(shown.stdout.toString()).toBe("JOB  PROJECT  TASK  STATE  AGE  DEADLINE  ADDRESS\n");
+      expect(world.aws.calls.length).toBe(since);
+    });
+
+    taskTest("shell runs a command with its arguments, both streams and its exit code", async () => {
+      const job = await prepared();
+      const words = ["sh", "-c", 'printf "%s|" "$@"; echo err >&2; exit 3', "x", "a b", "it's", '$HOME "\\'];
+      expect(await job.command("shell", job.id, "--", ...words)).toMatchObject({
+        code: 3,
+        stdout: Buffer.from(`a b|it's|$HOME "\\|`),
+        stderr: "err\n",
+      });
+      expect(await job.command("shell", job.taskId, "--", "echo one; echo two | tr w W")).toMatchObject({
+        code: 0,
+        stdout: Buffer.from("one\ntWo\n"),
+        stderr: "",
+      });
+      expect(await job.command("shell", job.id, "kill -9 $$")).toMatchObject({ code: 137, stderr: "" });
+      expect(await job.command("shell", job.id, "--", "cat")).toMatchObject({ code: 0, stdout: Buffer.from("") });
+      await job.cleanup();
+      nothingLeft();
+    });
+
+    taskTest("shell does not disturb the job", async () => {
+      const job = await prepared();
+      const files = () =>
+        fs.readdirSync(world.records).map((name) => {
+          const { mtimeMs, ctimeMs } = fs.statSync(join(world.records, name));
+          const isLock = name.endsWith(".lock"); // the live stage touches it
+          return [name, isLock || mtimeMs, isLock || ctimeMs, fs.readFileSync(join(world.records, name), "utf8")];
+        });
+      const running = job.run(`trap "exit 5" USR1; echo "pid $$"; while :; do echo tick; sleep 0.05; done`);
+      let output = "";
+      running.process.stdout?.on("data", (chunk) => {
+        output += chunk;
+      });
+      await running.shows("tick");
+      const before = files();
+      const calls = world.aws.calls.length;
+      expect(await job.command("shell", job.id, "--", "exit 9")).toMatchObject({ code: 9 });
+      // One that is killed in the middle.
+      const killed = start([driver, "--config", job.config, "shell", job.id, "--", "echo up; sleep 600"], {
+        env: world.aws.environment,
+      });
+      await killed.shows("up");
+      killed.process.kill("SIGKILL");
+      await killed.finished;
+      expect(files()).toEqual(before);
+      const operations = new Set(world.aws.calls.slice(calls).map(({ operation }) => operation));
+      expect(operations).toEqual(new Set(["DescribeTasks"]));
+      const pid = /^pid (\d+)$/m.exec(output)?.[1];
+      expect(await job.command("shell", job.id, "--", `kill -USR1 ${pid}`)).toMatchObject({ code: 0, stderr: "" });
+      const { code, stdout } = await running.finished;
+      expect(code).toBe(1);
+      expect(stdout.toString()).toMatch(/^pid \d+\n(tick\n)+$/);
+      await job.cleanup();
+      nothingLeft();
+    });
+
+    taskTest("shell ends a command in the task when it is terminated", async () => {
+      const job = await prepared();
+      const mark = `marker-${nextNumber()}`;
+      const command = ["shell", job.id, "--", `echo up; exec -a ${mark} sleep 600`];
+      const running = start([driver, "--config", job.config, ...command], { env: world.aws.environment });
+      await running.shows("up");
+      running.process.kill("SIGTERM");
+      expect(await running.finished).toMatchObject({
+        code: 255,
+        stderr: expect.stringContaining("stopped by SIGTERM"),
+      });
+      const left = await job.command("shell", job.id, "--", `grep -l "^${mark}" /proc/[0-9]*/cmdline || echo none`);
+      expect(left.stdout.toString()).toBe("none\n");
+      await job.cleanup();
+    });
+
+    taskTest("shell ends a command in the task when nobody reads its output", async () => {
+      const job = await prepared();
+      const mark = `marker-${nextNumber()}`;
+      const command = `seq 1 3000000; exec -a ${mark} sleep 600`;
+      const line = '"$@" | head -n 1; exit "${PIPESTATUS[0]}"';
+      const args = [driver, "--config", job.config, "shell", job.id, "--", command];
+      const finished = await start(["bash", "-c", line, "bash", ...args], { env: world.aws.environment }).finished;
+      expect(finished).toMatchObject({ code: 255, stdout: Buffer.from("1\n") });
+      expect(finished.stderr).toMatch(/error: the output cannot be written: EPIPE/);
+      const left = await job.command("shell", job.id, "--", `grep -l "^${mark}" /proc/[0-9]*/cmdline || echo none`);
+      expect(left.stdout.toString()).toBe("none\n");
+      await job.cleanup();
+    });
+
+    taskTest("tasks warns of a record whose cluster is gone and shows the other tasks", async () => {
+      const job = await prepared();
+      const record = readRecord(job.record) as TaskRecord;
+      const stale = `job-77-${record.StartedBy.slice(-32)}${"0".repeat(32)}.json`;
+      const TaskARN = record.TaskARN.replace(/.{32}$/, "f".repeat(32));
+      writeRecord(join(world.records, stale), { ...record, Cluster: "gone-cluster", TaskARN, JobID: 77 });
+      const shown = await job.command("tasks", "--json");
+      expect(shown.code).toBe(0);
+      expect(shown.stderr).toMatch(
+        new RegExp(`warning: cluster gone-cluster, which ${stale} names: .*ClusterNotFound`),
+      );
+      expect(JSON.parse(shown.stdout.toString()).tasks).toMatchObject([
+        { job: Number(job.id), state: "RUNNING" },
+        { job: 77, taskArn: TaskARN, state: null },
+      ]);
+      fs.rmSync(join(world.records, stale));
+      await job.cleanup();
+      nothingLeft();
+    });
+
+    taskTest(
+      "shell leaves a login that hangs by ~. at the beginning of a line",
+      async () => {
+        const job = await prepared();
+        const terminal = openTerminal([driver, "--config", job.config, "shell", job.id], {
+          env: world.aws.environment,
+        });
+        await terminal.shows(/[#$] $/);
+        terminal.type("sleep 600 # ~.\r");
+        await terminal.shows(/~\.\r\n/);
+        terminal.type("~.");
+        expect(await terminal.finished).toBe(255);
+        expect(terminal.text()).toMatch(/error: left by ~\.\r\n$/);
+        await job.cleanup();
+      },
+      { containerOnly: true },
+    );
+
+    taskTest("shell names the reason when it cannot log in", async () => {
+      const job = await prepared();
+      const failed = async (message: string | RegExp, ...args: string[]) => {
+        const finished = await job.command("shell", ...args);
+        const isUsage = `${message}`.includes("expected: ");
+        expect(finished).toMatchObject({ code: isUsage ? 2 : 255, stdout: Buffer.from("") });
+        expect(finished.stderr).toMatch(message);
+      };
+      await failed(/error: no job 1 runs on this host\n.*what to do: fargate tasks shows the ids/, "1", "--", "true");
+      await failed(/shell: .*'x; rm'.*; expected: a job's id, or the 32 hex digits of a task/, "x; rm");
+      await failed(/error: this is no terminal\n.*what to do: add a command/, job.id);
+      // Another job with the same id, of another GitLab.
+      const record = readRecord(job.record) as TaskRecord;
+      const twin = `job-${job.id}-${record.StartedBy.slice(-32)}${"0".repeat(32)}.json`;
+      writeRecord(join(world.records, twin), {
+        ...record,
+        ProjectID: 43,
+        TaskARN: record.TaskARN.replace(/.{32}$/, "f".repeat(32)),
+      });
+      await failed(
+        new RegExp(`2 running jobs have the id ${job.id}; name one by its task:\n(.*project 4[23]: task \\w{32}\n){2}`),
+        ...[job.id, "--", "true"],
+      );
+      expect(await job.command("shell", job.taskId, "--", "true")).toMatchObject({ code: 0 });
+      fs.rmSync(join(world.records, twin));
+      fs.chmodSync(job.record, 0o640);
+      await failed(
+        /the job's task is out of reach: the record .* cannot be used: its mode is 640/,
+        job.id,
+        "--",
+        "true",
+      );
+      fs.chmodSync(job.record, 0o600);
+      const changed = { ...record, HostKey: Buffer.from("another").toString("base64") };
+      writeRecord(job.record, changed);
+      await failed(/the server's host key is not the one that prepare saw/, job.id, "--", "true");
+      writeRecord(job.record, { ...record, ContainerIP: "" });
+      await failed(/nobody can log in to job \d+ yet: its task is starting/, job.id, "--", "true");
+      writeRecord(job.record, record);
+      await world.aws.stopTask(record.TaskARN, { stopCode: "UserInitiated", stoppedReason: "over", graceSeconds: 0 });
+      await failed(/no login to job \d+: .*; the task stopped: UserInitiated: over/, job.id, "--", "true");
+      await job.cleanup();
+      nothingLeft();
+    });
+
+    taskTest(
+      "shell opens a login on a terminal that resizes and passes Ctrl-C",
+      async () => {
+        const job = await prepared();
+        const running = job.run('echo begun; while sleep 0.1; do echo "still here"; done');
+        await running.shows("still here");
+        const terminal = openTerminal([driver, "--config", job.config, "shell", job.id], {
+          env: world.aws.environment,
+        });
+        await terminal.shows(/[#$] $/);
+        terminal.type("stty size; echo tty is $(tty)\r");
+        await terminal.shows(/\r\n24 80\r\ntty is \/dev\/\S+\r\n/);
+        terminal.resize(132, 43);
+        await expect
+          .poll(
+            async () => {
+              terminal.type("stty size\r");
+              return (await terminal.shows(/\r\n(\d+ \d+)\r\n/))[1];
+            },
+            { timeout: 10_000 },
+          )
+          .toBe("43 132");
+        terminal.type("sleep 600; echo not reached\r");
+        await terminal.shows(/sleep 600/);
+        await expect
+          .poll(async () =>
+            (await job.command("shell", job.id, "--", "grep -l sleep.600 /proc/[0-9]*/cmdline | wc -l")).stdout
+              .toString()
+              .trim(),
+          )
+          .not.toBe("0");
+        terminal.type("\x03");
+        await terminal.shows(/\^C[\s\S]*[#$] $/);
+        terminal.type("exit 7\r");
+        expect(await terminal.finished).toBe(7);
+        expect(terminal.text()).not.toMatch(/^not reached/m);
+        expect(running.process.exitCode).toBeNull();
+        running.process.kill("SIGTERM");
+        await running.finished;
+        await job.cleanup();
+        nothingLeft();
+      },
+      { containerOnly: true },
+    );
+
+    taskTest(
+      "shell restores the terminal and says why when the job ends",
+      async () => {
+        const job = await prepared();
+        const inner = [driver, "--config", job.config, "shell", job.id].map((word) => `'${word}'`).join(" ");
+        const outer = openTerminal(
+          ["sh", "-c", `stty -a | grep -o "[-]*icanon"; ${inner}; echo "code $?"; stty -a | grep -o "[-]*icanon"`],
+          {
+            env: world.aws.environment,
+          },
+        );
+        await outer.shows(/^icanon\r\n[\s\S]*[#$] $/);
+        await job.cleanup();
+        await outer.shows(
+          /the connection to the container was lost: .*; the task stopped: .*\r\n(.*\r\n)?code 255\r\nicanon\r\n/,
+        );
+        expect(await outer.finished).toBe(0);
+        nothingLeft();
+      },
+      { containerOnly: true },
+    );
+
+    test("sweep shows its progress on a terminal and clears it", async () => {
+      const terminal = openTerminal([driver, "--config", world.configure(), "sweep"], { env: world.aws.environment });
+      expect(await terminal.finished).toBe(0);
+      const steps = terminal.text().split("\r\u001b[K");
+      expect(steps).toEqual([
+        "",
+        "listing the tasks of cluster test-cluster",
+        "checking the records",
+        expect.stringMatching(/^tasks: 0 stopped, /),
+      ]);
+    });
+  });
+  describeProgram("doctor", () => {
+    /** Runs a test with an installation of its own. */
+    const hostAddresses = () =>
+      Object.values(networkInterfaces()).flatMap((all = []) =>
+        all.flatMap(({ internal, family, address }) => (internal || family !== "IPv4" ? [] : [address])),
+      );
+    const withInstallation =
+      (body: (installation: Installation) => Promise<void>, options: WorldOptions = {}) =>
+      async () => {
+        const installation = await makeInstallation(options);
+        await body(installation).finally(() => installation.close());
+      };
+    const definitionOf = (changes: object) => (i: Installation) => void Object.assign(i.definition, changes);
+    const containerOf = (changes: object) => (i: Installation) => void Object.assign(i.container, changes);
+    const fargateOf = (changes: object) => (i: Installation) => void Object.assign(i.settings.Fargate, changes);
+    const customOf = (changes: object) => (i: Installation) => void Object.assign(i.custom, changes);
+    const withImages = { AllowedImages: ["**"] };
+    const networkOf = (change: (network: Network) => void) => (i: Installation) => change(i.aws.network);
+    /** Replaces the default route. */
+    const routeTo = (...routes: Route[]) =>
+      networkOf(({ routeTables: [table] }) => void table?.Routes?.splice(1, 1, ...routes));
+    const IGW: Route = { DestinationCidrBlock: "0.0.0.0/0", GatewayId: "igw-0a1b2c3d", State: "active" };
+    const endpoint = (service: string, more: VpcEndpoint = {}): VpcEndpoint => ({
+      VpcEndpointId: `vpce-${service}`,
+      VpcId: VPC,
+      ServiceName: `com.amazonaws.us-east-2.${service}`,
+      VpcEndpointType: "Interface",
+      State: "Available",
+      ...more,
+    });
+    const s3 = endpoint("s3", { VpcEndpointType: "Gateway", RouteTableIds: ["rtb-0a1b2c3d"] });
+    const allEndpoints = [endpoint("ecr.api"), endpoint("ecr.dkr"), endpoint("logs"), s3];
+    const rulesOf = (...rules: IpPermission[]) =>
+      networkOf(({ securityGroups: [group] }) => void Object.assign(group ?? {}, { IpPermissions: rules }));
+    const openFor = (i: Installation, source: object) =>
+      rulesOf({ IpProtocol: "tcp", FromPort: i.world.sshPort, ToPort: i.world.sshPort, ...source })(i);
+    /** The policies of the examples, with changes to their statements: undefined removes one. */
+    const policiesWith = (i: Installation, change: (statement: Statement) => Statement | undefined) => {
+      const policies = Object.entries(i.aws.policies ?? {}).map(([name, { Version, Statement }]) => [
+        name,
+        { Version, Statement: Statement.flatMap((statement) => change(statement) ?? []) },
+      ]);
+      i.aws.policies = Object.fromEntries(policies);
+    };
+    const without = (sid: string) => (i: Installation) =>
+      policiesWith(i, (statement) => (statement.Sid === sid ? undefined : statement));
+    /** Adds policies of the examples. */
+    const attach = (i: Installation, ...names: string[]) => {
+      i.aws.policies = { ...i.aws.policies, ...examplePolicies(...names) };
+    };
+    const allowAll = (i: Installation) => {
+      delete i.aws.policies;
+    };
+    const everything = { Version: "2012-10-17", Statement: [{ Effect: "Allow", Action: "*", Resource: "*" }] };
+    const but = (action: string) => ({
+      boundary: {
+        Version: "2012-10-17",
+        Statement: [...everything.Statement, { Effect: "Deny", Action: action, Resource: "*" }],
+      },
+    });
+    const both =
+      (...breaks: ((i: Installation) => void)[]) =>
+      (i: Installation) => {
+        for (const change of breaks) change(i);
+      };
+    const clusters = (cluster: object) => ({ clusters: [{ name: "test-cluster", ...cluster }] });
+    const ec2 = clusters({ registeredContainerInstancesCount: 3 });
+    /** As in a mount namespace with an empty /etc, in which a command has changed files. */
+    const inNamespace = (change: string) => (i: Installation) => {
+      delete i.env.FARGATE_MANAGER;
+      const hide = "for dir in /etc /var/spool/cron; do [ ! -d $dir ] || mount -t tmpfs tmpfs $dir || exit 99; done";
+      i.wrapper = [...UNSHARE, "sh", "-c", `${hide}; ${change}; exec "$@"`, "sh"];
+    };
+    const UNSHARE = ["unshare", "--mount", ...(process.geteuid?.() === 0 ? [] : ["--map-root-user"])];
+    const canUnshare = spawnSync(UNSHARE[0] as string, [...UNSHARE.slice(1), "true"]).status === 0;
+    const cronTable = join(projectRoot, "examples", "cron.d", "fargate-sweep");
+    const examples = join(projectRoot, "examples", "systemd");
+    const units = `units=/etc/systemd/system; mkdir -p $units; cp ${examples}/fargate-sweep.* $units`;
+
+    test(
+      "doctor finds nothing wrong in a good installation, and changes nothing",
+      withInstallation(async (i) => {
+        const { code, stderr, findings, wrong, unknown } = await i.examine();
+        expect({ wrong, unknown, code, stderr }).toEqual({ wrong: [], unknown: [], code: 0, stderr: "" });
+        expect(findings.length).toBeGreaterThan(40);
+        const operations = new Set(i.aws.calls.map(({ operation }) => operation));
+        expect([...operations].filter((name) => !/^(Describe|Get|Simulate)/.test(name))).toEqual([]);
+        expect(fs.readdirSync(i.world.directory).sort()).toEqual([
+          "config.toml",
+          "fargate-0.toml",
+          "fargate.toml",
+          "gitlab-runner",
+        ]);
+      }),
+    );
+
+    type Break = [what: string, change: (i: Installation) => void, check: string, detail: RegExp, fix: RegExp];
+    type Rest = { options?: WorldOptions; unknown?: string[] };
+    /** One fault each. `unknown`: the checks that the fault makes impossible */
+    const FAULTS: [...Break, Rest?][] = [
+      // Settings.
+      [
+        "a value out of range",
+        (i) => {
+          i.settings.SSH.Port = 99_999;
+        },
+        "configuration",
+        /^SSH\.Port is 99999; expected: /,
+        /see docs\/settings\.md/,
+        { unknown: ["everything else"] },
+      ],
+      [
+        "a configuration file that is not TOML",
+        (i) => {
+          i.text = "[Fargate";
+        },
+        "configuration",
+        /fargate\.toml, line 1, column \d+: invalid TOML/,
+        /fargate init/,
+        { unknown: ["everything else"] },
+      ],
+      [
+        "a misspelt setting",
+        fargateOf({ Clutser: "ci" }),
+        "configuration",
+        /unknown key Fargate\.Clutser/,
+        /^correct or remove it$/,
+      ],
+      [
+        "AllowedTaskDefinitions that is not set",
+        fargateOf({ AllowedTaskDefinitions: undefined }),
+        "AllowedTaskDefinitions",
+        /may choose any task definition/,
+        /^set it to /,
+      ],
+      [
+        "a private key that is none",
+        (i) => {
+          i.settings.SSH.PrivateKeyPath = i.runnerFile;
+        },
+        "PrivateKeyPath",
+        /./,
+        /name a private key/,
+      ],
+      // Credentials and the clock.
+      [
+        "missing credentials",
+        (i) => {
+          for (const key of ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]) delete i.env[key];
+        },
+        "credentials",
+        /Could not load credentials/,
+        /give the runner's host a role/,
+        { unknown: ["AWS", "clock"] },
+      ],
+      [
+        "credentials that AWS does not know",
+        (i) => {
+          i.env.AWS_SESSION_TOKEN = "other";
+        },
+        "credentials",
+        /InvalidClientTokenId/,
+        /give the runner's host a role/,
+        { unknown: ["AWS"] },
+      ],
+      [
+        "a profile that does not exist",
+        (i) => {
+          for (const key of ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]) delete i.env[key];
+          i.env.AWS_PROFILE = "none";
+        },
+        "credentials",
+        /profile none/,
+        /check AWS_PROFILE/,
+        { unknown: ["AWS", "clock"] },
+      ],
+      [
+        "credentials of another account",
+        fargateOf({ Cluster: "arn:aws:ecs:us-east-2:999999999999:cluster/test-cluster" }),
+        "credentials",
+        /fargate-manager.*is of another account than arn:aws:ecs:us-east-2:999999999999:/,
+        /credentials of account 999999999999/,
+        { unknown: ["AWS"] },
+      ],
+      [
+        "an unreadable CA bundle",
+        (i) => {
+          i.env.AWS_CA_BUNDLE = "/none.pem";
+        },
+        "credentials",
+        /the CA bundle \/none\.pem cannot be used/,
+        /correct this first/,
+        { unknown: ["AWS", "clock"] },
+      ],
+      [
+        "a clock that is 90 s slow",
+        (i) => {
+          i.aws.clockOffset = 90;
+        },
+        "clock",
+        /^(89|90)\.\d s behind AWS's clock$/,
+        /^correct the clock/,
+      ],
+      // The cluster.
+      [
+        "a cluster that does not exist",
+        both(fargateOf({ Cluster: "none" }), allowAll),
+        "cluster",
+        /^none does not exist in us-east-2$/,
+        /aws ecs create-cluster --cluster-name none$/,
+      ],
+      [
+        "a cluster that does not exist, without the simulator",
+        both(fargateOf({ Cluster: "none" }), (i) =>
+          policiesWith(i, (s) =>
+            s.Sid === "SimulateOwnPolicies" ? undefined : { ...s, Resource: "*", Condition: {} },
+          ),
+        ),
+        "cluster",
+        /^none does not exist in us-east-2$/,
+        /aws ecs create-cluster/,
+        {
+          unknown: [
+            "permission ecs:RunTask",
+            "permission ecs:DescribeTasks",
+            "permission ecs:StopTask",
+            "permission iam:PassRole",
+            "permission iam:PassRole",
+            "permission ecs:ListTasks",
+          ],
+        },
+      ],
+      [
+        "an inactive cluster",
+        () => {},
+        "cluster",
+        /^test-cluster is INACTIVE in us-east-2$/,
+        /create-cluster/,
+        { options: clusters({ status: "INACTIVE" }) },
+      ],
+      [
+        "a capacity provider that the cluster lacks",
+        fargateOf({ CapacityProviderStrategy: [{ CapacityProvider: "FARGATE_SPOT" }] }),
+        "launch type",
+        /^the cluster lacks FARGATE_SPOT$/,
+        /put-cluster-capacity-providers --cluster test-cluster --capacity-providers FARGATE FARGATE_SPOT --default-capacity-provider-strategy '\[\]'$/,
+        { options: clusters({ capacityProviders: ["FARGATE"] }) },
+      ],
+      [
+        "a fallback that the cluster lacks",
+        fargateOf({ LaunchType: "FARGATE", FallbackCapacityProviderStrategy: [{ CapacityProvider: "FARGATE_SPOT" }] }),
+        "launch type",
+        /^the cluster lacks FARGATE_SPOT$/,
+        /put-cluster-capacity-providers/,
+        { options: clusters({}) },
+      ],
+      [
+        "a cluster with neither a default strategy nor instances",
+        () => {},
+        "launch type",
+        /the cluster has none$/,
+        /set LaunchType = "FARGATE"/,
+        { options: clusters({}) },
+      ],
+      [
+        "LaunchType EC2 without instances",
+        fargateOf({ LaunchType: "EC2" }),
+        "launch type",
+        /the cluster has none$/,
+        /add instances/,
+      ],
+      [
+        "EnablePublicIP on EC2 instances",
+        both(fargateOf({ LaunchType: "EC2", EnablePublicIP: true, UsePublicIP: false })),
+        "launch type",
+        /^EnablePublicIP is set, but tasks start on EC2$/,
+        /only Fargate tasks/,
+        { options: ec2 },
+      ],
+      // Task definitions.
+      [
+        "a task definition that does not exist",
+        (i) => {
+          i.definitions.length = 0;
+        },
+        "definition test-task",
+        /^it does not exist in us-east-2$/,
+        /^register it/,
+      ],
+      [
+        "an inactive task definition",
+        both(fargateOf({ TaskDefinition: "test-task:1" }), definitionOf({ status: "INACTIVE" })),
+        "definition test-task: status",
+        /test-task:1 is INACTIVE/,
+        /that is active/,
+      ],
+      [
+        "the network mode bridge",
+        definitionOf({ networkMode: "bridge" }),
+        "definition test-task: network mode",
+        /^it is bridge$/,
+        /^set networkMode to awsvpc/,
+      ],
+      [
+        "a task definition for EC2 only",
+        definitionOf({ requiresCompatibilities: ["EC2"] }),
+        "definition test-task: compatibility",
+        /^it is for EC2, not for FARGATE$/,
+        /requiresCompatibilities/,
+      ],
+      [
+        "a task definition for Windows",
+        definitionOf({ runtimePlatform: { operatingSystemFamily: "WINDOWS_SERVER_2022_CORE" } }),
+        "definition test-task: platform",
+        /WINDOWS_SERVER_2022_CORE/,
+        /Linux image/,
+      ],
+      [
+        "a task definition without ci-coordinator",
+        containerOf({ name: "ssh" }),
+        "definition test-task: container",
+        /^there is no ci-coordinator, only ssh$/,
+        /name its container ci-coordinator/,
+      ],
+      [
+        "another port in the task definition",
+        containerOf({ portMappings: [{ containerPort: 2 }] }),
+        "definition test-task: SSH port",
+        /^it maps 2, but Port is \d+$/,
+        /^map containerPort \d+, or correct Port/,
+      ],
+      [
+        "awslogs without an execution role",
+        definitionOf({ executionRoleArn: undefined }),
+        "definition test-task: execution role",
+        /there is none, for the image, log or secrets/,
+        /set executionRoleArn/,
+      ],
+      [
+        "SSH_PUBLIC_KEY as a secret",
+        containerOf({
+          secrets: [{ name: "SSH_PUBLIC_KEY", valueFrom: "arn:aws:secretsmanager:us-east-2:1:secret:x" }],
+        }),
+        "definition test-task: SSH key",
+        /^SSH_PUBLIC_KEY is a secret$/,
+        /PrivateKeyPath/,
+      ],
+      [
+        "WaitForHealthy without a health check",
+        fargateOf({ WaitForHealthy: true }),
+        "definition test-task: health check",
+        /WaitForHealthy is set/,
+        /healthCheck/,
+      ],
+      [
+        "ECS Exec without a task role",
+        both(fargateOf({ EnableExecuteCommand: true }), definitionOf({ taskRoleArn: undefined })),
+        "definition test-task: task role",
+        /ECS Exec needs it/,
+        /taskRoleArn/,
+      ],
+      [
+        "a task definition of JobImage that does not exist",
+        (i) => {
+          i.settings.top.JobImage = {
+            TaskDefinitions: [{ Image: "registry.example.com/ci/java:*", TaskDefinition: "ci-java" }],
+          };
+        },
+        "definition ci-java",
+        /does not exist/,
+        /^register it/,
+      ],
+      [
+        "a task definition of JobImage without ci-coordinator",
+        (i) => {
+          i.settings.top.JobImage = {
+            TaskDefinitions: [{ Image: "registry.example.com/ci/java:*", TaskDefinition: "ci-java" }],
+          };
+          i.definitions.push({
+            ...i.definition,
+            family: "ci-java",
+            containerDefinitions: [{ ...i.container, name: "java" }],
+          });
+        },
+        "definition ci-java: container",
+        /only java/,
+        /ci-coordinator/,
+      ],
+      // The network.
+      [
+        "a subnet that does not exist",
+        fargateOf({ Subnet: undefined, Subnets: ["subnet-0a1b2c3d", "subnet-0a1b2c3e"] }),
+        "subnet subnet-0a1b2c3e",
+        /^it does not exist in us-east-2$/,
+        /check Subnet/,
+      ],
+      [
+        "a security group that does not exist",
+        fargateOf({ SecurityGroup: undefined, SecurityGroups: ["sg-0a1b2c3d", "sg-1"] }),
+        "security group sg-1",
+        /^it does not exist in us-east-2$/,
+        /SecurityGroup/,
+      ],
+      [
+        "a subnet without free addresses",
+        networkOf(({ subnets: [subnet] }) => void Object.assign(subnet ?? {}, { AvailableIpAddressCount: 0 })),
+        "subnet subnet-0a1b2c3d: addresses",
+        /no address is free/,
+        /more free addresses/,
+      ],
+      [
+        "a security group of another VPC",
+        networkOf(({ securityGroups: [group] }) => void Object.assign(group ?? {}, { VpcId: "vpc-1" })),
+        "VPC",
+        /are of vpc-0123456789abcdef0, vpc-1$/,
+        /one VPC/,
+      ],
+      [
+        "a route to a gateway that is gone",
+        routeTo({ DestinationCidrBlock: "0.0.0.0/0", NatGatewayId: "nat-1", State: "blackhole" }),
+        "subnet subnet-0a1b2c3d: route",
+        /^the route 0\.0\.0\.0\/0 of rtb-0a1b2c3d leads to nat-1, which is gone$/,
+        /lead to a NAT gateway/,
+      ],
+      [
+        "an internet gateway for tasks without public addresses",
+        routeTo(IGW),
+        "subnet subnet-0a1b2c3d: route",
+        /needs public addresses, which tasks lack, and no endpoint for ecr\.api, ecr\.dkr, s3, logs$/,
+        /NAT gateway, or the endpoints/,
+      ],
+      [
+        "a missing endpoint in a VPC without a route out",
+        both(
+          routeTo(),
+          networkOf((network) => network.vpcEndpoints.push(...allEndpoints.slice(0, 2), s3)),
+        ),
+        "subnet subnet-0a1b2c3d: route",
+        /^there is none out of the VPC, and no endpoint for logs$/,
+        /endpoints in examples\/security-groups\.md/,
+      ],
+      [
+        "an endpoint of S3 for another route table",
+        both(
+          routeTo(),
+          networkOf((network) =>
+            network.vpcEndpoints.push(...allEndpoints.slice(0, 3), { ...s3, RouteTableIds: ["rtb-1"] }),
+          ),
+        ),
+        "subnet subnet-0a1b2c3d: route",
+        /no endpoint for s3$/,
+        /endpoints/,
+      ],
+      [
+        "an endpoint that is not available",
+        both(
+          routeTo(),
+          networkOf((network) =>
+            network.vpcEndpoints.push(...allEndpoints.slice(1), endpoint("ecr.api", { State: "Deleting" })),
+          ),
+        ),
+        "subnet subnet-0a1b2c3d: route",
+        /no endpoint for ecr\.api$/,
+        /endpoints/,
+      ],
+      [
+        "a NAT gateway for logins to public addresses",
+        (i) => {
+          fargateOf({ EnablePublicIP: true })(i);
+          openFor(i, { IpRanges: [{ CidrIp: "0.0.0.0/0" }] });
+          attach(i, "public-ip");
+        },
+        "subnet subnet-0a1b2c3d: route",
+        /to no internet gateway/,
+        /UsePublicIP = false/,
+      ],
+      [
+        "UsePublicIP without EnablePublicIP",
+        (i) => {
+          fargateOf({ UsePublicIP: true })(i);
+          routeTo(IGW)(i);
+          i.aws.network.vpcEndpoints.push(...allEndpoints);
+          openFor(i, { IpRanges: [{ CidrIp: "0.0.0.0/0" }] });
+          attach(i, "public-ip");
+        },
+        "UsePublicIP",
+        /no public address/,
+        /EnablePublicIP/,
+        { unknown: ["subnet subnet-0a1b2c3d: route"] },
+      ],
+      [
+        "a security group without a rule for the port",
+        rulesOf({ IpProtocol: "tcp", FromPort: 1, ToPort: 2, IpRanges: [{ CidrIp: "0.0.0.0/0" }] }),
+        "security groups: login",
+        /^TCP port \d+ is open for nobody$/,
+        /^aws ec2 authorize-security-group-ingress --group-id sg-0a1b2c3d --protocol tcp --port \d+ --source-group sg-0a1b2c3e$/,
+      ],
+      [
+        "a security group that is open for another group",
+        (i) => openFor(i, { UserIdGroupPairs: [{ GroupId: "sg-1" }] }),
+        "security groups: login",
+        /^TCP port \d+ is open for sg-1, but this host has .*, sg-0a1b2c3e$/,
+        /--source-group sg-0a1b2c3e$/,
+      ],
+      [
+        "a security group that is open for other addresses",
+        (i) => openFor(i, { IpRanges: [{ CidrIp: "198.51.100.0/24" }] }),
+        "security groups: login",
+        /is open for 198\.51\.100\.0\/24, but this host has /,
+        /authorize-security-group-ingress/,
+      ],
+      [
+        "a security group that is open for UDP only",
+        rulesOf({ IpProtocol: "udp", FromPort: 0, ToPort: 65_535, IpRanges: [{ CidrIp: "0.0.0.0/0" }] }),
+        "security groups: login",
+        /open for nobody/,
+        /authorize-security-group-ingress/,
+      ],
+      [
+        "a security group that lets nothing out",
+        networkOf(({ securityGroups: [group] }) => void Object.assign(group ?? {}, { IpPermissionsEgress: [] })),
+        "security groups: outbound",
+        /no rule lets tasks send to TCP port 443/,
+        /authorize-security-group-egress --group-id sg-0a1b2c3d /,
+      ],
+      // Permissions.
+      [
+        "ecs:RunTask that no policy allows",
+        without("StartTasks"),
+        "permission ecs:RunTask",
+        /^no policy allows it on arn:aws:ecs:us-east-2:111122223333:task-definition\/test-task:1$/,
+        /^allow ecs:RunTask on arn:.*:task-definition\/test-task:\* to arn:aws:iam::111122223333:role\/fargate-manager, as in examples\/iam\/driver\.json$/,
+      ],
+      [
+        "ecs:RunTask in another cluster",
+        (i) =>
+          policiesWith(i, (s) =>
+            s.Sid === "StartTasks"
+              ? {
+                  ...s,
+                  Condition: { ArnEquals: { "ecs:cluster": "arn:aws:ecs:us-east-2:111122223333:cluster/other" } },
+                }
+              : s,
+          ),
+        "permission ecs:RunTask",
+        /no policy allows it/,
+        /^allow ecs:RunTask/,
+      ],
+      [
+        "ecs:StopTask that no policy allows",
+        (i) =>
+          policiesWith(i, (s) => ({ ...s, Action: [s.Action].flat().filter((action) => action !== "ecs:StopTask") })),
+        "permission ecs:StopTask",
+        /^no policy allows it on .*:task\/test-cluster\/\*$/,
+        /^allow ecs:StopTask on .*:task\/test-cluster\/\* to /,
+      ],
+      [
+        "iam:PassRole that no policy allows",
+        (i) =>
+          policiesWith(i, (s) =>
+            s.Sid === "PassRolesToTasks" ? { ...s, Resource: [s.Resource].flat().slice(0, 1) } : s,
+          ),
+        "permission iam:PassRole",
+        /^no policy allows it on .*role\/test-ci-task$/,
+        /^allow iam:PassRole on .*role\/test-ci-task to /,
+      ],
+      [
+        "a policy that denies ecs:StopTask",
+        (i) => {
+          i.aws.policies = { ...i.aws.policies, guardrail: but("ecs:StopTask").boundary };
+          policiesWith(i, (s) => (s.Action === "*" ? undefined : s));
+        },
+        "permission ecs:StopTask",
+        /^policy guardrail denies it on /,
+        /^correct that policy$/,
+      ],
+      [
+        "a permissions boundary without ecs:StopTask",
+        (i) => {
+          Object.assign(i.aws, { boundary: but("ecs:StopTask") });
+        },
+        "permission ecs:StopTask",
+        /^the permissions boundary does not allow it/,
+        /to the boundary of arn:/,
+      ],
+      [
+        "an organization that does not allow ecs:RunTask",
+        (i) => {
+          Object.assign(i.aws, { organization: but("ecs:RunTask") });
+        },
+        "permission ecs:RunTask",
+        /^a service control policy does not allow it/,
+        /organization's policies/,
+      ],
+      [
+        "ecs:ListTasks that no policy allows",
+        without("FindTasks"),
+        "permission ecs:ListTasks",
+        /^no policy allows it$/,
+        /examples\/iam\/sweep\.json$/,
+      ],
+      [
+        "Tags without ecs:TagResource",
+        fargateOf({ Tags: { team: "ci" } }),
+        "permission ecs:TagResource",
+        /no policy allows it on .*task\/test-cluster\/\*/,
+        /examples\/iam\/tags\.json$/,
+      ],
+      [
+        "job images without ecs:RegisterTaskDefinition",
+        (i) => {
+          i.settings.top.JobImage = withImages;
+          attach(i, "job-image", "job-image-sweep");
+          policiesWith(i, (s) => ({
+            ...s,
+            Action: [s.Action].flat().filter((action) => action !== "ecs:RegisterTaskDefinition"),
+          }));
+        },
+        "permission ecs:RegisterTaskDefinition",
+        /^no policy allows it$/,
+        /examples\/iam\/job-image\.json$/,
+      ],
+      [
+        "ecs:StopTask that AWS denies, without the simulator",
+        both(without("SimulateOwnPolicies"), (i) =>
+          policiesWith(i, (s) => ({ ...s, Action: [s.Action].flat().filter((action) => action !== "ecs:StopTask") })),
+        ),
+        "permission ecs:StopTask",
+        /^AWS denies it on .*:task\/test-cluster\/\*$/,
+        /^allow ecs:StopTask/,
+        { unknown: ["permission ecs:RunTask", "permission iam:PassRole", "permission iam:PassRole"] },
+      ],
+      // This host.
+      [
+        "a directory of records that anybody may write to",
+        (i) => {
+          fs.mkdirSync(i.world.records);
+          fs.chmodSync(i.world.records, 0o777);
+        },
+        "directory of records",
+        /anybody may write to it/,
+        /mode 0700/,
+      ],
+      [
+        "a directory of records that a group may write to",
+        (i) => {
+          fs.mkdirSync(i.world.records);
+          fs.chmodSync(i.world.records, 0o770);
+        },
+        "directory of records",
+        /is writable by others/,
+        /mode 0700/,
+      ],
+      [
+        "config.toml that is not TOML",
+        (i) => {
+          fs.writeFileSync(i.runnerFile, "[[runners");
+        },
+        "runner",
+        /config\.toml cannot be used: line 1/,
+        /^correct that file$/,
+      ],
+      [
+        "config.toml without a section of this driver",
+        (i) => {
+          fs.writeFileSync(i.runnerFile, '[[runners]]\nexecutor = "shell"\n');
+        },
+        "runner",
+        /no section of .* calls this driver/,
+        /fargate init/,
+      ],
+      [
+        "another executor",
+        (i) => {
+          i.runner.executor = "shell";
+        },
+        "runner fargate: executor",
+        /^it is shell$/,
+        /executor = "custom"/,
+      ],
+      [
+        "arguments of another stage",
+        (i) => {
+          i.custom.run_args = i.custom.prepare_args;
+        },
+        "runner fargate: run",
+        /^run_args is \["--config", .*, "custom", "prepare"\]$/,
+        /run_args = \["--config", ".*fargate\.toml", "custom", "run"\]$/,
+      ],
+      [
+        "a stage without a program",
+        customOf({ run_exec: undefined }),
+        "runner fargate: run",
+        /^run_exec is not set$/,
+        /^set run_exec to the path of this program/,
+      ],
+      [
+        "a stage whose program does not exist",
+        customOf({ cleanup_exec: "/opt/none/fargate" }),
+        "runner fargate: cleanup",
+        /cannot run \/opt\/none\/fargate/,
+        /cleanup_exec/,
+      ],
+      [
+        "a stage with another configuration file",
+        customOf({ prepare_args: ["--config", "/etc/other.toml", "custom", "prepare"] }),
+        "runner fargate: prepare",
+        /^it uses \/etc\/other\.toml, not \//,
+        /prepare_args/,
+      ],
+      [
+        "a stage without a configuration file",
+        customOf({ cleanup_args: ["custom", "cleanup"] }),
+        "runner fargate: cleanup",
+        /no --config with an absolute path/,
+        /cleanup_args/,
+      ],
+      [
+        "the shell pwsh",
+        (i) => {
+          i.runner.shell = "pwsh";
+        },
+        "runner fargate: shell",
+        /^it is pwsh$/,
+        /shell = "bash"/,
+      ],
+      [
+        "a section without builds_dir",
+        (i) => {
+          delete i.runner.builds_dir;
+        },
+        "runner fargate: builds_dir",
+        /^it is not set$/,
+        /builds_dir/,
+      ],
+      [
+        "a section without cache_dir",
+        (i) => {
+          delete i.runner.cache_dir;
+        },
+        "runner fargate: cache_dir",
+        /^it is not set$/,
+        /cache_dir/,
+      ],
+      [
+        "a short graceful_kill_timeout",
+        customOf({ graceful_kill_timeout: 15 }),
+        "runner fargate: graceful_kill_timeout",
+        /^it is 15 s$/,
+        /to 20 or more$/,
+      ],
+      [
+        "a short prepare_exec_timeout",
+        customOf({ prepare_exec_timeout: 300 }),
+        "runner fargate: prepare_exec_timeout",
+        /^it is 300 s$/,
+        /to 660 or more$/,
+      ],
+      [
+        "a short cleanup_exec_timeout",
+        customOf({ cleanup_exec_timeout: 30 }),
+        "runner fargate: cleanup_exec_timeout",
+        /^it is 30 s$/,
+        /to 120 or more$/,
+      ],
+      [
+        "a short shutdown_timeout",
+        (i) => {
+          i.runnerConfig.shutdown_timeout = 10;
+        },
+        "runner fargate: shutdown_timeout",
+        /^it is 10 s$/,
+        /to 20 or more$/,
+      ],
+      [
+        "GitLab Runner 14.0",
+        (i) => {
+          i.version = "14.0.1";
+        },
+        "version of gitlab-runner",
+        /^14\.0\.1 passes no JOB_RESPONSE_FILE$/,
+        /14\.1 or later/,
+      ],
+      // AWS out of reach.
+      [
+        "an endpoint of AWS that does not answer",
+        (i) => {
+          i.env.AWS_ENDPOINT_URL = "http://127.0.0.1:9";
+        },
+        "connection to ECS",
+        /^ecs:DescribeClusters got no answer/,
+        /must reach AWS in Region/,
+        {
+          unknown: [
+            "credentials",
+            "cluster",
+            "definition test-task",
+            "subnets",
+            "security groups",
+            "permission ecs:RunTask",
+            "permission ecs:DescribeTasks",
+            "permission ecs:StopTask",
+            "permission ecs:ListTasks",
+            "permission iam:PassRole",
+            "clock",
+          ],
+        },
+      ],
+    ];
+    test.concurrent.each(FAULTS)(
+      "doctor names %s",
+      async (_, change, check, detail, fix, { options = {}, unknown = [] } = {}) => {
+        await withInstallation(async (i) => {
+          change(i);
+          const examined = await i.examine();
+          expect(examined.wrong).toEqual([
+            { check, result: "wrong", detail: expect.stringMatching(detail), fix: expect.stringMatching(fix) },
+          ]);
+          expect(examined.unknown).toEqual(unknown);
+          expect(examined.code).toBe(1);
+          expect(i.aws.tasks()).toEqual([]);
+        }, options)();
+      },
+    );
+
+    /** Variants of a good installation. `unknown`: what cannot be checked in them */
+    const GOOD: [string, (i: Installation) => void, Rest?][] = [
+      [
+        "a role with a path",
+        (i) => {
+          i.aws.caller.rolePath = "/ci/";
+          policiesWith(i, (s) => (s.Sid === "SimulateOwnPolicies" ? { ...s, Resource: "*" } : s));
+        },
+      ],
+      [
+        "the root user",
+        (i) => {
+          i.aws.caller.arn = "arn:aws:iam::111122223333:root";
+        },
+      ],
+      [
+        "a cluster with a default strategy of instances",
+        definitionOf({ requiresCompatibilities: ["EC2"], executionRoleArn: undefined }),
+        {
+          options: clusters({
+            capacityProviders: ["asg"],
+            defaultCapacityProviderStrategy: [{ capacityProvider: "asg", weight: 1 }],
+          }),
+        },
+      ],
+      ["LaunchType EC2 on instances", fargateOf({ LaunchType: "EC2" }), { options: ec2 }],
+      [
+        "an internet gateway for public addresses",
+        (i) => {
+          fargateOf({ EnablePublicIP: true })(i);
+          routeTo(IGW)(i);
+          openFor(i, { IpRanges: [{ CidrIp: "0.0.0.0/0" }] });
+          attach(i, "public-ip");
+        },
+      ],
+      [
+        "a route of the subnet itself",
+        networkOf(({ routeTables }) => {
+          routeTables[0]?.Routes?.pop();
+          routeTables.push({
+            RouteTableId: "rtb-2",
+            VpcId: VPC,
+            Routes: [{ DestinationCidrBlock: "0.0.0.0/0", TransitGatewayId: "tgw-1" }],
+            Associations: [{ SubnetId: "subnet-0a1b2c3d" }],
+          });
+        }),
+      ],
+      [
+        "a subnet with IPv6 only",
+        networkOf(({ subnets: [subnet], routeTables: [table] }) => {
+          Object.assign(subnet ?? {}, { Ipv6Native: true, AvailableIpAddressCount: 0 });
+          table?.Routes?.push({ DestinationIpv6CidrBlock: "::/0", EgressOnlyInternetGatewayId: "eigw-1" });
+        }),
+        { unknown: ["security groups: login"] },
+      ],
+      [
+        "a rule for this host's addresses",
+        (i) => openFor(i, { IpRanges: hostAddresses().map((address) => ({ CidrIp: `${address}/32` })) }),
+      ],
+      ["a rule for all protocols", rulesOf({ IpProtocol: "-1", UserIdGroupPairs: [{ GroupId: HOST_GROUP }] })],
+      [
+        "a private key in place of ci-coordinator",
+        (i) => {
+          const path = join(i.world.directory, "key");
+          execFileSync("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f", path]);
+          i.settings.SSH.PrivateKeyPath = path;
+          i.container.name = "ssh";
+        },
+      ],
+      ["a directory of records with mode 0700", (i) => fs.mkdirSync(i.world.records, { mode: 0o700 })],
+      ["the official driver's aliases", customOf({ run_args: ["--config=DRIVER_FILE", "c", "r"] })],
+      [
+        "a driver under another name",
+        (i) => {
+          const link = join(i.world.directory, "driver");
+          fs.symlinkSync(driver, link);
+          for (const stage of ["config", "prepare", "run", "cleanup"]) i.custom[`${stage}_exec`] = link;
+        },
+      ],
+      ["a section without the config stage", customOf({ config_exec: undefined, config_args: undefined })],
+      [
+        "sections of other programs and configuration files",
+        (i) => {
+          const { custom: _, ...plain } = i.runner;
+          const other = { run_exec: driver, run_args: ["--config", "/etc/other.toml", "custom", "run"] };
+          i.others.push({ ...plain, executor: "docker" }, { ...plain, custom: other });
+        },
+      ],
+      [
+        "job images with the policies of the examples",
+        (i) => {
+          i.settings.top.JobImage = withImages;
+          fargateOf({ Tags: { team: "ci" } })(i);
+          attach(i, "tags", "job-image", "job-image-sweep", "job-image-tags");
+        },
+      ],
+      // What this host cannot know.
+      [
+        "a task definition without ports",
+        containerOf({ portMappings: [] }),
+        { unknown: ["definition test-task: SSH port"] },
+      ],
+      [
+        "endpoints in place of a route",
+        both(
+          routeTo(),
+          networkOf((network) => network.vpcEndpoints.push(...allEndpoints)),
+        ),
+        { unknown: ["subnet subnet-0a1b2c3d: route"] },
+      ],
+      [
+        "a subnet that another account shares",
+        networkOf(({ routeTables }) => void routeTables.splice(0)),
+        { unknown: ["subnet subnet-0a1b2c3d: route"] },
+      ],
+      [
+        "a host outside of the VPC",
+        (i) => {
+          i.aws.network.interfaces.length = 0;
+        },
+        { unknown: ["security groups: login"] },
+      ],
+      [
+        "a rule for a prefix list",
+        (i) => openFor(i, { PrefixListIds: [{ PrefixListId: "pl-1" }] }),
+        { unknown: ["security groups: login"] },
+      ],
+      [
+        "public addresses that are open for one address",
+        (i) => {
+          fargateOf({ EnablePublicIP: true })(i);
+          routeTo(IGW)(i);
+          openFor(i, { IpRanges: [{ CidrIp: "198.51.100.7/32" }] });
+          attach(i, "public-ip");
+        },
+        { unknown: ["security groups: login"] },
+      ],
+      [
+        "a host without the policy of doctor",
+        (i) => {
+          i.aws.policies = examplePolicies("driver", "sweep");
+        },
+        {
+          unknown: [
+            "cluster",
+            "definition test-task",
+            "subnets",
+            "security groups",
+            "permission ecs:RunTask",
+            "permission iam:PassRole",
+          ],
+        },
+      ],
+      [
+        "a host that may not ask EC2",
+        (i) =>
+          policiesWith(i, (s) => ({ ...s, Action: [s.Action].flat().filter((action) => !action.startsWith("ec2:")) })),
+        { unknown: ["subnets", "security groups"] },
+      ],
+      [
+        "a host that may not ask about its own network interfaces",
+        (i) =>
+          policiesWith(i, (s) => ({
+            ...s,
+            Action: [s.Action].flat().filter((action) => action !== "ec2:DescribeNetworkInterfaces"),
+          })),
+        { unknown: ["security groups: login"] },
+      ],
+      [
+        "a policy whose condition cannot be known",
+        (i) =>
+          policiesWith(i, (s) =>
+            s.Sid === "StartTasks" ? { ...s, Condition: { StringEquals: { "aws:SourceVpc": VPC } } } : s,
+          ),
+        { unknown: ["permission ecs:RunTask"] },
+      ],
+      [
+        "STS out of reach",
+        (i) => {
+          i.env.AWS_ENDPOINT_URL_STS = "http://127.0.0.1:9";
+        },
+        { unknown: ["credentials", "permission ecs:RunTask", "permission iam:PassRole", "permission iam:PassRole"] },
+      ],
+      [
+        "EC2 and IAM out of reach",
+        (i) => {
+          i.env.AWS_ENDPOINT_URL_EC2 = "http://127.0.0.1:9";
+          i.env.AWS_ENDPOINT_URL_IAM = "http://127.0.0.1:9";
+        },
+        {
+          unknown: [
+            "subnets",
+            "security groups",
+            "permission ecs:RunTask",
+            "permission iam:PassRole",
+            "permission iam:PassRole",
+          ],
+        },
+      ],
+      [
+        "a host without GitLab Runner",
+        (i) => {
+          i.env.PATH = "/usr/bin:/bin";
+          i.runnerFile = join(i.world.directory, "none.toml");
+          i.isInstalled = false;
+        },
+        { unknown: ["runner", "version of gitlab-runner"] },
+      ],
+    ];
+    test.concurrent.each(GOOD)("doctor accepts %s", async (_, change, { options = {}, unknown = [] } = {}) => {
+      await withInstallation(async (i) => {
+        change(i);
+        const { code, ...examined } = await i.examine();
+        expect(examined.wrong).toEqual([]);
+        expect({ code, unknown: examined.unknown }).toEqual({ code: 0, unknown });
+      }, options)();
+    });
+
+    // AWS refuses requests whose time is more than 5 minutes off.
+    test("doctor names a clock that is so slow that AWS refuses requests", async () =>
+      withInstallation(async (i) => {
+        i.aws.clockOffset = 600;
+        const { wrong, unknown } = await i.examine();
+        expect(wrong).toMatchObject([{ check: "clock", detail: expect.stringMatching(/^(599|600)\.\d s behind/) }]);
+        expect(unknown).toContain("credentials");
+      })());
+
+    const NOT_PERMITTED = "unshare(1) is not permitted";
+    type Schedule = [what: string, change: string, result: "right" | "wrong", text: RegExp, fix?: RegExp];
+    const SCHEDULES: Schedule[] = [
+      ["no schedule", "true", "wrong", /^no timer or cron job of this host runs fargate sweep$/, /docs\/orphans\.md/],
+      [
+        "the cron job of the examples",
+        `mkdir /etc/cron.d; cp ${cronTable} /etc/cron.d`,
+        "right",
+        /^started by \/etc\/cron\.d\/fargate-sweep$/,
+      ],
+      [
+        "a cron job in a comment",
+        `mkdir /etc/cron.d; sed 's/^/#/' ${cronTable} >/etc/cron.d/fargate-sweep`,
+        "wrong",
+        /^no timer or cron job/,
+        /docs\/orphans\.md/,
+      ],
+      [
+        "the timer of the examples",
+        `${units}; mkdir $units/timers.target.wants; ln -s ../fargate-sweep.timer $units/timers.target.wants`,
+        "right",
+        /^started by fargate-sweep\.timer$/,
+      ],
+      [
+        "a timer that is not enabled",
+        units,
+        "wrong",
+        /^fargate-sweep\.timer is not enabled$/,
+        /^systemctl enable --now fargate-sweep\.timer$/,
+      ],
+    ];
+    test.each(SCHEDULES)("doctor judges a sweep with %s", async (_, change, result, detail, fix) => {
+      if (!canUnshare) return console.log(NOT_PERMITTED);
+      await withInstallation(async (i) => {
+        inNamespace(change)(i);
+        const { findings, wrong } = await i.examine();
+        const finding = { check: "sweep", result, detail: expect.stringMatching(detail) };
+        expect(findings).toContainEqual(fix ? { ...finding, fix: expect.stringMatching(fix) } : finding);
+        expect(wrong.length).toBe(fix ? 1 : 0);
+      })();
+    });
+
+    test(
+      "doctor names a full disk of the directory of records",
+      withInstallation(async (i) => {
+        const mount = ["-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", i.world.records];
+        fs.mkdirSync(i.world.records);
+        if (spawnSync("mount", mount, { stdio: "ignore" }).status !== 0)
+          return console.log("mount(8) is not permitted");
+        const { wrong, code } = await i.examine().finally(() => spawnSync("umount", [i.world.records]));
+        const detail = expect.stringMatching(/^the disk of .*metadata is full: 1 MB free, /);
+        expect(wrong).toEqual([
+          { check: "directory of records", result: "wrong", detail, fix: expect.stringMatching(/^make room there/) },
+        ]);
+        expect(code).toBe(1);
+      }),
+    );
+
+    test(
+      "doctor reports what another user than the runner's cannot read",
+      withInstallation(async (i) => {
+        const user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"];
+        if (process.geteuid?.() !== 0 || spawnSync("setpriv", [...user.slice(1), "true"]).status !== 0)
+          return console.log("setpriv(1) is not permitted");
+        fs.mkdirSync(i.world.records, { mode: 0o700 });
+        fs.chmodSync(i.world.directory, 0o755);
+        i.wrapper = user;
+        i.command();
+        const { wrong, unknown, findings } = await i.examine();
+        expect(wrong).toEqual([
+          {
+            check: "directory of records",
+            result: "wrong",
+            detail: expect.stringContaining("this user cannot write"),
+            fix: expect.stringContaining("run this as that user"),
+          },
+        ]);
+        expect(unknown).toEqual(["runner"]);
+        expect(findings.find(({ check }) => check === "runner")?.detail).toMatch(/cannot be read by this user/);
+      }),
+    );
+
+    test("doctor says that a configuration file is missing", async () => {
+      const { code, stdout, stderr } = await fargate(["--config", "/none/fargate.toml", "doctor"]);
+      expect({ code, stderr }).toEqual({ code: 1, stderr: "" });
+      expect(stdout.toString()).toBe(
+        [
+          "RESULT   CHECK            DETAIL",
+          "WRONG    configuration    the configuration file /none/fargate.toml does not exist",
+          "                          what to do: correct it: see docs/settings.md, or let fargate init write a new file",
+          "unknown  everything else  not checked: that needs a configuration",
+          "",
+          "0 right, 1 wrong, 1 unknown",
+          "",
+        ].join("\n"),
+      );
+    });
+
+    test(
+      "doctor prints the same findings as a table and as JSON",
+      withInstallation(async (i) => {
+        i.container.portMappings = [];
+        i.runner.shell = "pwsh";
+        const json = await i.examine();
+        const { findings, ...counts } = JSON.parse(json.stdout.toString());
+        expect(findings).toEqual(json.findings);
+        const right = json.findings.length - 2;
+        expect(counts).toEqual({ right, wrong: 1, unknown: 1 });
+        const { stdout, code } = await start(i.command(), { env: i.env }).finished;
+        expect(code).toBe(1);
+        const lines = stdout.toString().split("\n");
+        const columns = /^(RESULT +)(CHECK +)DETAIL$/.exec(lines[0] ?? "");
+        const [first, second] = [columns?.[1]?.length ?? 0, columns?.[2]?.length ?? 0];
+        const cells = lines
+          .slice(1, -3)
+          .map((line) =>
+            [line.slice(0, first), line.slice(first, first + second), line.slice(first + second)].map((cell) =>
+              cell.trim(),
+            ),
+          );
+        const expected = json.findings.flatMap(({ check, result, detail, fix }) => [
+          [result === "wrong" ? "WRONG" : result, check, detail],
+          ...(fix ? [["", "", `what to do: ${fix}`]] : []),
+        ]);
+        const stable = (rows: string[][]) =>
+          rows.filter(([, check]) => check !== "clock" && check !== "directory of records");
+        expect(stable(cells)).toEqual(stable(expected));
+        expect(lines.slice(-3)).toEqual(["", `${right} right, 1 wrong, 1 unknown`, ""]);
+      }),
+    );
+
+    test(
+      "doctor needs exactly the policies of examples/iam that its settings need",
+      withInstallation(async (i) => {
+        i.settings.top.JobImage = withImages;
+        fargateOf({ Tags: { team: "ci" }, EnablePublicIP: true })(i);
+        openFor(i, { IpRanges: [{ CidrIp: "0.0.0.0/0" }] });
+        routeTo(IGW)(i);
+        const names = ["driver", "sweep", "public-ip", "tags", "job-image", "job-image-sweep", "job-image-tags"];
+        const all = examplePolicies("doctor", ...names);
+        for (const name of names) {
+          // What doctor itself needs does not count, nor what two of them allow.
+          const { [name]: removed, doctor, ...others } = all;
+          const calls = ["iam:PassRole", ...(doctor?.Statement.flatMap(({ Action }) => Action) ?? [])];
+          i.aws.policies = { doctor: doctor as PolicyDocument, ...others };
+          const actions =
+            removed?.Statement.flatMap(({ Action }) => Action).filter((action) => !calls.includes(action)) ?? [];
+          const { wrong } = await i.examine();
+          expect(new Set(wrong.map(({ check }) => check)), name).toEqual(
+            new Set(actions.map((action) => `permission ${action}`)),
+          );
+          for (const { fix } of wrong) expect(fix).toContain(`as in examples/iam/${name}.json`);
+        }
+        i.aws.policies = all;
+        expect((await i.examine()).wrong).toEqual([]);
+      }),
+    );
+
+    /** An installation whose tasks have credentials of the task role. */
+    const withTasks = (body: (installation: Installation) => Promise<void>, options: WorldOptions) =>
+      withInstallation(async (i) => {
+        const variables = { AWS_CONTAINER_CREDENTIALS_RELATIVE_URI: "/v2/credentials" };
+        i.container.environment = Object.entries(variables).map(([name, value]) => ({ name, value }));
+        await body(i);
+      }, options)();
+    const nothingLeft = (i: Installation) => {
+      expect(i.aws.tasks().length).toBeGreaterThan(0);
+      expect(i.aws.running()).toEqual([]);
+      expect(filesLeft(i.world)).toEqual([]);
+    };
+    const STEPS = [
+      "asking AWS whose the credentials are",
+      "looking at the cluster and the task definition",
+      "looking at the network",
+      "checking the permissions",
+      "looking at this host",
+      "starting a task",
+      expect.stringMatching(/^the task is (PENDING|RUNNING)$/),
+      "running true",
+      "looking at the session",
+      "stopping the task",
+    ];
+    /** The steps in a log, but for a second status. */
+    const stepsIn = (lines: readonly string[]) =>
+      lines.filter((line, n) => !/^the task is /.test(line) || !/^the task is /.test(lines[n + 1] ?? ""));
+
+    taskTest("doctor --run logs in to a real task, and shows each step with its time", () =>
+      withTasks(
+        async (i) => {
+          i.container.environment?.push({ name: "SSH_PORT", value: "22" });
+          const { findings, wrong, unknown, stderr, code } = await i.examine("--run");
+          const isWrong = wrong.filter(({ check }) => check !== "session: gitlab-runner");
+          expect({ isWrong, unknown }).toEqual({ isWrong: [], unknown: [] });
+          expect(code).toBe(wrong.length > 0 ? 1 : 0);
+          const ofRun = findings.filter(({ check }) => /^(task|session): /.test(check));
+          const detailOf = (name: string) => ofRun.find(({ check }) => check === name)?.detail;
+          const time = /\d+\.\d\d s/.source;
+          expect(ofRun.map(({ check }) => check).filter((check) => check !== "task: PENDING")).toEqual([
+            "task: RUNNING",
+            "task: login",
+            "task: true",
+            "session: PATH",
+            "session: credentials",
+            "session: git",
+            "session: gitlab-runner",
+            "session: disk",
+            "task: stopped",
+          ]);
+          expect(detailOf("task: RUNNING")).toMatch(new RegExp(`^after ${time}$`));
+          expect(detailOf("task: login")).toMatch(new RegExp(`^after ${time}, at ${i.aws.tasks()[0]?.address}$`));
+          expect(detailOf("task: true")).toMatch(new RegExp(`^took ${time}$`));
+          expect(detailOf("task: stopped")).toMatch(new RegExp(`^took ${time}$`));
+          expect(detailOf("session: PATH")).toMatch(/\/usr\/bin/);
+          expect(detailOf("session: credentials")).toBe("of the task role");
+          expect(detailOf("session: git")).toMatch(/^git version \d/);
+          expect(detailOf("session: disk")).toMatch(/^\d+\.\d GiB free$/);
+          expect(
+            stepsIn(
+              stderr
+                .trimEnd()
+                .split("\n")
+                .map((line) => line.replace(/^\S+Z /, "")),
+            ),
+          ).toEqual(STEPS);
+          nothingLeft(i);
+        },
+        { hosts },
+      ),
+    );
+
+    taskTest(
+      "doctor --run finds the gitlab-runner of the image, and names its absence",
+      async () => {
+        const script = "#!/bin/sh\necho 'Version:      17.9.0'\n";
+        for (const gitlabRunner of [{ script, from: "file" } as const, undefined]) {
+          const own = await containerHosts({ packages: PACKAGES, ...(gitlabRunner && { gitlabRunner }) });
+          await withTasks(
+            async (i) => {
+              const { wrong, code } = await i.examine("--run");
+              const absent = {
+                check: "session: gitlab-runner",
+                result: "wrong",
+                detail: expect.stringContaining("not in PATH"),
+                fix: expect.stringContaining("docs/worker-images.md"),
+              };
+              expect({ wrong, code }).toEqual(gitlabRunner ? { wrong: [], code: 0 } : { wrong: [absent], code: 1 });
+            },
+            { hosts: own },
+          ).finally(() => own.close());
+        }
+      },
+      { containerOnly: true, timeout: 300_000 },
+    );
+
+    test("doctor --run names a missing task role's credentials", () =>
+      withTasks(async (i) => {
+        i.container.environment = [];
+        const { wrong } = await i.examine("--run");
+        const detail = "none, although the task role is arn:aws:iam::111122223333:role/test-ci-task";
+        expect(wrong).toContainEqual({
+          check: "session: credentials",
+          result: "wrong",
+          detail,
+          fix: expect.stringContaining("docs/worker-images.md"),
+        });
+        nothingLeft(i);
+      }, {}));
+
+    const STARTS: [string, FaultAction, RegExp, RegExp][] = [
+      [
+        "refuses",
+        { error: "AccessDeniedException", message: "User: x is not authorized to perform: ecs:RunTask" },
+        /ecs:RunTask was refused: AccessDeniedException/,
+        /allow ecs:RunTask in the IAM policy/,
+      ],
+      [
+        "cannot place",
+        { failures: [{ reason: "ATTRIBUTE" }] },
+        /ecs:RunTask started no task: ATTRIBUTE/,
+        /add instances/,
+      ],
+      [
+        "stops",
+        {
+          ends: {
+            stopCode: "TaskFailedToStart",
+            stoppedReason: "CannotPullContainerError: access denied",
+          },
+          in: "PENDING",
+        },
+        /CannotPullContainerError/,
+        /check the image's name/,
+      ],
+    ];
+    test.each(STARTS)("doctor --run explains a task that ECS %s", (_, fault, detail, fix) =>
+      withTasks(async (i) => {
+        i.aws.inject({ operation: "RunTask", do: fault });
+        const { wrong, code } = await i.examine("--run");
+        expect(wrong).toEqual([
+          { check: "task", result: "wrong", detail: expect.stringMatching(detail), fix: expect.stringMatching(fix) },
+        ]);
+        expect(code).toBe(1);
+        expect(i.aws.running()).toEqual([]);
+        expect(filesLeft(i.world)).toEqual([]);
+      }, {}),
+    );
+
+    test.each(["RunTask", "DescribeTasks", "the session"])(
+      "doctor --run leaves no task after SIGTERM during %s",
+      async (moment) => {
+        const { promise: held, resolve } = Promise.withResolvers<void>();
+        const holdExec = () => {
+          if (moment !== "the session") return undefined;
+          resolve();
+          return forever;
+        };
+        await withTasks(
+          async (i) => {
+            const { promise, resolve: release } = Promise.withResolvers<void>();
+            if (moment === "RunTask" || moment === "DescribeTasks")
+              i.aws.inject({ operation: moment, do: { holdUntil: promise, after: true } });
+            const running = start(i.command("--run"), { env: i.env });
+            if (moment === "the session") await held;
+            else
+              await i.aws.waitFor(
+                () => i.aws.calls.some(({ operation, output }) => operation === moment && output),
+                20_000,
+              );
+            running.process.kill("SIGTERM");
+            release();
+            const finished = await running.finished;
+            expect(finished).toMatchObject({ code: 2, stdout: Buffer.from("") });
+            expect(finished.stderr).toMatch(/error: stopped by SIGTERM\n$/);
+            nothingLeft(i);
+          },
+          { hosts: embeddedHosts({ misbehaviour: { holdExec } }) },
+        );
+      },
+    );
+
+    test("doctor --run shows its progress on a terminal, then the table", () =>
+      withTasks(async (i) => {
+        const terminal = openTerminal(i.command("--run"), { env: i.env });
+        await terminal.finished;
+        const [before, ...steps] = terminal.text().split("\r\u001b[K");
+        expect(before).toBe("");
+        expect(stepsIn(steps.slice(0, -1))).toEqual(STEPS);
+        expect(steps.at(-1)).toMatch(
+          /^RESULT +CHECK +DETAIL\r\n[\s\S]*\r\nright +task: stopped +took [\s\S]* wrong, 0 unknown\r\n$/,
+        );
+        nothingLeft(i);
+      }, {}));
+
+    const page = fs.readFileSync(join(projectRoot, "docs", "doctor.md"), "utf8");
+    test("docs/doctor.md lists each check", () =>
+      withTasks(async (i) => {
+        const { findings } = await i.examine("--run");
+        const names = [...findings, ...FAULTS.map(([, , check]) => ({ check })), { check: "task" }].map(({ check }) =>
+          check
+            .replace(/^(definition|runner) [^:]+/, "$1 NAME")
+            .replace(/^(subnet|security group) s[^:]+/, "$1 ID")
+            .replace(/^permission .*/, "permission ACTION")
+            .replace(/^task: [A-Z]+$/, "task: STATUS"),
+        );
+        for (const name of names) expect(page).toContain(`\`${name}\``);
+        const [, tables = ""] = /\n## What is checked\n([\s\S]*)\n## Optional permissions\n/.exec(page) ?? [];
+        const listed = [...tables.matchAll(/^\| (`.*?`) \|/gm)].flatMap(([, cell = ""]) => cell.split(", "));
+        expect(listed.length).toBeGreaterThan(40);
+        for (const name of listed) expect(names.map((known) => `\`${known}\``)).toContain(name);
+      }, {}));
+
+    test(
+      "docs/doctor.md shows what doctor prints",
+      withInstallation(async (i) => {
+        definitionOf({ networkMode: "bridge" })(i);
+        i.runner.shell = "pwsh";
+        i.aws.network.interfaces.length = 0;
+        const { stdout } = await start(i.command(), { env: i.env }).finished;
+        const printed = stdout
+          .toString()
+          .replaceAll(join(i.world.directory, "fargate.toml"), "/etc/gitlab-runner/fargate.toml")
+          .replaceAll(` ${i.world.sshPort}`, " 22");
+        const [, example = ""] = /^```text\n([\s\S]*?)^```$/m.exec(page) ?? [];
+        const lines = example.split("\n").filter((line) => line !== "...");
+        expect(
+          printed
+            .split("\n")
+            .filter((line) => lines.includes(line))
+            .join("\n"),
+        ).toBe(lines.join("\n"));
+      }),
+    );
   });
 });
 
@@ -9567,7 +11608,7 @@ describe("command line", () => {
   });
 
   test.each(["0123456789ab", "0123456789abcdef0123456789abcdef"])("parseCommandLine accepts --manager %s", (id) => {
-    expect(parseCommandLine(["sweep", "--manager", id], commander)?.sweep).toMatchObject({ manager: id });
+    expect(parseCommandLine(["sweep", "--manager", id], commander)?.flags).toMatchObject({ manager: id });
   });
 
   test("parseCommandLine accepts options before and after the commands", () => {
@@ -9674,7 +11715,10 @@ describe("command line", () => {
 
   testProgram.each([
     ["custom foo", "fargate custom: unknown command 'foo'; valid commands: config, prepare, run, cleanup"],
-    ["foo", "fargate: unknown command 'foo'; valid commands: custom, runners, manager, sweep"],
+    [
+      "foo",
+      "fargate: unknown command 'foo'; valid commands: custom, init, doctor, tasks, shell, sweep, runners, manager",
+    ],
     [
       "custom run a b --colour",
       "fargate custom run: unknown option '--colour'; valid options: --version, --config, --debug, --log-level, " +
@@ -9696,7 +11740,7 @@ describe("command line", () => {
   });
 
   testProgram.each([
-    ["", "fargate: no command was given; valid commands: custom, runners, manager, sweep"],
+    ["", "fargate: no command was given; valid commands: custom, init, doctor, tasks, shell, sweep, runners, manager"],
     ["custom", "fargate custom: no command was given; valid commands: config, prepare, run, cleanup"],
   ])("fargate prints its help when it gets only %j", async (line, message) => {
     const words = line.split(" ").filter(Boolean);

@@ -2,13 +2,17 @@
 /**
  * fargate: runs each GitLab CI job in its own AWS ECS task on Fargate.
  *
- * GitLab Runner's Custom executor starts this program once per stage of a job. An operator or a timer runs
- * sweep, an operator runs runners, and a container runs manager.
+ * GitLab Runner's Custom executor starts this program once per stage of a job. The other commands are for
+ * operators; a timer also runs sweep, and a container runs manager.
  *
  *     fargate custom config                prints the driver's name and version, as JSON
  *     fargate custom prepare               starts the job's task and waits until an SSH login works
  *     fargate custom run SCRIPT STAGE      runs one script in the task; many times per job
  *     fargate custom cleanup               stops the task
+ *     fargate init                         writes a configuration file with every setting
+ *     fargate doctor                       checks the installation; with --run, starts and stops a task
+ *     fargate tasks                        shows the running tasks
+ *     fargate shell JOB [-- COMMAND]       logs in to a running job's task, or runs a command there
  *     fargate sweep                        stops orphaned tasks: those that their jobs did not stop
  *     fargate runners                      registers many runners, and writes GitLab Runner's configuration
  *     fargate manager -- ARGUMENTS         runs gitlab-runner: does what runners does at its start, sweeps
@@ -18,13 +22,17 @@
  *                record names; EC2's DescribeNetworkInterfaces, only to connect to public addresses. For
  *                image: and services:, if JobImage allows them, DescribeTaskDefinition and
  *                RegisterTaskDefinition; then sweep also calls ListTaskDefinitions, DescribeTaskDefinition
- *                and DeregisterTaskDefinition.
+ *                and DeregisterTaskDefinition. doctor asks STS (GetCallerIdentity), IAM (GetRole,
+ *                SimulatePrincipalPolicy), ECS (also DescribeClusters, DescribeTaskDefinition) and EC2
+ *                (DescribeSubnets, DescribeSecurityGroups, DescribeRouteTables, DescribeVpcEndpoints,
+ *                DescribeNetworkInterfaces); it calls StopTask with the id of no task.
  * Other calls    In an ECS task: ECS_CONTAINER_METADATA_URI_V4, for the task's own id. Only runners and
  *                manager call GitLab, at GITLAB_URL/api/v4/runners: POST (register), POST verify, DELETE.
  * Files read     the configuration file, JOB_RESPONSE_FILE, the stage's script, PrivateKeyPath,
  *                AWS_CA_BUNDLE, the AWS SDK's own files (such as ~/.aws/config), the runner's config.toml
  *                (two time limits), and /proc (to recognize live processes). By runners and manager: the
- *                lists of managers and of tokens, all of config.toml, CA_CERTIFICATES_PATH.
+ *                lists of managers and of tokens, all of config.toml, CA_CERTIFICATES_PATH. By doctor: all
+ *                of config.toml, and the files of cron and systemd (to find what starts sweep).
  * Files written  in TaskMetadata.Directory: <job>.json (the record, mode 0600, one per running job),
  *                <job>.*.lock (empty, one per prepare or run), .manager-id, on ECS .manager-task, with
  *                JobImage .definition-<hash> (the ARN of a task definition), .definition-<hash>.lock and
@@ -32,7 +40,8 @@
  *                and manager: config.toml (mode 0600), and beside it fargate-<manager>.toml,
  *                .runner_system_id, .fargate-runners.pending, runners-*.lock and *.tmp.
  *                In the task of a job with image: or services:, also /.fargate and /etc/hosts.
- * Programs       manager starts gitlab-runner; the AWS SDK starts a credential_process of its own files.
+ * Programs       manager starts gitlab-runner; doctor starts gitlab-runner --version; shell starts stty;
+ *                the AWS SDK starts a credential_process of its own files.
  * Secrets        The job's private key: in memory and in the record. AWS credentials: in the memory of the
  *                AWS SDK, never written, never sent to a task. Stage scripts contain the job's secrets: they
  *                go through memory into SSH, for image: on through pipes within the task, and are never
@@ -56,7 +65,7 @@
  *     8. ECS                 requests to AWS, and the meaning of its answers
  *     9. SSH                 logging in; running and terminating scripts
  *    10. Stages              config, prepare, run, cleanup
- *    11. Operator commands   sweep, runners, manager
+ *    11. Operator commands   sweep, init, tasks, shell, doctor, runners, manager
  *    12. Job image           `image:` and `services:`, by derived task definitions
  *    13. Command line        arguments, exit codes, signals
  *
@@ -66,12 +75,22 @@
 
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
-import { hostname, constants as osConstants, uptime } from "node:os";
+import { networkInterfaces as hostInterfaces, hostname, constants as osConstants, uptime } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import type { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
-import type { EC2 } from "@aws-sdk/client-ec2";
 import type {
+  EC2,
+  IpPermission,
+  NetworkInterface,
+  RouteTable,
+  RouteTableAssociation,
+  SecurityGroup,
+  Subnet,
+  VpcEndpoint,
+} from "@aws-sdk/client-ec2";
+import type {
+  Cluster,
   Container,
   ContainerDefinition,
   ContainerOverride,
@@ -83,6 +102,7 @@ import type {
   Task,
   TaskDefinition,
 } from "@aws-sdk/client-ecs";
+import type { EvaluationResult, IAM } from "@aws-sdk/client-iam";
 import type { Command } from "commander";
 import { distance } from "fastest-levenshtein";
 import { parse as parseToml, TomlError } from "smol-toml";
@@ -234,6 +254,11 @@ const ADVICE = {
   ownStop: "the driver itself stopped the task: see GitLab Runner's log, and the log of fargate sweep",
   userStop: "look in CloudTrail for who called StopTask",
   noTask: "look for the task in the ECS console",
+  // Operator commands.
+  runnerUser: "run this as the user that runs GitLab Runner, such as: sudo -u gitlab-runner fargate ...",
+  newFile: "name another file with --config, or remove that one",
+  jobId: "fargate tasks shows the ids of running jobs",
+  noTerminal: "add a command: fargate shell JOB -- COMMAND",
   // Logins.
   noShell: "install bash or sh in the image",
   loginShell:
@@ -881,6 +906,7 @@ interface Job {
   readonly title: string; // for StopTask's reason: ids only, no text that a job's author can choose
   readonly timeout: number; // seconds
   readonly imageNames?: readonly string[]; // names in image: and services:
+  readonly ids?: Readonly<{ job: number; project: number }>; // GitLab's; unknown without JOB_RESPONSE_FILE
 }
 
 /** What every command works with. */
@@ -956,6 +982,7 @@ function readJob(env: Environment): Job | undefined {
       title: `job ${response.id} of project ${project}`,
       timeout: timeout > 0 ? Math.min(timeout, MAX_JOB_TIMEOUT) : DEFAULT_JOB_TIMEOUT,
       imageNames: [response.image, ...response.services].flatMap(({ name }) => name || []),
+      ids: { job: response.id, project },
     };
   }
   // The official driver's formula; never used if JOB_RESPONSE_FILE is set but cannot be read.
@@ -1003,6 +1030,9 @@ const RecordSchema = v.object({
   ),
   Services: v.optional(v.array(v.object({ Container: v.string(), Image: v.string(), Log: v.string() }))),
   Manager: v.optional(v.string()), // the system id of the `manager` that the job runs under, if any
+  // GitLab's ids, for operators; absent if the runner passes no JOB_RESPONSE_FILE.
+  JobID: v.optional(v.number()),
+  ProjectID: v.optional(v.number()),
 });
 type TaskRecord = v.InferOutput<typeof RecordSchema>;
 
@@ -1162,8 +1192,11 @@ function createLock({ Directory }: Config["TaskMetadata"], stem: string, stage: 
   };
 }
 
-/** The processes that work or have worked on jobs, by their locks. Removes dead locks without a record. */
-function readLocks({ Directory }: Config["TaskMetadata"], wallTime: number) {
+/**
+ * The processes that work or have worked on jobs, by their locks.
+ * @param clean removes dead locks without a record
+ */
+function readLocks({ Directory }: Config["TaskMetadata"], wallTime: number, clean = true) {
   return fs.readdirSync(Directory).flatMap((name) => {
     const [, stem, stage, pid, identity = "", namespace] =
       /^([\w-]{1,32}-[0-9a-f]{64})\.(\w+)\.(\d+)\.(\d*\.(\w*))\.lock$/.exec(name) ?? [];
@@ -1175,7 +1208,8 @@ function readLocks({ Directory }: Config["TaskMetadata"], wallTime: number) {
       ? identityOf(Number(pid)) === identity
       : Math.abs(wallTime - mtimeMs) < LOCK_EXPIRY_MS;
     // While the record exists, its locks stay: they show when the job was last worked on.
-    if (!isAlive && !fs.existsSync(join(Directory, `${stem}.json`))) removeQuietly(join(Directory, name));
+    const isOver = clean && !isAlive && !fs.existsSync(join(Directory, `${stem}.json`));
+    if (isOver) removeQuietly(join(Directory, name));
     return [{ stem, stage, pid: Number(pid), identity, isAlive, mtimeMs }];
   });
 }
@@ -1220,6 +1254,15 @@ function managerId(directory: string, { ECS_CONTAINER_METADATA_URI_V4: endpoint 
     if (!/^[0-9a-f]{12}$/.test(id)) throw new Error("it does not contain 12 hex digits; remove it");
     return sha256(`${id} ${hostname()}`).slice(0, 12);
   });
+}
+
+/** As `managerId`, but creates nothing. @returns undefined if there is none yet */
+function knownManagerId(directory: string, env: Environment): string | undefined {
+  const { ECS_CONTAINER_METADATA_URI_V4: endpoint } = env;
+  const isKnown = fs.existsSync(join(directory, ".manager-id"));
+  return isKnown || (endpoint && readManagerTask(directory, endpoint))
+    ? managerId(directory, env)
+    : undefined;
 }
 
 /** Whether a job has been prepared with this directory. */
@@ -1513,6 +1556,7 @@ const AnswerSchema = v.object({
     ...texts("taskDefinitionArn"),
     createdAt: ifValid(v.date()),
     attachments: listOfObjects({ ...texts("type"), details: pairs }),
+    tags: listOfObjects(texts("key", "value")),
     containers: listOfObjects({
       ...texts("name", "reason", "healthStatus", "lastStatus"),
       exitCode: ifValid(v.number()),
@@ -1579,11 +1623,11 @@ class Aws {
   throttled = 0; // how many calls AWS has throttled
 
   constructor(
-    private readonly location: Pick<TaskRecord, "Region" | "Cluster">,
-    private readonly context: Pick<BaseContext, "log" | "now" | "env">,
+    protected readonly location: Pick<TaskRecord, "Region" | "Cluster">,
+    protected readonly context: Pick<BaseContext, "log" | "now" | "env">,
   ) {}
 
-  async #settings() {
+  protected async settings() {
     const { FetchHttpHandler } = await import("@smithy/fetch-http-handler");
     const { loadConfig } = await import("@smithy/core/config");
     const bundle = await loadConfig({
@@ -1608,7 +1652,21 @@ class Aws {
     return { region: this.location.Region, maxAttempts: 1, requestHandler, ...keys }; // `retry` repeats calls
   }
 
-  async #send<T>(action: string, limits: Limits, call: (abort: Abort) => Promise<T>): Promise<T> {
+  protected ecsClient(): Promise<ECS> {
+    this.#ecsClient ??= this.settings().then(
+      async (settings) => new (await import("@aws-sdk/client-ecs")).ECS(settings),
+    );
+    return this.#ecsClient;
+  }
+
+  protected ec2Client(): Promise<EC2> {
+    this.#ec2Client ??= this.settings().then(
+      async (settings) => new (await import("@aws-sdk/client-ec2")).EC2(settings),
+    );
+    return this.#ec2Client;
+  }
+
+  protected async send<T>(action: string, limits: Limits, call: (abort: Abort) => Promise<T>): Promise<T> {
     const { until, signal, shouldRetry = isRetryable, onSend, grace = 0 } = limits;
     const { log, now, env } = this.context;
     const firstCallAt = now();
@@ -1661,11 +1719,8 @@ class Aws {
     limits: Limits,
     call: (ecs: ECS, abort: Abort) => Promise<T>,
   ) {
-    this.#ecsClient ??= this.#settings().then(
-      async (settings) => new (await import("@aws-sdk/client-ecs")).ECS(settings),
-    );
-    const ecs = await this.#ecsClient;
-    return this.#send(`ecs:${action}`, limits, async (abort) => {
+    const ecs = await this.ecsClient();
+    return this.send(`ecs:${action}`, limits, async (abort) => {
       const answer: Answer = v.parse(v.fallback(AnswerSchema, {}), await call(ecs, abort));
       if (IS_COMPLETE[action](answer)) return answer as T;
       throw missingAnswer("the answer is empty");
@@ -1689,13 +1744,13 @@ class Aws {
   }
 
   /** Describes tasks, 100 per call. The result lacks those that ECS does not know. */
-  async describeTasks(arns: readonly string[], limits: Limits): Promise<Task[]> {
+  async describeTasks(arns: readonly string[], limits: Limits, include?: ["TAGS"]): Promise<Task[]> {
     if (arns.length === 0) return [];
-    const input = { cluster: this.location.Cluster, tasks: arns.slice(0, 100) };
+    const input = { cluster: this.location.Cluster, tasks: arns.slice(0, 100), ...(include && { include }) };
     const { tasks = [] } = await this.#ecs("DescribeTasks", limits, (ecs, abort) =>
       ecs.describeTasks(input, abort),
     );
-    return [...tasks, ...(await this.describeTasks(arns.slice(100), limits))];
+    return [...tasks, ...(await this.describeTasks(arns.slice(100), limits, include))];
   }
 
   /** Describes a known task. ECS is eventually consistent, so a single MISSING proves nothing. */
@@ -1774,13 +1829,10 @@ class Aws {
 
   /** The public address of a network interface; undefined if it has none, or EC2 does not know it yet. */
   async publicAddress(networkInterfaceId: string, limits: Limits): Promise<string | undefined> {
-    this.#ec2Client ??= this.#settings().then(
-      async (settings) => new (await import("@aws-sdk/client-ec2")).EC2(settings),
-    );
-    const ec2 = await this.#ec2Client;
+    const ec2 = await this.ec2Client();
     const input = { NetworkInterfaceIds: [networkInterfaceId] };
     const describe = (abort: Abort) => ec2.describeNetworkInterfaces(input, abort);
-    const answer = await this.#send("ec2:DescribeNetworkInterfaces", limits, describe).catch(
+    const answer = await this.send("ec2:DescribeNetworkInterfaces", limits, describe).catch(
       (failure: Failure) => {
         // EC2 may learn of the interface later than ECS.
         if (failure.cause.error !== "InvalidNetworkInterfaceID.NotFound") throw failure;
@@ -2694,6 +2746,16 @@ async function cancelScript(
     log.warn("the script may still be running in the container: {result}", { result });
 }
 
+/** Collects a script's output. */
+function collectOutput() {
+  const parts: Buffer[] = [];
+  const write: OutputSink["write"] = (part, done) => {
+    parts.push(part);
+    done();
+  };
+  return { sinks: { stdout: { write }, stderr: { write } }, text: () => Buffer.concat(parts).toString() };
+}
+
 /**
  * Runs a script over a connection and writes its output to the sinks. If `signal` aborts, terminates the
  * script.
@@ -2896,8 +2958,10 @@ function newRecord(context: Context, privateKey: string): TaskRecord {
   const login = { HostKey: "", Interpreter: "sh", LoginShell: "" } as const;
   const times = { Deadline: 0, UpdatedAt: Math.floor(context.wallTime() / 1000) };
   const { FARGATE_MANAGER: Manager } = context.env;
+  const { ids } = context.job;
+  const origin = { ...(Manager && { Manager }), ...(ids && { JobID: ids.job, ProjectID: ids.project }) };
   const empty = { Version: RECORD_VERSION, TaskARN: "", ContainerIP: "" } as const;
-  return { ...empty, PrivateKey, ...task, ...login, ...times, ...(Manager && { Manager }) };
+  return { ...empty, PrivateKey, ...task, ...login, ...times, ...origin };
 }
 
 /** Writes a record, if given. @throws {Failure} if the old one is gone: no stage would then stop the task */
@@ -3242,6 +3306,17 @@ interface ScriptRun {
   readonly lastSeen: number; // when the task was last known to be alive, in ms of `now`
 }
 
+/** What is needed to log in to a record's task again. @throws {Failure} without the key */
+function targetOf({ SSH }: Config, { ContainerIP: host, HostKey, PrivateKey }: TaskRecord): SshTarget {
+  // The key that prepare logged in with: the job's own, or the operator's.
+  const { PrivateKeyPath: path } = SSH;
+  if (!PrivateKey && !path)
+    throw new Failure("system", "the record has no key: set PrivateKeyPath to the key that prepare used");
+  const isOwn = path && !PrivateKey;
+  const key = isOwn ? readFile(path, `PrivateKeyPath ${path}`) : Buffer.from(PrivateKey, "base64");
+  return { ...SSH, host, privateKey: key.toString(), hostKey: Buffer.from(HostKey, "base64") };
+}
+
 /**
  * Connects, runs the script and returns its exit code. Sends the script again only if no command of it can
  * have run.
@@ -3256,15 +3331,7 @@ async function runInTask(
 ) {
   const { config, log, now, signal } = context;
   const shells = { interpreter: interpreterOf(script, record.Interpreter), loginShell: record.LoginShell };
-  const { ContainerIP: host, HostKey, PrivateKey } = record;
-  // The key that prepare logged in with: the job's own, or the operator's.
-  const path = config.SSH.PrivateKeyPath;
-  if (!PrivateKey && !path)
-    throw new Failure("system", "the record has no key: set PrivateKeyPath to the key that prepare used");
-  const isOwn = path && !PrivateKey;
-  const key = isOwn ? readFile(path, `PrivateKeyPath ${path}`) : Buffer.from(PrivateKey, "base64");
-  const keys = { privateKey: key.toString(), hostKey: Buffer.from(HostKey, "base64") };
-  const target: SshTarget = { ...config.SSH, host, ...keys, toSend: lengthToSend(record, script) };
+  const target = { ...targetOf(config, record), toSend: lengthToSend(record, script) };
   const scriptRun: ScriptRun = { context, record, target, script, stage, shells, lastSeen };
   let tries = 0;
   let verifiedAt = -Infinity;
@@ -3348,7 +3415,7 @@ async function explainKill(
  * @param patience for how many ms to ask again while the task has not ended
  * @returns `ended`: undefined if unknown; `state`: a description
  */
-async function describeTaskState(context: Context, record: TaskRecord, patience: number) {
+async function describeTaskState(context: BaseContext, record: TaskRecord, patience: number) {
   const { now, signal } = context;
   const aws = new Aws(record, context);
   const begun = now();
@@ -3539,6 +3606,7 @@ const ORPHANED = {
 } as const;
 /** `manager`: the id of another manager, whose host is gone; sweep treats its tasks as its own. */
 type SweepOptions = Readonly<{ dryRun: boolean; json: boolean; manager?: string | undefined }>;
+type Step = (text: string) => void; // shows what a command does next
 
 /** A task of this driver, of any manager. Times are in epoch seconds. */
 interface SweptTask extends Readonly<Record<"taskArn" | "startedBy", string>> {
@@ -3590,6 +3658,21 @@ interface SweepRules extends Pick<Config["Fargate"], "MaxTaskAge" | "AbandonedAf
   readonly sharedId: string; // on ECS, this manager's id, which other containers of its ECS task share
   readonly stoppedManagers: readonly string[]; // ids of managers on ECS whose own tasks have stopped
   readonly canLock: boolean; // if not (full disk), live jobs have no locks, and none counts as abandoned
+}
+
+/** @param clean see `readLocks` */
+function takeSnapshot(
+  { config, wallTime }: Pick<BaseContext, "config" | "wallTime">,
+  clean = true,
+): Snapshot {
+  const { Directory } = config.TaskMetadata;
+  const hasDirectory = fs.existsSync(Directory);
+  return {
+    time: wallTime() / 1000,
+    uptime: uptime(),
+    records: hasDirectory ? readRecords(Directory) : [],
+    processes: hasDirectory ? readLocks(config.TaskMetadata, wallTime(), clean) : [],
+  };
 }
 
 const processesOf = ({ processes }: Snapshot, job: string) =>
@@ -3644,6 +3727,7 @@ interface Sweep {
   readonly takeSnapshot: () => Snapshot;
   readonly limits: () => Limits;
   readonly attempt: (action: () => Promise<void>) => Promise<void>; // a failure gets into the report
+  readonly step: Step;
 }
 
 const emptyReport = ({ JobImage: f }: Config, dryRun: boolean): SweepReport => {
@@ -3662,8 +3746,11 @@ const emptyReport = ({ JobImage: f }: Config, dryRun: boolean): SweepReport => {
  * stage.
  * @throws {Failure} if the cluster cannot be listed; any other failure is one of the report's problems
  */
-async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): Promise<SweepReport> {
-  const { config, log, now, wallTime, signal, env } = context;
+async function sweep(
+  context: BaseContext,
+  { dryRun, manager, progress: step = () => {} }: SweepOptions & { readonly progress?: Step },
+): Promise<SweepReport> {
+  const { config, log, now, signal, env } = context;
   const { MaxTaskAge, AbandonedAfter } = config.Fargate;
   const { Directory } = config.TaskMetadata;
   checkDirectory(Directory);
@@ -3677,6 +3764,7 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
       report.problems.push(describeFailure(error));
     });
   };
+  step(`listing the tasks of cluster ${config.Fargate.Cluster}`);
   // Reads the records after the tasks: prepare writes the record first, so a task without one has lost it.
   const listed = await aws.describeTasks(await aws.listTasks(undefined, limits()), limits());
   const tasks = listed.filter((task) => STARTED_BY.test(task.startedBy ?? ""));
@@ -3688,25 +3776,20 @@ async function sweep(context: BaseContext, { dryRun, manager }: SweepOptions): P
   await attempt(async () => {
     stoppedManagers.push(...(await findStoppedManagers(context, tasks, managers, limits())));
   });
-  const takeSnapshot = (): Snapshot => ({
-    time: wallTime() / 1000,
-    uptime: uptime(),
-    records: hasDirectory ? readRecords(Directory) : [],
-    processes: hasDirectory ? readLocks(config.TaskMetadata, wallTime()) : [],
-  });
   let canLock = false;
   await attempt(async () => {
     canLock = hasDirectory && AbandonedAfter > 0 && probeLock(Directory);
   });
   const sharedId = ownId?.length === 32 && ownId !== manager ? ownId : "";
   const rules = { MaxTaskAge, AbandonedAfter, managers, sharedId, stoppedManagers, canLock };
-  const steps = { takeSnapshot, limits, attempt };
+  const steps = { takeSnapshot: () => takeSnapshot(context), limits, attempt, step };
   const shared: Sweep = { context, aws, listed, tasks, rules, report, hasDirectory, ...steps };
   await sweepTasks(shared);
+  step("checking the records");
   await sweepRecords(shared);
   sweepTemporaryFiles(shared);
   await sweepDefinitions(shared);
-  takeSnapshot(); // removes the locks of dead processes
+  takeSnapshot(context); // removes the locks of dead processes
   log.debug("sweep leaves {left} tasks running", { left: report.left.length });
   return report;
 }
@@ -3740,7 +3823,8 @@ function probeLock(directory: string): true {
   return true;
 }
 
-async function stopOrphan({ report, limits }: Sweep, aws: Aws, task: SweptTask): Promise<void> {
+async function stopOrphan({ report, limits, step }: Sweep, aws: Aws, task: SweptTask): Promise<void> {
+  step(`stopping ${task.taskArn}`);
   if (!report.dryRun) await aws.stopTask(task.taskArn, `fargate sweep: ${task.why}`, limits());
   report.stopped.push(task);
 }
@@ -3758,8 +3842,7 @@ async function sweepTasks(shared: Sweep): Promise<void> {
   const isDoubtful = ({ cause, task }: ReturnType<typeof judgeTask>) =>
     cause === "abandoned" || (cause && processesOf(first, task.startedBy.slice(-32)).length > 0);
   if (judged.some(({ before }) => isDoubtful(before))) {
-    const fields = { seconds: LOCK_EXPIRY_MS / 1000 };
-    context.log.debug("some tasks may be abandoned: judging again in {seconds} s", fields);
+    shared.step(`some tasks may be abandoned: judging again in ${LOCK_EXPIRY_MS / 1000} s`);
     await sleep(LOCK_EXPIRY_MS, context.signal);
   }
   for (const { task, before } of judged) {
@@ -3850,6 +3933,1516 @@ function formatSweep(report: SweepReport, json: boolean): string {
   return lines.map((line) => `${printable(line)}\n`).join("");
 }
 
+/** Shows the steps of a command that takes time. `end`: before other output. */
+type Progress = Readonly<{ step: Step; end: () => void }>;
+/** On a terminal, one line of standard error that each step replaces; otherwise a log line for each step. */
+function makeProgress(isTerminal: boolean, log: Log): Progress {
+  if (!isTerminal) return { step: (text) => log("{text}", { text }), end: () => {} };
+  const replaceLine = (text: string) => writeWhole(2, `\r\x1b[K${text}`);
+  return { step: (text) => replaceLine(printable(text).slice(0, 79)), end: () => replaceLine("") };
+}
+
+/** Makes a logger whose lines do not begin in the middle of a progress line. */
+function loggerBeside({ end }: Progress, log: Logger): Logger {
+  const beside =
+    (write: Log): Log =>
+    (message, fields) => {
+      end();
+      write(message, fields);
+    };
+  const { debug, info, warn, error, fatal } = log;
+  return { debug, info: beside(info), warn: beside(warn), error: beside(error), fatal: beside(fatal) };
+}
+
+/** Formats rows of cells, the first of which are headings. Columns are two spaces apart. */
+function formatTable(rows: readonly (readonly string[])[]): string {
+  const cells = rows.map((row) => row.map(printable));
+  const widths = (cells[0] ?? []).map((_, i) => Math.max(...cells.map((row) => row[i]?.length ?? 0)));
+  const lines = cells.map((row) => row.map((cell, i) => cell.padEnd(widths[i] ?? 0)).join("  "));
+  return lines.map((line) => `${line.trimEnd()}\n`).join("");
+}
+
+/** A duration in its two largest units, such as 1h5m. */
+function formatDuration(seconds: number): string {
+  const total = Math.max(Math.floor(seconds), 0);
+  const [days, hours, minutes] = [total / 86_400, (total / 3600) % 24, (total / 60) % 60].map(Math.floor);
+  if (days) return `${days}d${hours}h`;
+  if (hours) return `${hours}h${minutes}m`;
+  return minutes ? `${minutes}m${total % 60}s` : `${total}s`;
+}
+
+// init: writes a configuration file with every setting.
+
+/** Options of `init`: settings, by the last part of the variables with the same effect, and `set`. */
+type InitOptions = Readonly<
+  Partial<Record<(typeof INIT_OPTIONS)[number], string>> & { set?: readonly string[] }
+>;
+const INIT_OPTIONS = ["cluster", "region", "subnet", "securityGroup", "sshUser"] as const;
+
+/** Parses `Table.Key=value`, in which the value is TOML, or else text. */
+function parseAssignment(assignment: string): Table {
+  const [, path = "", text = ""] = /^([^=]*)=(.*)$/s.exec(assignment) ?? [];
+  if (!path) throw new Failure("system", `--set ${assignment}: expected Table.Key=value`);
+  let value: unknown = text;
+  try {
+    value = parseToml(`value = ${text}`).value;
+  } catch {} // text without quotation marks
+  return path.split(".").reduceRight<unknown>((inner, key) => ({ [key.trim()]: inner }), value) as Table;
+}
+
+/** A value in one line of TOML. */
+function formatInline(value: unknown): string {
+  if (Array.isArray(value)) return `[${value.map(formatInline).join(", ")}]`;
+  const key = (name: string) => (/^[\w-]+$/.test(name) ? name : formatInline(name));
+  if (isTable(value)) {
+    const entries = Object.entries(value).map(([name, item]) => `${key(name)} = ${formatInline(item)}`);
+    return entries.length > 0 ? `{ ${entries.join(", ")} }` : "{}";
+  }
+  return JSON.stringify(value).replaceAll("\x7f", "\\u007f");
+}
+
+/** Breaks text into comment lines of at most 100 characters. */
+function formatComment(text: string): string {
+  const lines = text.match(/.{1,98}(\s|$)/g) ?? [];
+  return lines.map((line) => `# ${line.trimEnd()}\n`).join("");
+}
+
+/** A value for a setting without a default that is not set, to show its type. */
+function emptyValue(schema: v.GenericSchema): unknown {
+  const { type } = unwrap(schema);
+  return { array: [], boolean: false, number: 0 }[type as string] ?? "";
+}
+
+/** The text of a configuration file with every setting. Those without a value are in comments. Pure. */
+function formatConfig(settings: Table): string {
+  const formatEntry = (key: string, entry: v.GenericSchema, value: unknown) => {
+    const isOptional = "wrapped" in entry;
+    const fallback = isOptional ? (entry as { default?: unknown }).default : undefined;
+    const note = isOptional ? (fallback === undefined ? " (no default)" : "") : " (required)";
+    const meaning = formatComment(`${v.getDescription(unwrap(entry))}${note}`);
+    const shown = `${key} = ${formatInline(value ?? fallback ?? emptyValue(entry))}`;
+    return `${meaning}${value === undefined ? "# " : ""}${shown}\n`;
+  };
+  const sections = Object.entries(ConfigSchema.entries).map(([name, schema]) => {
+    const entries = entriesOf(schema);
+    if (!entries) return `${formatEntry(name, schema, settings[name])}\n`;
+    const table = isTable(settings[name]) ? settings[name] : {};
+    const lines = Object.entries(entries).map(([key, entry]) => formatEntry(key, entry, table[key]));
+    return `[${name}]\n\n${lines.join("\n")}\n`;
+  });
+  const title = "Configuration of the Fargate driver for GitLab Runner. A comment shows a setting's default.";
+  return `${formatComment(title)}\n${sections.join("")}`.replace(/\n+$/, "\n");
+}
+
+/** Merges settings, table by table; later ones win. */
+function mergeSettings(layers: readonly Table[]): Table {
+  const merged: Table = {};
+  for (const [key, value] of layers.flatMap((layer) => Object.entries(layer))) {
+    const before = merged[key];
+    merged[key] = isTable(value) && isTable(before) ? mergeSettings([before, value]) : value;
+  }
+  return merged;
+}
+
+/**
+ * The settings for `init`: defaults, variables of the environment, then options.
+ * @returns `missing`: the required settings that nothing sets
+ * @throws {Failure} for an unknown setting or an invalid value
+ */
+function initialSettings(options: InitOptions, flags: Options, env: Environment) {
+  const region = env.FARGATE_REGION || env.WORKER_REGION || env.AWS_REGION || env.AWS_DEFAULT_REGION;
+  const [given = {}] = singleManager({ ...env, FARGATE_REGION: region });
+  const { cluster, subnet, securityGroup, sshUser } = options;
+  const named = [cluster, options.region, subnet, securityGroup, flags.TaskDefinition, sshUser];
+  const values = WORKER_FIELDS.flatMap(([table, key, field], i) => {
+    const value = named[i] ?? given[field];
+    return value === undefined ? [] : [{ [table]: { [key]: value } }];
+  });
+  const defaults = {
+    Fargate: { AllowedTaskDefinitions: [], AllowedPlatformVersions: [] }, // unset would let a job choose any
+    TaskMetadata: { Directory: "/opt/gitlab-runner/metadata" },
+  };
+  const unknown: string[] = [];
+  const { PlatformVersion } = flags;
+  const platform = PlatformVersion ? [{ Fargate: { PlatformVersion } }] : [];
+  const layers = [defaults, ...values, ...platform, ...(options.set ?? []).map(parseAssignment)].map(
+    (layer) => normalizeKeys(layer, ConfigSchema, "", unknown) as Table,
+  );
+  for (const [name, value] of layers.flatMap((layer) => Object.entries(layer)))
+    if (entriesOf(ConfigSchema.entries[name as keyof Config]) && !isTable(value))
+      unknown.push(`${name} is ${formatValue(value)}; expected: a table, as in ${name}.Key=value`);
+  const settings = mergeSettings(layers);
+  const missing = missingSettings(settings);
+  const placeholders = missing.map(([table, key]) => ({ [table]: { [key]: "to be set" } }));
+  const { issues = [] } = v.safeParse(ConfigSchema, mergeSettings([settings, ...placeholders]));
+  const problems = [...unknown, ...issues.map((issue) => describeIssue(issue))];
+  if (problems.length > 0) throw new Failure("system", "the settings cannot be used:", {}, problems);
+  return { settings, missing: missing.map((path) => path.join(".")) };
+}
+
+/** The required settings that have no value, each as table and key. */
+function missingSettings(settings: Table): [string, string][] {
+  const alternatives: Record<string, string> = { Subnet: "Subnets", SecurityGroup: "SecurityGroups" };
+  return Object.entries(ConfigSchema.entries).flatMap(([table, schema]) => {
+    const given = isTable(settings[table]) ? settings[table] : {};
+    const isSet = (key: string) => given[key] !== undefined || given[alternatives[key] ?? key] !== undefined;
+    const required = Object.entries(entriesOf(schema) ?? {}).filter(
+      ([key, entry]) => !("wrapped" in entry) || key in alternatives,
+    );
+    return required.flatMap(([key]): [string, string][] => (isSet(key) ? [] : [[table, key]]));
+  });
+}
+
+/**
+ * The `init` command: prints the runner's section of GitLab Runner's config.toml, and writes a configuration
+ * file with every setting.
+ * @throws {Failure} if the file exists or cannot be written
+ */
+async function init(
+  { log, env, program, driverFile }: Pick<FleetContext, "log" | "env" | "program" | "driverFile">,
+  options: InitOptions,
+  flags: Options,
+  print: (text: string) => void,
+): Promise<void> {
+  const { settings, missing } = initialSettings(options, flags, env);
+  const { success, output: url } = v.safeParse(webAddress, env.GITLAB_URL || "https://gitlab.com");
+  if (!success) throw new Failure("system", "GITLAB_URL is no address such as https://gitlab.example.com");
+  if (fs.lstatSync(driverFile, { throwIfNoEntry: false }))
+    throw new Failure("system", `${driverFile} exists already`, { problem: "newFile" });
+  const runner = { isRegistration: false, limit: 0, driverFile };
+  const fleet = { gitlab: { url }, cache: undefined, caFile: "", managers: [] };
+  const section = await formatSection(fleet, runner, { name: "fargate", token: "__REDACTED__" }, program);
+  const token = "The token is the runner's own, which begins with glrt- and which GitLab shows once.";
+  print(`${formatComment(`The runner's section of GitLab Runner's config.toml. ${token}`)}${section}\n`);
+  const write = () => {
+    const file = fs.openSync(driverFile, "wx", 0o644);
+    try {
+      fs.writeFileSync(file, formatConfig(settings));
+    } catch (error) {
+      removeQuietly(driverFile); // otherwise the next call would not overwrite it
+      throw error;
+    } finally {
+      fs.closeSync(file);
+    }
+  };
+  withContext(`${driverFile} cannot be written`, write, "disk");
+  log.info("{driverFile} written; check it with: fargate --config {driverFile} doctor", { driverFile });
+  if (missing.length > 0)
+    log.warn("still to be set in {driverFile}: {missing}", { driverFile, missing: missing.join(", ") });
+}
+
+// tasks: shows the tasks that are running.
+
+type TasksOptions = Readonly<{ all: boolean; json: boolean }>;
+/** A job's task. What is unknown is null. Times are in epoch seconds. */
+interface RunningTask {
+  readonly job: number | null; // GitLab's ids
+  readonly project: number | null;
+  readonly taskArn: string | null; // null until RunTask has answered
+  readonly state: string | null; // ECS's lastStatus
+  readonly createdAt: number;
+  readonly deadline: number | null; // when sweep stops the task; null before RunTask
+  readonly address: string | null;
+  readonly startedBy: string;
+  readonly stages: readonly string[]; // of this host, in progress
+}
+
+/** Tags that tell the job of a task. */
+const JOB_TAGS = { job: "gitlab:job-id", project: "gitlab:project-id" } as const;
+
+/**
+ * Whether the directory of records exists, for operators. @throws {Failure} if only another user can read it
+ */
+function hasRecords({ config }: BaseContext): boolean {
+  const { Directory } = config.TaskMetadata;
+  const what = `TaskMetadata.Directory ${Directory}`;
+  const look = () => fs.statSync(Directory, { throwIfNoEntry: false });
+  const found = withContext(`${what} cannot be read`, look, "runnerUser");
+  if (!found) return false;
+  if (found.uid !== 0 && found.uid !== process.geteuid?.())
+    throw new Failure("system", `${what} belongs to another user (id ${found.uid})`, {
+      problem: "runnerUser",
+    });
+  withContext(`${what} cannot be read`, () => fs.readdirSync(Directory), "runnerUser");
+  return true;
+}
+
+/** GitLab's id of a record's job, also of a broken record. */
+const jobIdOf = ({ name, JobID }: Snapshot["records"][number]): number | null =>
+  JobID ?? (Number(/^job-(\d{1,15})-/.exec(name)?.[1]) || null);
+
+/**
+ * Describes the tasks of records that a list of tasks lacks: in other clusters, just started, or stopped. A
+ * cluster that cannot be asked only causes a warning.
+ */
+async function describeUnlisted(context: BaseContext, records: Snapshot["records"], listed: readonly Task[]) {
+  const { config, now, signal, log } = context;
+  const unlisted = records.filter(
+    ({ TaskARN }) => TaskARN && !listed.some(({ taskArn }) => taskArn === TaskARN),
+  );
+  const places = Map.groupBy(unlisted, ({ Region, Cluster }) => `${Region} ${Cluster}`);
+  const described = [...places.values()].map(async (group) => {
+    const arns = group.flatMap(({ TaskARN = "" }) => TaskARN);
+    const limits = { until: now() + UNLISTED_RETRY_MS, signal };
+    const place = { ...config.Fargate, ...group[0] };
+    return new Aws(place, context).describeTasks(arns, limits).catch((error): Task[] => {
+      signal.throwIfAborted();
+      const fields = { cluster: place.Cluster, names: group.map(({ name }) => name).join(", ") };
+      log.warn("cluster {cluster}, which {names} names: {reason}", {
+        ...fields,
+        reason: describeFailure(error),
+      });
+      return [];
+    });
+  });
+  return (await Promise.all(described)).flat();
+}
+const UNLISTED_RETRY_MS = 10_000;
+
+/**
+ * The running tasks of this manager, or with `all` those of every manager on the cluster, oldest first.
+ * Changes nothing.
+ * @throws {Failure} if ECS does not answer, or the records cannot be read
+ */
+async function listRunningTasks(context: BaseContext, all: boolean): Promise<RunningTask[]> {
+  const { config, now, signal, log, env } = context;
+  const { Directory } = config.TaskMetadata;
+  const exists = hasRecords(context);
+  if (!exists) log.info("no job has run with TaskMetadata.Directory {Directory} yet", { Directory });
+  const snapshot = takeSnapshot(context, false);
+  const ownId = exists ? knownManagerId(Directory, env) : undefined;
+  const isShown = ({ startedBy = "" }: Task) =>
+    STARTED_BY.test(startedBy) && (all || ownId === startedBy.split("-")[1]);
+  const aws = new Aws(config.Fargate, context);
+  const limits = { until: now() + STOP_RETRY_MS, signal };
+  const arns = all || ownId ? await aws.listTasks(undefined, limits) : [];
+  const listed = (await aws.describeTasks(arns, limits, ["TAGS"])).filter(isShown);
+  const others = (await describeUnlisted(context, snapshot.records, listed)).filter(isShown);
+  const running = [...listed, ...others].map((task) => describeRunning(task, snapshot, config, ownId));
+  const isDescribed = (arn: string) => running.some(({ taskArn }) => taskArn === arn);
+  const rest = snapshot.records.filter(({ StartedBy, TaskARN = "" }) => StartedBy && !isDescribed(TaskARN));
+  const undescribed = rest.map((record): RunningTask => {
+    const { TaskARN, StartedBy = "", UpdatedAt, ProjectID: project = null } = record;
+    const createdAt = UpdatedAt ?? Math.floor(snapshot.time);
+    const stages = stagesInProgress(snapshot, StartedBy);
+    const unknown = { state: null, deadline: record.Deadline || null, address: record.ContainerIP || null };
+    const taskArn = TaskARN || null;
+    return { job: jobIdOf(record), project, taskArn, ...unknown, createdAt, startedBy: StartedBy, stages };
+  });
+  return [...running, ...undescribed].sort((a, b) => a.createdAt - b.createdAt);
+}
+
+/** One task, with what its record or its tags tell of the job. */
+function describeRunning(
+  task: Task,
+  snapshot: Snapshot,
+  { Fargate: { MaxTaskAge } }: Config,
+  ownId: string | undefined,
+): RunningTask {
+  const { taskArn = "", startedBy = "", lastStatus: state = null } = task;
+  const record = snapshot.records.find((record) => record.TaskARN === taskArn);
+  const tag = (wanted: string) => {
+    const { value = "" } = task.tags?.find(({ key }) => key === wanted) ?? {};
+    return /^\d{1,15}$/.test(value) ? Number(value) : null;
+  };
+  const managers = ownId ? [ownId] : [];
+  const rules = {
+    MaxTaskAge,
+    AbandonedAfter: 0,
+    managers,
+    sharedId: "",
+    stoppedManagers: [],
+    canLock: false,
+  };
+  const { createdAt, deadline } = judgeTask(task, snapshot, rules).task;
+  return {
+    job: (record && jobIdOf(record)) ?? tag(JOB_TAGS.job),
+    project: record?.ProjectID ?? tag(JOB_TAGS.project),
+    ...{ taskArn, state, createdAt, deadline, startedBy },
+    address: record?.ContainerIP || interfaceOf(task).address || null,
+    stages: stagesInProgress(snapshot, startedBy),
+  };
+}
+
+/** The stages of a job that have a live process on this host. */
+const stagesInProgress = (snapshot: Snapshot, startedBy: string): string[] =>
+  processesOf(snapshot, startedBy.slice(-32)).flatMap(({ stage, isAlive }) => (isAlive ? stage : []));
+
+/** The running tasks as a table, or as one line of JSON. @param time epoch seconds */
+function formatTasks(tasks: readonly RunningTask[], json: boolean, time: number): string {
+  if (json) return `${JSON.stringify({ tasks })}\n`;
+  const headings = ["JOB", "PROJECT", "TASK", "STATE", "AGE", "DEADLINE", "ADDRESS"];
+  const deadlineText = (deadline: number) =>
+    deadline > time ? `in ${formatDuration(deadline - time)}` : `${formatDuration(time - deadline)} ago`;
+  const rows = tasks.map(({ job, project, taskArn, state, createdAt, deadline, address }) => [
+    ...[job, project, taskArn?.split("/").at(-1), state].map((cell) => `${cell ?? "-"}`),
+    formatDuration(time - createdAt),
+    deadline ? deadlineText(deadline) : "-",
+    address ?? "-",
+  ]);
+  return formatTable([headings, ...rows]);
+}
+
+// shell: opens a login, or runs a command, in a job's task.
+
+/**
+ * The record of a running job. Only reads it: the job must not notice.
+ * @param wanted GitLab's job id, or the id of a task
+ * @throws {Failure} if there is none or more than one, or if it cannot be used
+ */
+function findJobRecord(context: BaseContext, wanted: string): TaskRecord {
+  const { Directory } = context.config.TaskMetadata;
+  const records = hasRecords(context) ? readRecords(Directory) : [];
+  const matches = records.filter(
+    ({ name, JobID, TaskARN }) =>
+      `${JobID}` === wanted || name.startsWith(`job-${wanted}-`) || TaskARN?.split("/").at(-1) === wanted,
+  );
+  const [match] = matches;
+  if (matches.length > 1) {
+    const line = ({ ProjectID, TaskARN }: Partial<TaskRecord>) =>
+      `project ${ProjectID ?? "unknown"}: task ${TaskARN?.split("/").at(-1) || "not started"}`;
+    const what = `${matches.length} running jobs have the id ${wanted}; name one by its task:`;
+    throw new Failure("system", what, {}, matches.map(line));
+  }
+  const record =
+    match && withContext("the job's task is out of reach", () => readRecord(join(Directory, match.name)));
+  if (!record) throw new Failure("system", `no job ${wanted} runs on this host`, { problem: "jobId" });
+  if (!record.ContainerIP)
+    throw new Failure("system", `nobody can log in to job ${wanted} yet: its task is starting`);
+  return record;
+}
+
+/** The command line for a login shell: a single argument as it is, several as a program and its arguments. */
+const commandLine = (words: readonly string[]): string =>
+  words.length === 1 ? `${words[0]}` : words.map((word) => `'${word.replaceAll("'", "'\\''")}'`).join(" ");
+
+/** Runs a command in a job's task. @returns its exit code. @throws {Failure} */
+async function runShellCommand(
+  context: BaseContext & OutputSinks,
+  record: TaskRecord,
+  connection: Connection,
+  command: string,
+): Promise<number> {
+  const shells = { interpreter: record.Interpreter, loginShell: record.LoginShell };
+  const outcome = await runScript(connection, Buffer.from(`${command}\n`), shells, context);
+  if (outcome.ended === "exited") return outcome.code;
+  throw await lostConnection(context, record, outcome.reason);
+}
+
+/** The failure of a connection that broke, with the state of the task. */
+async function lostConnection(context: BaseContext, record: TaskRecord, reason: string): Promise<Failure> {
+  const { state, cause } = await describeTaskState(context, record, 10_000);
+  return new Failure("system", `the connection to the container was lost: ${reason}; ${state}`, cause);
+}
+
+/** The operator's terminal. */
+interface Terminal {
+  readonly input: Pick<NodeJS.ReadStream, "on" | "off" | "pause" | "resume">;
+  readonly output: Pick<NodeJS.WriteStream, "write" | "once" | "on" | "off" | "rows" | "columns">;
+  readonly type: string; // TERM
+}
+
+/**
+ * Puts the terminal of standard input in raw mode, as ssh does. The runtime's own raw mode would still change
+ * line ends, which breaks full-screen programs.
+ * @returns a function that restores it. @throws {Failure} without stty
+ */
+function makeRaw(): () => void {
+  const stty = (...args: string[]) => {
+    const { success, stdout } = Bun.spawnSync(["stty", ...args], { stdin: "inherit" });
+    if (!success) throw new Error(`stty ${args.join(" ")} fails`);
+    return stdout.toString().trim();
+  };
+  return withContext("the terminal cannot be used", () => {
+    const before = stty("-g");
+    stty("raw", "-echo");
+    return () => void stty(before);
+  });
+}
+
+/** Whether keys end with `~.` at the beginning of a line: as with ssh, that leaves a login that hangs. */
+const isEscape = (keys: string): boolean => /(^|[\r\n])~\.$/.test(keys);
+
+/**
+ * Connects the operator's terminal to a login shell with a terminal of its own, until the shell ends. Keys,
+ * Ctrl-C included, go to the shell.
+ * @returns the shell's exit code or signal; undefined if the connection was lost
+ */
+async function runTerminal(
+  { client }: Connection,
+  { input, output, type }: Terminal,
+  signal: AbortSignal,
+): Promise<Exit> {
+  const ended = Promise.withResolvers<Exit>();
+  let channel: ClientChannel | undefined;
+  let typed = ""; // the last keys
+  const onInput = (keys: Buffer) => {
+    typed = (typed + keys.toString("latin1")).slice(-3);
+    if (isEscape(typed)) ended.reject(new Failure("system", "left by ~."));
+    else channel?.write(keys);
+  };
+  const onResize = () => void channel?.setWindow(output.rows, output.columns, 0, 0);
+  const open = (error: Error | undefined, opened: ClientChannel) => {
+    if (error)
+      return ended.reject(new Failure("system", `the server opened no terminal: ${sshReason(error)}`));
+    channel = opened;
+    let exit: Exit;
+    opened.on("data", (part: Buffer) => {
+      if (output.write(part)) return;
+      opened.pause();
+      output.once("drain", () => opened.resume());
+    });
+    opened.on("exit", (code: number | null, name?: string) => {
+      exit = code ?? (name as NodeJS.Signals);
+    });
+    opened.on("close", () => ended.resolve(exit));
+  };
+  const restore = makeRaw();
+  try {
+    client.on("close", () => ended.resolve(undefined));
+    input.on("data", onInput).resume();
+    output.on("resize", onResize);
+    client.shell({ term: type, rows: output.rows, cols: output.columns }, open);
+    return await withAbort(signal, () => ended.reject(signal.reason), ended.promise);
+  } finally {
+    output.off("resize", onResize);
+    input.off("data", onInput).pause();
+    restore();
+  }
+}
+
+const SHELL_KEEP_ALIVE = 15; // seconds, if KeepAliveInterval is 0: an operator should not wait in vain
+
+/** The `shell` command. @returns the exit code of the login shell or the command. @throws {Failure} */
+async function shell(
+  context: BaseContext & OutputSinks,
+  [wanted = "", ...command]: readonly string[],
+  terminal: Terminal | undefined,
+): Promise<number> {
+  const { config, log, signal } = context;
+  const record = findJobRecord(context, wanted);
+  if (command.length === 0 && !terminal)
+    throw new Failure("system", "this is no terminal", { problem: "noTerminal" });
+  const failed = async (error: unknown): Promise<never> => {
+    if (!(error instanceof SshFailure)) throw error;
+    const { state, cause } = await describeTaskState(context, record, 0);
+    const what = `no login to job ${wanted}: ${reasonOf(error)}; ${state}`;
+    throw new Failure("system", what, { problem: cause.problem ?? error.cause.problem });
+  };
+  const KeepAliveInterval = config.SSH.KeepAliveInterval || SHELL_KEEP_ALIVE;
+  const target = { ...targetOf(config, record), KeepAliveInterval };
+  const connection = await connect(target, MAX_SILENCE_MS, signal).catch(failed);
+  let reason = "the server closed it";
+  connection.client.on("error", (error) => {
+    reason = sshReason(error);
+  });
+  try {
+    // Another task could have the address by now.
+    const { ended, state, cause } = await describeTaskState(context, record, 0);
+    if (ended !== false) throw new Failure("system", `no login to job ${wanted}: ${state}`, cause);
+    if (command.length > 0) return await runShellCommand(context, record, connection, commandLine(command));
+    const instead = "the script of this job runs in a container of its own, which has no SSH server";
+    if (record.Build) log.info("This is {container}; {instead}", { container: CONTAINER, instead });
+    const exit = await runTerminal(connection, terminal as Terminal, signal);
+    if (exit === undefined) throw await lostConnection(context, record, reason);
+    return typeof exit === "number" ? exit : 128 + (osConstants.signals[exit] ?? 0);
+  } finally {
+    connection.client.destroy();
+  }
+}
+
+// doctor: checks an installation.
+
+/** Options of `doctor`. `run`: whether to start a task */
+type DoctorOptions = Readonly<{ run: boolean; json: boolean; runnerConfig?: string }>;
+type Result = "right" | "wrong" | "unknown";
+/** One row of doctor's table. `fix`: what to do if it is wrong */
+interface Finding extends Readonly<Record<"check" | "detail", string>> {
+  readonly result: Result;
+  readonly fix?: string;
+}
+
+/** Problems of a call that tell nothing about what it asks for. */
+const NOT_ANSWERED = "accessDenied unreachable certificate proxy throttled awsFault clock".split(" ");
+const isUnanswered = (error: unknown): boolean => NOT_ANSWERED.includes(causeOf(error).problem ?? "");
+
+/** Collects findings. */
+class Examination {
+  readonly findings: Finding[] = [];
+  constructor(private readonly signal: AbortSignal) {}
+  right = (check: string, detail: string) => void this.findings.push({ check, result: "right", detail });
+  wrong = (check: string, detail: string, fix: string) =>
+    void this.findings.push({ check, result: "wrong", detail, fix });
+  unknown = (check: string, detail: string) => void this.findings.push({ check, result: "unknown", detail });
+  /** @param problem what is wrong, if anything */
+  judge = (check: string, detail: string, problem: string | false | undefined, fix: string) =>
+    problem ? this.wrong(check, problem, fix) : this.right(check, detail);
+
+  /**
+   * Runs a check. An error is a problem if there is advice for it or a `fix`. Otherwise, or if AWS did not
+   * answer, the result is unknown.
+   */
+  async attempt(check: string, action: () => Promise<void> | void, fix?: string): Promise<void> {
+    try {
+      await action();
+    } catch (error) {
+      this.signal.throwIfAborted();
+      const advice = adviceFor(causeOf(error)) ?? fix;
+      if (advice && !isUnanswered(error)) this.wrong(check, reasonOf(error), advice);
+      else this.unknown(check, `not checked: ${reasonOf(error)}`);
+    }
+  }
+}
+
+/** What the checks share. */
+interface Checkup {
+  readonly context: BaseContext;
+  readonly aws: InspectorAws;
+  readonly report: Examination;
+  readonly step: Step;
+}
+
+/** Whose the credentials are, and where they come from. */
+type Identity = Readonly<Record<"account" | "arn" | "source", string>>;
+/** The SDK's names for sources of credentials. */
+const CREDENTIAL_SOURCES: Readonly<Record<string, string>> = {
+  CREDENTIALS_CODE: "environment variables",
+  CREDENTIALS_ENV_VARS: "environment variables",
+  CREDENTIALS_ENV_VARS_STS_WEB_ID_TOKEN: "a web identity token",
+  CREDENTIALS_PROFILE: "a profile",
+  CREDENTIALS_PROFILE_PROCESS: "the credential_process of a profile",
+  CREDENTIALS_STS_ASSUME_ROLE: "a profile with a role",
+  CREDENTIALS_HTTP: "the container's credentials endpoint",
+  CREDENTIALS_IMDS: "the EC2 instance's role",
+};
+
+interface Ec2Resources {
+  readonly Subnets: Subnet;
+  readonly SecurityGroups: SecurityGroup;
+  readonly RouteTables: RouteTable;
+  readonly VpcEndpoints: VpcEndpoint;
+  readonly NetworkInterfaces: NetworkInterface;
+}
+const ASK_MS = 5_000; // how long doctor repeats a call
+const NO_ID = "0".repeat(32); // of no task and no derived task definition
+
+/** The calls that only doctor makes. They change nothing. */
+class InspectorAws extends Aws {
+  readonly unreachable = new Map<string, unknown>(); // services with the reason: they are not called again
+  clockSkew = Number.NaN; // seconds that this host is ahead of AWS; NaN before an answer
+  #iam: Promise<IAM> | undefined;
+
+  constructor(private readonly base: BaseContext) {
+    super(base.config.Fargate, base);
+  }
+
+  limits = (): Limits => ({ until: this.base.now() + ASK_MS, signal: this.base.signal });
+
+  protected override async settings() {
+    const settings = await super.settings();
+    const { requestHandler } = settings;
+    const handle = requestHandler.handle.bind(requestHandler);
+    requestHandler.handle = async (...args) => {
+      const asked = this.base.wallTime();
+      const result = await handle(...args);
+      const date = Date.parse(result.response.headers.date ?? "") + 500; // it has whole seconds
+      if (Number.isNaN(this.clockSkew)) this.clockSkew = ((asked + this.base.wallTime()) / 2 - date) / 1000;
+      return result;
+    };
+    return settings;
+  }
+
+  protected override async send<T>(action: string, limits: Limits, call: (abort: Abort) => Promise<T>) {
+    const [service = ""] = action.split(":");
+    if (this.unreachable.has(service)) throw this.unreachable.get(service);
+    return super.send(action, limits, call).catch((error) => {
+      const { problem = "" } = causeOf(error);
+      if (["unreachable", "certificate", "proxy"].includes(problem)) this.unreachable.set(service, error);
+      throw error;
+    });
+  }
+
+  async identify(): Promise<Identity> {
+    const { STS } = await import("@aws-sdk/client-sts");
+    const sts = new STS(await this.settings());
+    const ask = (abort: Abort) => sts.getCallerIdentity({}, abort);
+    const { Account = "", Arn = "" } = await this.send("sts:GetCallerIdentity", this.limits(), ask);
+    const { $source = {} } = (await sts.config.credentials()) as { $source?: Record<string, string> };
+    const [source = "an unknown source"] = Object.keys($source).flatMap(
+      (name) => CREDENTIAL_SOURCES[name] ?? [],
+    );
+    return { account: Account, arn: Arn, source };
+  }
+
+  #iamClient(): Promise<IAM> {
+    this.#iam ??= this.settings().then(
+      async (settings) => new (await import("@aws-sdk/client-iam")).IAM(settings),
+    );
+    return this.#iam;
+  }
+
+  /** The principal that policies are attached to: for a session of a role, the role. */
+  async principalOf({ arn }: Identity): Promise<string> {
+    const [, partition, account, RoleName] =
+      /^arn:([\w-]+):sts::(\d+):assumed-role\/([^/]+)\//.exec(arn) ?? [];
+    if (!RoleName) return arn;
+    const iam = await this.#iamClient();
+    const get = (abort: Abort) => iam.getRole({ RoleName }, abort);
+    const answer = await this.send("iam:GetRole", this.limits(), get).catch(() => undefined);
+    // Without this permission, assumes that the role has no path.
+    return answer?.Role?.Arn ?? `arn:${partition}:iam::${account}:role/${RoleName}`;
+  }
+
+  /** Asks IAM whether its policies allow something. */
+  async simulate(principal: string, { action, resource, conditions }: Permission) {
+    const iam = await this.#iamClient();
+    const known = {
+      "aws:RequestedRegion": this.location.Region,
+      "aws:PrincipalArn": principal,
+      ...conditions,
+    };
+    const ContextEntries = Object.entries(known).map(([ContextKeyName, value]) => {
+      return { ContextKeyName, ContextKeyType: "string" as const, ContextKeyValues: [value] };
+    });
+    const request = {
+      PolicySourceArn: principal,
+      ActionNames: [action],
+      ResourceArns: [resource],
+      ContextEntries,
+    };
+    const ask = (abort: Abort) => iam.simulatePrincipalPolicy(request, abort);
+    const answer = await this.send("iam:SimulatePrincipalPolicy", this.limits(), ask);
+    return answer.EvaluationResults?.[0];
+  }
+
+  /** The cluster; undefined if there is none of this name. */
+  async describeCluster(): Promise<Cluster | undefined> {
+    const ecs = await this.ecsClient();
+    const input = { clusters: [this.location.Cluster] };
+    const ask = (abort: Abort) => ecs.describeClusters(input, abort);
+    return (await this.send("ecs:DescribeClusters", this.limits(), ask)).clusters?.[0];
+  }
+
+  /** Calls StopTask with the id of no task. */
+  async stopNoTask(): Promise<void> {
+    const ecs = await this.ecsClient();
+    const input = { cluster: this.location.Cluster, task: NO_ID, reason: "job of fargate doctor" };
+    await this.send("ecs:StopTask", this.limits(), (abort) => ecs.stopTask(input, abort)).catch((error) => {
+      if (causeOf(error).problem !== "noTask") throw error;
+    });
+  }
+
+  /** Describes EC2's resources of a kind by a filter. One that matches nothing is no error, unlike an id. */
+  async describe<K extends keyof Ec2Resources>(kind: K, filter: string, values: readonly string[]) {
+    const ec2 = await this.ec2Client();
+    type Answer = { readonly [Kind in K]?: Ec2Resources[K][] };
+    const call: (input: object, abort: Abort) => Promise<unknown> = ec2[`describe${kind}`].bind(ec2);
+    const input = { Filters: [{ Name: filter, Values: [...values] }] };
+    const answer = await this.send(`ec2:Describe${kind}`, this.limits(), (abort) => call(input, abort));
+    return (answer as Answer)[kind] ?? [];
+  }
+}
+
+/** Checks the settings by themselves. @param warnings about keys without effect */
+async function checkSettings(
+  { context, report }: Checkup,
+  driverFile: string,
+  warnings: readonly string[],
+): Promise<void> {
+  const { Fargate: f, SSH } = context.config;
+  for (const warning of warnings) report.wrong("configuration", warning, "correct or remove it");
+  if (warnings.length === 0) report.right("configuration", driverFile);
+  const allowed = f.AllowedTaskDefinitions;
+  const isOpen =
+    !allowed && "it is not set: a job may choose any task definition, with its roles and secrets";
+  const fix = 'set it to the task definitions that jobs may choose, such as ["ci-*"], or to []';
+  report.judge("AllowedTaskDefinitions", formatInline(allowed ?? []), isOpen, fix);
+  if (f.UsePublicIP && !f.EnablePublicIP)
+    report.wrong("UsePublicIP", "without EnablePublicIP, tasks have no public address", ADVICE.publicAddress);
+  const readKey = async (path: string) => {
+    await keyPairOf(fs.readFileSync(path, "utf8"));
+    report.right("PrivateKeyPath", path);
+  };
+  const { PrivateKeyPath: path } = SSH;
+  const keyFix = "name a private key without a passphrase that this user can read, or remove PrivateKeyPath";
+  if (path) await report.attempt("PrivateKeyPath", () => readKey(path), keyFix);
+}
+
+/** Checks whose the credentials are. @returns `isUsable`: whether AWS can be asked anything else */
+async function checkIdentity({ aws, context, report }: Checkup) {
+  const { Cluster, TaskDefinition } = context.config.Fargate;
+  let identity: Identity | undefined;
+  let isUsable = true;
+  const identify = async () => {
+    identity = await aws.identify().catch((error) => {
+      isUsable = isUnanswered(error); // such as in a VPC without an endpoint for STS
+      throw error;
+    });
+    const { arn, source, account } = identity;
+    const isForeign = (name: string) => name.startsWith("arn:") && name.split(":")[4] !== account;
+    const foreign = [Cluster, TaskDefinition].find(isForeign);
+    isUsable = !foreign;
+    const problem = foreign && `${arn}, from ${source}, is of another account than ${foreign}`;
+    const fix = `use credentials of account ${foreign?.split(":")[4]}, or correct that ARN`;
+    report.judge("credentials", `${arn}, from ${source}`, problem, fix);
+  };
+  await report.attempt("credentials", identify, "correct this first: without it, AWS cannot be called");
+  return { identity, isUsable };
+}
+
+const isFargate = (place: string): boolean => /^FARGATE(_SPOT)?$/.test(place);
+/** Where tasks start: names of capacity providers, or a launch type. Empty if that is not known. */
+function placesOf({ Fargate: f }: Config, cluster: Cluster | undefined): string[] {
+  const named = (strategy: Config["Fargate"]["CapacityProviderStrategy"]) =>
+    strategy?.map(({ CapacityProvider }) => CapacityProvider);
+  const inherited = cluster?.defaultCapacityProviderStrategy?.map(
+    ({ capacityProvider }) => `${capacityProvider}`,
+  );
+  const byDefault = cluster && !inherited?.length ? ["EC2"] : (inherited ?? []); // as ECS does
+  const first = f.LaunchType ? [f.LaunchType] : (named(f.CapacityProviderStrategy) ?? byDefault);
+  return [...new Set([...first, ...(named(f.FallbackCapacityProviderStrategy) ?? [])])];
+}
+
+/** Checks the cluster, and whether tasks can start where the settings want. */
+function checkCluster({ context: { config }, report }: Checkup, cluster: Cluster | undefined): void {
+  const { Cluster: name, Region, LaunchType, EnablePublicIP } = config.Fargate;
+  const isAbsent =
+    cluster?.status !== "ACTIVE" &&
+    `${name} ${cluster ? `is ${cluster.status}` : "does not exist"} in ${Region}`;
+  const create = `correct Cluster or Region, or create it: aws ecs create-cluster --cluster-name ${name}`;
+  report.judge("cluster", `${cluster?.clusterArn} is ACTIVE`, isAbsent, create);
+  if (!cluster || isAbsent) return;
+  const { capacityProviders: known = [], defaultCapacityProviderStrategy: byDefault = [] } = cluster;
+  const places = placesOf(config, cluster);
+  const lacking = places.filter((place) => place !== LaunchType && place !== "EC2" && !known.includes(place));
+  const isEmpty = places.includes("EC2") && !cluster.registeredContainerInstancesCount;
+  const lacks = lacking.length > 0 && `the cluster lacks ${lacking.join(", ")}`;
+  const noInstances = isEmpty && `tasks would start on EC2 instances, but the cluster has none`;
+  const isPublic =
+    EnablePublicIP &&
+    !places.every(isFargate) &&
+    `EnablePublicIP is set, but tasks start on ${places.join(", ")}`;
+  const options = `--cluster ${name} --capacity-providers ${[...known, ...lacking].join(" ")}`;
+  const strategy = `--default-capacity-provider-strategy '${JSON.stringify(byDefault)}'`;
+  const add = `aws ecs put-cluster-capacity-providers ${options} ${strategy}`;
+  const instances = LaunchType ? ADVICE.instances : ADVICE.launchType;
+  const fix = lacks ? add : noInstances ? instances : ADVICE.publicIp;
+  report.judge("launch type", places.join(", "), lacks || noInstances || isPublic, fix);
+}
+
+const ECR_IMAGE = /^\d{12}\.dkr\.ecr[.-]/;
+/** Checks a task definition, for the driver and for the places where tasks start. */
+function checkDefinition({ context, report }: Checkup, d: TaskDefinition, places: readonly string[]): void {
+  const { Fargate: f, SSH } = context.config;
+  const judge: Examination["judge"] = (what, ...rest) =>
+    report.judge(`definition ${d.family}: ${what}`, ...rest);
+  const arn = `${d.taskDefinitionArn}`;
+  const containers = d.containerDefinitions ?? [];
+  const container = containers.find(({ name }) => name === CONTAINER);
+  const names = containers.map(({ name }) => name).join(", ");
+  const required = d.requiresCompatibilities?.join(", ") || "EC2"; // ECS's default
+  const onFargate = places.some(isFargate);
+  const isUnfit = onFargate && !required.includes("FARGATE") && `it is for ${required}, not for FARGATE`;
+  const { operatingSystemFamily: system = "LINUX", cpuArchitecture = "X86_64" } = d.runtimePlatform ?? {};
+  const isWindows = system !== "LINUX" && `its operating system is ${system}`;
+  // On EC2 instances, the instance's role pulls images and writes logs.
+  const needsRole = containers.some(({ image = "", logConfiguration, secrets = [], repositoryCredentials }) =>
+    Boolean(
+      (onFargate && (ECR_IMAGE.test(image) || logConfiguration)) || secrets[0] || repositoryCredentials,
+    ),
+  );
+  const lacksRole = needsRole && !d.executionRoleArn && "there is none, for the image, log or secrets";
+  const lacksTaskRole = f.EnableExecuteCommand && !d.taskRoleArn && "there is none, but ECS Exec needs it";
+  const isLost = !container && !SSH.PrivateKeyPath && `there is no ${CONTAINER}, only ${names}`;
+  const roleFix = "set executionRoleArn to a role as in examples/iam/execution-role.json";
+  judge("status", `${arn} is ACTIVE`, d.status !== "ACTIVE" && `${arn} is ${d.status}`, ADVICE.definition);
+  judge("network mode", "awsvpc", d.networkMode !== "awsvpc" && `it is ${d.networkMode}`, ADVICE.networkMode);
+  judge("compatibility", required, isUnfit, 'add "FARGATE" to requiresCompatibilities, with cpu and memory');
+  judge("platform", `${system}, ${cpuArchitecture}`, isWindows, "use a Linux image: scripts need bash or sh");
+  judge("execution role", d.executionRoleArn ?? "none is needed", lacksRole, roleFix);
+  judge("task role", d.taskRoleArn ?? "none: jobs get no AWS credentials", lacksTaskRole, ADVICE.taskRole);
+  judge("container", container?.image ?? "PrivateKeyPath needs none", isLost, ADVICE.container);
+  if (!container) return;
+  const { portMappings = [], secrets = [], logConfiguration: log, healthCheck } = container;
+  const ports = portMappings.map(({ containerPort }) => containerPort);
+  const isOther = !ports.includes(SSH.Port) && `it maps ${ports.join(", ")}, but Port is ${SSH.Port}`;
+  const isSecret = secrets.some(({ name }) => name === "SSH_PUBLIC_KEY") && "SSH_PUBLIC_KEY is a secret";
+  const lacksCheck = f.WaitForHealthy && !healthCheck && "WaitForHealthy is set, but there is none";
+  const portFix = `map containerPort ${SSH.Port}, or correct Port in the settings`;
+  if (ports.length > 0) judge("SSH port", `${SSH.Port}`, isOther, portFix);
+  else
+    report.unknown(`definition ${d.family}: SSH port`, "it maps no port; --run shows whether Port is right");
+  judge("SSH key", "from the driver", !SSH.PrivateKeyPath && isSecret, ADVICE.secret);
+  judge("logging", log?.logDriver ?? "none: nothing would show why a container ends early", false, "");
+  judge("health check", healthCheck ? "there is one" : "none is needed", lacksCheck, ADVICE.noHealth);
+}
+
+/** Whether a rule of a security group covers a TCP port. */
+const coversPort = ({ IpProtocol, FromPort = 0, ToPort = 65_535 }: IpPermission, port: number): boolean =>
+  IpProtocol === "-1" || (IpProtocol === "tcp" && FromPort <= port && port <= ToPort);
+
+/** This host's own addresses of one family, but those that are valid on one link only. */
+const ownAddresses = (wanted: "IPv4" | "IPv6"): string[] =>
+  Object.values(hostInterfaces())
+    .flatMap((all = []) => all.filter(({ family, internal }) => !internal && family === wanted))
+    .flatMap(({ address }) => (address.startsWith("fe80:") ? [] : address));
+
+/** Checks that the tasks' security groups let this host log in. */
+async function checkLogin({ aws, context, report }: Checkup, groups: SecurityGroup[], isIpv6: boolean) {
+  const { Fargate: f, SSH } = context.config;
+  const usesPublic = f.UsePublicIP ?? f.EnablePublicIP;
+  const check = "security groups: login";
+  const rules = groups
+    .flatMap(({ IpPermissions = [] }) => IpPermissions)
+    .filter((r) => coversPort(r, SSH.Port));
+  const ofRules = <T>(listIn: (rule: IpPermission) => T[] | undefined) =>
+    rules.flatMap((r) => listIn(r) ?? []);
+  const ranges = [
+    ...ofRules(({ IpRanges }) => IpRanges?.map(({ CidrIp }) => `${CidrIp}`)),
+    ...ofRules(({ Ipv6Ranges }) => Ipv6Ranges?.map(({ CidrIpv6 }) => `${CidrIpv6}`)),
+  ];
+  const allowed = ofRules(({ UserIdGroupPairs }) => UserIdGroupPairs?.map(({ GroupId }) => `${GroupId}`));
+  const lists = ofRules(({ PrefixListIds }) => PrefixListIds?.map(({ PrefixListId }) => `${PrefixListId}`));
+  const open = `TCP port ${SSH.Port} is open for ${[...ranges, ...allowed, ...lists].join(", ") || "nobody"}`;
+  const addresses = ownAddresses(isIpv6 ? "IPv6" : "IPv4");
+  const { BlockList } = await import("node:net");
+  const familyOf = (address: string) => (address.includes(":") ? "ipv6" : "ipv4");
+  const isOwn = (range: string) => {
+    const [base = "", bits = ""] = range.split("/");
+    const block = new BlockList();
+    block.addSubnet(base, Number(bits), familyOf(base));
+    return addresses.some((address) => block.check(address, familyOf(address)));
+  };
+  const own: string[] = []; // security groups of this host
+  const findOwn = async () => {
+    const filter = isIpv6 ? "ipv6-addresses.ipv6-address" : "addresses.private-ip-address";
+    const interfaces = await aws.describe("NetworkInterfaces", filter, addresses);
+    own.push(...interfaces.flatMap(({ Groups = [] }) => Groups.map(({ GroupId }) => `${GroupId}`)));
+  };
+  // To a public address, this host comes from an address that it does not know.
+  const range = ranges.find((range) => (usesPublic ? /^[0.:]+\/0$/.test(range) : isOwn(range)));
+  if (!range && !usesPublic)
+    await findOwn().catch((error) => {
+      if (rules.length > 0) throw error;
+    });
+  const source = range ?? allowed.find((group) => own.includes(group));
+  const who = rules.length > 0 ? `, but this host has ${[...addresses, ...own].join(", ")}` : "";
+  const from = usesPublic
+    ? "--cidr PUBLIC_ADDRESS_OF_THIS_HOST/32"
+    : `--source-group ${own[0] ?? "GROUP_OF_THIS_HOST"}`;
+  const command = `aws ec2 authorize-security-group-ingress --group-id ${groups[0]?.GroupId}`;
+  if (source) report.right(check, `TCP port ${SSH.Port} is open for ${source}`);
+  // Without a network interface of this account, this host may come from any address.
+  else if (rules.length > 0 && (own.length === 0 || lists.length > 0))
+    report.unknown(check, `${open}; whether that includes this host is not known`);
+  else report.wrong(check, `${open}${who}`, `${command} --protocol tcp --port ${SSH.Port} ${from}`);
+}
+
+/** The services that tasks on Fargate need before they run, by the names of their VPC endpoints. */
+function servicesOf({ Fargate: f }: Config, definitions: readonly TaskDefinition[]): string[] {
+  const containers = definitions.flatMap(({ containerDefinitions = [] }) => containerDefinitions);
+  const secrets = containers.flatMap(({ secrets = [] }) => secrets.map(({ valueFrom = "" }) => valueFrom));
+  const isInEcr = containers.some(({ image = "" }) => ECR_IMAGE.test(image));
+  const hasLog = containers.some(({ logConfiguration }) => logConfiguration?.logDriver === "awslogs");
+  const isManaged = (secret: string) => secret.includes(":secretsmanager:");
+  return [
+    ...(isInEcr ? ["ecr.api", "ecr.dkr", "s3"] : []),
+    ...(hasLog ? ["logs"] : []),
+    ...(secrets.some(isManaged) ? ["secretsmanager"] : []),
+    ...(secrets.every(isManaged) ? [] : ["ssm"]),
+    ...(f.EnableExecuteCommand ? ["ssmmessages"] : []),
+  ];
+}
+
+/** Checks a subnet's way out: tasks must pull their image, and usually reach GitLab. */
+async function checkRoute(
+  { aws, context, report }: Checkup,
+  { SubnetId, VpcId, Ipv6Native }: Subnet,
+  tables: readonly RouteTable[],
+  services: readonly string[],
+): Promise<void> {
+  const { Region, EnablePublicIP, UsePublicIP: usesPublic = EnablePublicIP } = context.config.Fargate;
+  const check = `subnet ${SubnetId}: route`;
+  const find = (isMatch: (of: RouteTableAssociation) => boolean | undefined) =>
+    tables.find(({ Associations = [] }) => Associations.some(isMatch));
+  const table = find((of) => of.SubnetId === SubnetId) ?? find((of) => of.Main);
+  if (!table) return report.unknown(check, "its route table does not belong to this account");
+  const all = Ipv6Native ? "::/0" : "0.0.0.0/0";
+  const route = table.Routes?.find((r) => (r.DestinationIpv6CidrBlock ?? r.DestinationCidrBlock) === all);
+  const { GatewayId, NatGatewayId, TransitGatewayId, NetworkInterfaceId, State } = route ?? {};
+  const target = NatGatewayId ?? TransitGatewayId ?? NetworkInterfaceId ?? GatewayId ?? "another target";
+  const isInternet = route && target.startsWith("igw-");
+  const where = `the route ${all} of ${table.RouteTableId}`;
+  const isGone = State === "blackhole" && `${where} leads to ${target}, which is gone`;
+  const isPrivate =
+    usesPublic && !isInternet && `${where} leads to no internet gateway, as public addresses need`;
+  const fix = isGone
+    ? `let ${where} lead to a NAT gateway`
+    : `${ADVICE.publicAddress}, or UsePublicIP = false`;
+  const isOpen = route && (!isInternet || EnablePublicIP || Ipv6Native);
+  if (isGone || isPrivate || isOpen) return report.judge(check, `to ${target}`, isGone || isPrivate, fix);
+  const endpoints = (await aws.describe("VpcEndpoints", "vpc-id", [`${VpcId}`]))
+    .filter(({ State }) => /^available$/i.test(`${State}`))
+    .filter((e) => e.VpcEndpointType !== "Gateway" || e.RouteTableIds?.includes(`${table.RouteTableId}`))
+    .map(({ ServiceName = "" }) => ServiceName.split(`.${Region}.`)[1]);
+  const absent = services.filter((name) => !endpoints.includes(name));
+  const none = isInternet
+    ? `${where} needs public addresses, which tasks lack`
+    : "there is none out of the VPC";
+  const natFix = "add a route to a NAT gateway, or the endpoints in examples/security-groups.md";
+  if (absent.length > 0) report.wrong(check, `${none}, and no endpoint for ${absent.join(", ")}`, natFix);
+  else report.unknown(check, `${none}: whether tasks reach GitLab and their images is not known`);
+}
+
+/** Checks subnets, security groups and routes. */
+async function checkNetwork(checkup: Checkup, services: readonly string[]): Promise<void> {
+  const { aws, context, report } = checkup;
+  const { Region, Subnets, Subnet = "", SecurityGroups, SecurityGroup = "" } = context.config.Fargate;
+  const find = async <K extends keyof Ec2Resources>(
+    kind: K,
+    what: string,
+    filter: string,
+    ids: readonly string[],
+  ) => {
+    const found: Ec2Resources[K][] = [];
+    await report.attempt(`${what}s`, async () => {
+      found.push(...(await aws.describe(kind, filter, ids)));
+      for (const id of ids.filter((id) => !found.some((item) => Object.values(item).includes(id))))
+        report.wrong(`${what} ${id}`, `it does not exist in ${Region}`, ADVICE.network);
+    });
+    return found;
+  };
+  const subnets = await find("Subnets", "subnet", "subnet-id", Subnets ?? [Subnet]);
+  const groups = await find(
+    "SecurityGroups",
+    "security group",
+    "group-id",
+    SecurityGroups ?? [SecurityGroup],
+  );
+  for (const { SubnetId, AvailableIpAddressCount: free = 0, AvailabilityZone: zone, Ipv6Native } of subnets) {
+    const isFull = free === 0 && !Ipv6Native && "no address is free";
+    const count = Ipv6Native ? "only IPv6" : countOf(free, "free address", "es");
+    report.judge(`subnet ${SubnetId}: addresses`, `${count}, ${zone}`, isFull, ADVICE.addresses);
+  }
+  for (const [vpc, members] of Map.groupBy(subnets, ({ VpcId }) => `${VpcId}`))
+    await report.attempt(`routes of ${vpc}`, async () => {
+      const tables = await aws.describe("RouteTables", "vpc-id", [vpc]);
+      for (const subnet of members) await checkRoute(checkup, subnet, tables, services);
+    });
+  const vpcs = [...new Set([...subnets, ...groups].map(({ VpcId }) => VpcId))];
+  const isMixed = vpcs.length > 1 && `subnets and security groups are of ${vpcs.join(", ")}`;
+  if (vpcs.length > 0) report.judge("VPC", `${vpcs[0]}`, isMixed, ADVICE.network);
+  if (groups.length === 0) return;
+  const rules = groups.flatMap(({ IpPermissionsEgress = [] }) => IpPermissionsEgress);
+  const isClosed = !rules.some((rule) => coversPort(rule, 443)) && "no rule lets tasks send to TCP port 443";
+  const command = `aws ec2 authorize-security-group-egress --group-id ${groups[0]?.GroupId}`;
+  const openFix = `${command} --protocol tcp --port 443 --cidr 0.0.0.0/0`;
+  report.judge("security groups: outbound", "TCP port 443 is open", isClosed, openFix);
+  const isIpv6 = subnets.some(({ Ipv6Native }) => Ipv6Native);
+  await report.attempt("security groups: login", () => checkLogin(checkup, groups, isIpv6));
+}
+
+/** A call that the driver makes, with what IAM decides on. */
+interface Permission extends Readonly<Record<"action" | "resource", string>> {
+  readonly policy: string; // the file in examples/iam that allows it
+  readonly conditions: Readonly<Record<string, string>>;
+}
+
+/** The permissions that the settings need. @param definitions that tasks are started from. Pure. */
+function neededPermissions(
+  { Fargate: f, JobImage }: Config,
+  definitions: readonly Pick<
+    TaskDefinition,
+    "family" | "taskDefinitionArn" | "taskRoleArn" | "executionRoleArn"
+  >[],
+  arnOf: (kind: string) => string,
+): Permission[] {
+  const cluster = f.Cluster.split("/").at(-1);
+  const inCluster = { "ecs:cluster": arnOf(`cluster/${cluster}`) };
+  const toTasks = { "iam:PassedToService": "ecs-tasks.amazonaws.com" };
+  const [byRun, byRegister] = [
+    { "ecs:CreateAction": "RunTask" },
+    { "ecs:CreateAction": "RegisterTaskDefinition" },
+  ];
+  const any = ["*"];
+  const task = [arnOf(`task/${cluster}/${NO_ID}`)];
+  const own = definitions.map(({ taskDefinitionArn }) => taskDefinitionArn);
+  const derived = definitions.map(({ family }) => arnOf(`task-definition/${family}-job-${NO_ID}:1`));
+  const roles = definitions.flatMap(({ taskRoleArn, executionRoleArn }) => [taskRoleArn, executionRoleArn]);
+  const images = JobImage.AllowedImages.length + JobImage.AllowedServices.length > 0;
+  const tags = Object.keys(f.Tags).length > 0;
+  const usesPublic = f.UsePublicIP ?? f.EnablePublicIP;
+  type Row = [boolean, string, string, readonly (string | undefined)[], Permission["conditions"]?];
+  const rows: Row[] = [
+    [true, "driver", "ecs:RunTask", own, inCluster],
+    [true, "driver", "ecs:DescribeTasks", task, inCluster],
+    [true, "driver", "ecs:StopTask", task, inCluster],
+    [true, "driver", "iam:PassRole", roles, toTasks],
+    [true, "sweep", "ecs:ListTasks", any, inCluster],
+    [usesPublic, "public-ip", "ec2:DescribeNetworkInterfaces", any],
+    [tags || f.PropagateTags === "TASK_DEFINITION", "tags", "ecs:TagResource", task, byRun],
+    [images, "job-image", "ecs:DescribeTaskDefinition", any],
+    [images, "job-image", "ecs:RegisterTaskDefinition", any],
+    [images, "job-image", "ecs:RunTask", derived, inCluster],
+    [images, "job-image-sweep", "ecs:ListTaskDefinitions", any],
+    [images, "job-image-sweep", "ecs:DeregisterTaskDefinition", any],
+    [images && tags, "job-image-tags", "ecs:TagResource", derived, byRegister],
+  ];
+  return rows.flatMap(([isNeeded, policy, action, resources, conditions = {}]) =>
+    [...new Set(resources)].flatMap((resource) =>
+      isNeeded && resource ? { policy: `examples/iam/${policy}.json`, action, resource, conditions } : [],
+    ),
+  );
+}
+
+/** Calls without effect that show whether an action is allowed. */
+const PROBES: Readonly<Record<string, (aws: InspectorAws, config: Config) => Promise<unknown>>> = {
+  "ecs:DescribeTasks": (aws) => aws.describeTasks([NO_ID], aws.limits()),
+  "ecs:StopTask": (aws) => aws.stopNoTask(),
+  "ecs:ListTasks": (aws) => aws.listTasks(`fargate-${NO_ID}-${NO_ID}`, aws.limits()),
+  "ecs:DescribeTaskDefinition": (aws, { Fargate: f }) =>
+    aws.describeTaskDefinition(f.TaskDefinition, aws.limits()),
+  "ec2:DescribeNetworkInterfaces": (aws) => aws.describe("NetworkInterfaces", "vpc-id", ["vpc-0"]),
+};
+
+/** Why IAM denies something, and what to do about it. @param allow the usual fix */
+function explainDenial(result: EvaluationResult, action: string, principal: string, allow: string) {
+  const names = result.MatchedStatements?.map(({ SourcePolicyId }) => SourcePolicyId).join(", ");
+  if (result.OrganizationsDecisionDetail?.AllowedByOrganizations === false)
+    return ["a service control policy does not allow it", `let your organization's policies allow ${action}`];
+  if (result.PermissionsBoundaryDecisionDetail?.AllowedByPermissionsBoundary === false)
+    return ["the permissions boundary does not allow it", `add ${action} to the boundary of ${principal}`];
+  if (result.EvalDecision === "explicitDeny") return [`policy ${names} denies it`, "correct that policy"];
+  return ["no policy allows it", allow];
+}
+
+/** Checks the permissions by IAM's simulator, or else by calls without effect. */
+async function checkPermissions(
+  { aws, context, report }: Checkup,
+  permissions: readonly Permission[],
+  identity: Identity | undefined,
+): Promise<void> {
+  const principal = identity ? await aws.principalOf(identity) : "";
+  if (principal.endsWith(":root")) return report.right("permissions", "the root user may do anything");
+  let unanswered = identity ? "" : "whose the credentials are is not known";
+  const simulate = (permission: Permission) =>
+    aws.simulate(principal, permission).catch((error) => {
+      unanswered = reasonOf(error);
+    });
+  for (const permission of permissions) {
+    const { action, policy } = permission;
+    const resource = permission.resource.replace(NO_ID, "*");
+    const check = `permission ${action}`;
+    const on = resource === "*" ? "" : ` on ${resource}`;
+    const anyRevision = on.replace(/(:task-definition\/.*):\d+$/, "$1:*");
+    const owner = principal || "the owner of the credentials";
+    const allow = `allow ${action}${anyRevision} to ${owner}, as in ${policy}`;
+    const result = unanswered ? undefined : await simulate(permission);
+    const results = result ? [result, ...(result.ResourceSpecificResults ?? [])] : [];
+    const missing = results.flatMap(({ MissingContextValues = [] }) => MissingContextValues);
+    const probe = PROBES[action];
+    if (result && missing.length === 0) {
+      const [why, fix = ""] = explainDenial(result, action, principal, allow);
+      report.judge(check, `allowed${on}`, result.EvalDecision !== "allowed" && `${why}${on}`, fix);
+    } else if (probe)
+      await report.attempt(check, async () => {
+        const onError = (error: unknown) => {
+          // Any other problem, such as an absent cluster, says nothing about the permission.
+          if (causeOf(error).problem !== "accessDenied") throw new Failure("system", reasonOf(error));
+          return `AWS denies it${on}`;
+        };
+        const isDenied = await probe(aws, context.config).then(() => undefined, onError);
+        report.judge(check, `allowed${on}, as a call without effect shows`, isDenied, allow);
+      });
+    else {
+      const why = unanswered || (result ? `it depends on ${missing.join(", ")}` : "IAM gave no result");
+      report.unknown(check, `not checked${on}: ${why}`);
+    }
+  }
+}
+
+const MIN_FREE_SPACE = 10 * 2 ** 20; // bytes; a record has some 3 KB
+const MIN_FREE_FILES = 100;
+const DIRECTORY_FIX =
+  "give it to the user that runs GitLab Runner, with mode 0700, and run this as that user";
+
+const canAccess = (path: string, mode: number): boolean => {
+  try {
+    fs.accessSync(path, mode);
+    return true;
+  } catch {
+    return false;
+  }
+};
+
+/** Checks the directory of records, or the place where prepare would create it. */
+function checkRecordDirectory({ context: { config }, report }: Checkup): void {
+  const { Directory } = config.TaskMetadata;
+  let existing = Directory;
+  while (!fs.existsSync(existing)) existing = dirname(existing);
+  const warning = existing === Directory ? checkDirectory(Directory) : undefined;
+  const isWritable = canAccess(existing, fs.constants.W_OK | fs.constants.X_OK);
+  const problem = warning ?? (!isWritable && `this user cannot write to ${existing}`);
+  const { bsize, bavail, ffree, files } = fs.statfsSync(existing);
+  const space = `${Math.floor((bsize * bavail) / 2 ** 20)} MB free`;
+  const hasRoom = bsize * bavail >= MIN_FREE_SPACE && (files === 0 || ffree >= MIN_FREE_FILES);
+  const isFull = !hasRoom && `the disk of ${existing} is full: ${space}, room for ${countOf(ffree, "file")}`;
+  const fix = problem ? DIRECTORY_FIX : "make room there, or set Directory to another disk";
+  const state = existing === Directory ? "" : ", which prepare will create";
+  report.judge("directory of records", `${Directory}${state}, ${space}`, problem || isFull, fix);
+}
+
+/** The parts of a runner's section that the driver depends on. */
+const RunnerSectionSchema = v.object({
+  name: v.optional(v.unknown(), "without a name"),
+  executor: v.optional(v.unknown()),
+  shell: v.optional(v.unknown(), "bash"),
+  builds_dir: v.optional(v.unknown()),
+  cache_dir: v.optional(v.unknown()),
+  custom: v.fallback(v.record(v.string(), v.unknown()), {}),
+});
+type RunnerSection = v.InferOutput<typeof RunnerSectionSchema>;
+const STAGE_ALIASES = { config: "co", prepare: "p", run: "r", cleanup: "cl" };
+
+/** The stages that a section of config.toml starts: programs, arguments, and the file after --config. */
+const stagesOf = ({ custom }: RunnerSection) =>
+  Object.entries(STAGE_ALIASES).map(([stage, alias]) => {
+    const args = custom[`${stage}_args`];
+    const words = Array.isArray(args) ? args.map(String) : [];
+    const [, file = ""] = /(?:^|\n)--config[=\n]([^\n]*)/.exec(words.join("\n")) ?? [];
+    const isCall = new RegExp(`(^| )(custom|c) (${stage}|${alias})( |$)`).test(words.join(" "));
+    return { stage, program: `${custom[`${stage}_exec`] ?? ""}`, words, file, isCall };
+  });
+
+/** Checks the sections of GitLab Runner's configuration that call this driver. */
+function checkRunnerConfig(checkup: Checkup, path: string, driverFile: string): void {
+  const { report } = checkup;
+  const isThere = fs.existsSync(path);
+  if (!isThere || !canAccess(path, fs.constants.R_OK)) {
+    const state = isThere ? "cannot be read by this user" : "is not there, or hidden from this user";
+    report.unknown("runner", `${path} ${state}; --runner-config names another file`);
+    return;
+  }
+  const parse = () => parseRunnerToml(fs.readFileSync(path, "utf8"));
+  const { runners, others } = withContext(`${path} cannot be used`, parse);
+  const sections = runners.map((runner) => v.parse(RunnerSectionSchema, runner));
+  const ours = sections.filter((s) => stagesOf(s).some((of) => /fargate/.test(`${of.program} ${of.words}`)));
+  // The other sections may be for other configuration files.
+  const named = sections.filter((section) => stagesOf(section).some(({ file }) => file === driverFile));
+  const fix = "add the section that fargate init prints, with the runner's token";
+  if (ours.length + named.length === 0)
+    report.wrong("runner", `no section of ${path} calls this driver`, fix);
+  const limits = { shutdown_timeout: others.shutdown_timeout };
+  for (const section of named.length > 0 ? named : ours)
+    checkRunnerSection(checkup, { ...section, custom: { ...section.custom, ...limits } }, driverFile);
+}
+
+/** Checks one section. Times are in seconds. */
+function checkRunnerSection({ context, report }: Checkup, section: RunnerSection, driverFile: string): void {
+  const { name, executor, shell, builds_dir, cache_dir, custom } = section;
+  const judge: Examination["judge"] = (what, ...rest) => report.judge(`runner ${name}: ${what}`, ...rest);
+  judge("executor", "custom", executor !== "custom" && `it is ${executor}`, 'set executor = "custom"');
+  for (const { stage, program, words, file, isCall } of stagesOf(section)) {
+    const isOptional = !program && stage === "config";
+    const problems: [boolean, string][] = [
+      [!program, `${stage}_exec is not set`],
+      [program !== "" && !Bun.which(program, { PATH: context.env.PATH }), `this user cannot run ${program}`],
+      [!isCall, `${stage}_args is ${formatInline(words)}`],
+      [!file.startsWith("/"), `${stage}_args has no --config with an absolute path: ${formatInline(words)}`],
+      [file !== driverFile, `it uses ${file}, not ${driverFile}`],
+    ];
+    const problem = isOptional ? undefined : problems.find(([isWrong]) => isWrong)?.[1];
+    const args = formatInline(["--config", driverFile, "custom", stage]);
+    const fix = `set ${stage}_exec to the path of this program, and ${stage}_args = ${args}`;
+    judge(
+      stage,
+      isOptional ? "not set: only job images need it" : [program, ...words].join(" "),
+      problem,
+      fix,
+    );
+  }
+  const isOtherShell = shell !== "bash" && shell !== "sh" && `it is ${shell}`;
+  judge("shell", `${shell}`, isOtherShell, 'set shell = "bash", or "sh" for images without bash');
+  for (const [key, value] of Object.entries({ builds_dir, cache_dir }))
+    judge(
+      key,
+      `${value}`,
+      !value && "it is not set",
+      `set ${key} to a directory in the task, such as "/${key.slice(0, -4)}"`,
+    );
+  const grace = context.config.SSH.CancelGracePeriod + 10; // as in checkRunnerTimeouts
+  const stop = STOP_RETRY_MS / 1000;
+  const limits: [string, byDefault: number, needed: number][] = [
+    ["prepare_exec_timeout", 3_600, context.config.Fargate.StartTimeout + stop],
+    ["cleanup_exec_timeout", 3_600, 2 * stop],
+    ["graceful_kill_timeout", 600, grace],
+    ["shutdown_timeout", 30, grace],
+  ];
+  for (const [key, byDefault, needed] of limits) {
+    const value = Number(custom[key]) || byDefault; // as in GitLab Runner
+    judge(key, `${value} s`, value < needed && `it is ${value} s`, `set ${key} to ${needed} or more`);
+  }
+}
+
+/** Files and directories with what cron and systemd start regularly. */
+const SCHEDULES = [
+  ...["/etc/crontab", "/etc/cron.d", "/etc/crontabs", "/var/spool/cron/crontabs", "/var/spool/cron"],
+  ...["/etc/systemd/system", "/usr/lib/systemd/system"],
+];
+
+/** Checks that something runs `fargate sweep` regularly: fargate manager, cron or systemd. */
+function checkSweepSchedule({ context: { env }, report }: Checkup) {
+  const check = "sweep";
+  const hidden = new Set<string>();
+  const attempt = <T>(path: string, read: () => T, otherwise: T): T => {
+    try {
+      return read();
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code === "EACCES") hidden.add(path);
+      return otherwise;
+    }
+  };
+  const list = (path: string) =>
+    attempt(
+      path,
+      () => fs.readdirSync(path).map((name) => join(path, name)),
+      fs.existsSync(path) ? [path] : [],
+    );
+  const textOf = (path: string) => attempt(path, () => fs.readFileSync(path, "latin1"), "");
+  const isManager = (path: string) => /(^|\/)fargate\0(.*\0)?manager\0/s.test(textOf(`${path}/cmdline`));
+  if (
+    env.FARGATE_MANAGER ||
+    list("/proc")
+      .filter((path) => /\d$/.test(path))
+      .some(isManager)
+  )
+    return report.right(check, "fargate manager runs it");
+  const files = SCHEDULES.flatMap(list).filter((path) => !path.endsWith(".timer"));
+  const callers = files.filter((path) => /^[^#\n]*fargate\b.*\bsweep\b/m.test(textOf(path)));
+  const timers = callers.filter((path) => path.endsWith(".service")).map((path) => basename(path, "service"));
+  const wants = "/etc/systemd/system/timers.target.wants";
+  const enabled = timers.filter((name) => fs.existsSync(join(wants, `${name}timer`)));
+  const found = [
+    ...callers.filter((path) => !path.endsWith(".service")),
+    ...enabled.map((name) => `${name}timer`),
+  ];
+  const fix = "set up the timer or the cron job of docs/orphans.md, as the user that runs GitLab Runner";
+  if (found.length > 0) report.right(check, `started by ${found.join(", ")}`);
+  else if (timers[0])
+    report.wrong(check, `${timers[0]}timer is not enabled`, `systemctl enable --now ${timers[0]}timer`);
+  else if (hidden.size > 0)
+    report.unknown(check, `nothing found, but this user cannot read ${[...hidden].join(", ")}`);
+  else report.wrong(check, "no timer or cron job of this host runs fargate sweep", fix);
+}
+
+/** Checks the versions of the programs involved. */
+async function checkVersions({ context: { env, signal }, report }: Checkup): Promise<void> {
+  report.right("version of fargate", VERSION);
+  const check = "version of gitlab-runner";
+  const program = Bun.which("gitlab-runner", { PATH: env.PATH });
+  if (!program) return report.unknown(check, "gitlab-runner is not in PATH");
+  const options = { stdin: "ignore", stderr: "ignore", timeout: 10_000, signal } as const;
+  const output = await new Response(Bun.spawn([program, "--version"], options).stdout).text();
+  const [, version, major, minor] = /^Version:\s+((\d+)\.(\d+)\S*)/m.exec(output) ?? [];
+  if (!version) return report.unknown(check, `${program} --version prints none`);
+  const isOld = Number(major) * 1000 + Number(minor) < 14_001 && `${version} passes no JOB_RESPONSE_FILE`;
+  report.judge(check, version, isOld, "install GitLab Runner 14.1 or later");
+}
+
+const MAX_CLOCK_SKEW = 60; // seconds; AWS refuses requests from 300 s on
+/** The configuration files of the driver and of GitLab Runner. */
+type CheckedFiles = Readonly<{ driverFile: string; runnerConfig: string | undefined }>;
+
+/** Checks this host, but for its way to AWS. */
+async function checkHost(checkup: Checkup, { driverFile, runnerConfig }: CheckedFiles): Promise<void> {
+  const { aws, report } = checkup;
+  const { env } = checkup.context;
+  const skew = Math.abs(aws.clockSkew);
+  const offset = `${skew.toFixed(1)} s ${aws.clockSkew > 0 ? "ahead of" : "behind"} AWS's clock`;
+  if (Number.isNaN(skew)) report.unknown("clock", "not checked: AWS has not answered");
+  else report.judge("clock", offset, skew > MAX_CLOCK_SKEW && offset, ADVICE.clock);
+  const path = resolve(runnerConfig ?? env.CONFIG_FILE ?? defaultConfigFile(env));
+  await report.attempt("directory of records", () => checkRecordDirectory(checkup), DIRECTORY_FIX);
+  await report.attempt("runner", () => checkRunnerConfig(checkup, path, driverFile), "correct that file");
+  await report.attempt("sweep", () => checkSweepSchedule(checkup));
+  await report.attempt("version of gitlab-runner", () => checkVersions(checkup));
+}
+
+/** What a session in the task prints about itself, each line as name=value. */
+const SESSION_PROGRAM = [
+  'echo "PATH=$PATH"',
+  'echo "credentials=${AWS_CONTAINER_CREDENTIALS_RELATIVE_URI:+yes}"',
+  'echo "git=$(git --version 2>/dev/null)"',
+  'echo "gitlab-runner=$(gitlab-runner --version 2>/dev/null | head -n 1)"',
+  "echo \"disk=$(df -Pk / 2>/dev/null | awk 'NR == 2 { print $4 }')\"",
+].join("\n");
+const MIN_FREE_DISK = 2 ** 20; // KB: 1 GiB, for a checkout and what a job builds
+
+/** Judges what a session has printed. */
+function judgeSession(report: Examination, output: string, definition: TaskDefinition | undefined): void {
+  const value = (name: string) => new RegExp(`^${name}=(.*)$`, "m").exec(output)?.[1]?.trim() ?? "";
+  const judge: Examination["judge"] = (what, ...rest) => report.judge(`session: ${what}`, ...rest);
+  const role = definition?.taskRoleArn;
+  const isLost = role && !value("credentials") && `none, although the task role is ${role}`;
+  const passFix = "let the image pass AWS_CONTAINER_* on: see docs/worker-images.md";
+  const lacksRunner = !value("gitlab-runner") && "it is not in PATH: artifacts and caches do not work";
+  const disk = Number(value("disk"));
+  const free = `${(disk / 2 ** 20).toFixed(1)} GiB free`;
+  judge("PATH", value("PATH"), !value("PATH") && "it is empty", "set PATH in the worker image");
+  judge("credentials", value("credentials") ? "of the task role" : "none", isLost, passFix);
+  judge("git", value("git"), !value("git") && "it is not in PATH", "install git in the worker image");
+  judge("gitlab-runner", value("gitlab-runner"), lacksRunner, "install it: see docs/worker-images.md");
+  if (value("disk")) judge("disk", free, disk < MIN_FREE_DISK && free, ADVICE.pullSpace);
+  else report.unknown("session: disk", "the image has no df or awk");
+}
+
+/**
+ * Starts a real task as prepare does, logs in, runs `true`, looks at what a session sees, and stops the task
+ * as cleanup does. A signal ends it as it ends a job.
+ */
+async function tryTask(
+  { context: base, report, step }: Checkup,
+  definition: TaskDefinition | undefined,
+): Promise<void> {
+  const hash = sha256(randomBytes(32).toString("hex"));
+  const job: Job = { stem: `doctor-${hash}`, hash, title: "job of fargate doctor", timeout: 600 };
+  const begun = base.now();
+  const seconds = (since: number) => `${((base.now() - since) / 1000).toFixed(2)} s`;
+  const info: Log = (_, { status, host } = {}) => {
+    if (status) step(`the task is ${status}`);
+    if (status) report.right(`task: ${status}`, `after ${seconds(begun)}`);
+    if (host) report.right("task: login", `after ${seconds(begun)}, at ${host}`);
+  };
+  const context: Context = { ...base, log: { ...base.log, info }, job, jobOverrides: [] };
+  const runText = async (script: string) => {
+    const { sinks, text } = collectOutput();
+    const record = readRecord(recordPath(context)) as TaskRecord;
+    const bytes = Buffer.from(`${script}\n`);
+    const code = await runInTask({ ...context, ...sinks }, record, base.now(), bytes, "doctor");
+    return { code, text: text() };
+  };
+  step("starting a task");
+  try {
+    await prepare(context);
+    step("running true");
+    const since = base.now();
+    const { code } = await runText("true");
+    const problem = code !== 0 && `exit code ${code}`;
+    report.judge("task: true", `took ${seconds(since)}`, problem, "correct the shell of the image");
+    step("looking at the session");
+    judgeSession(report, (await runText(SESSION_PROGRAM)).text, definition);
+  } finally {
+    step("stopping the task");
+    const since = base.now();
+    // Even after a signal: the task costs money.
+    await cleanup({ ...context, log: base.log, signal: new AbortController().signal });
+    report.right("task: stopped", `took ${seconds(since)}`);
+  }
+}
+
+/** Checks the task definitions that the settings name. @returns those that could be described, by name */
+async function checkDefinitions(checkup: Checkup, places: readonly string[]) {
+  const { aws, context, report } = checkup;
+  const { Fargate: f, JobImage } = context.config;
+  const names = [f.TaskDefinition, ...JobImage.TaskDefinitions.map(({ TaskDefinition }) => TaskDefinition)];
+  const described = new Map<string, TaskDefinition>();
+  const hidden = new Set(names);
+  for (const name of hidden)
+    await report.attempt(`definition ${name}`, async () => {
+      const definition = await aws.describeTaskDefinition(name, aws.limits());
+      hidden.delete(name);
+      const fix = "register it, or correct its name or Region";
+      if (!definition) return report.wrong(`definition ${name}`, `it does not exist in ${f.Region}`, fix);
+      described.set(name, definition);
+      checkDefinition(checkup, definition, places);
+    });
+  return { described, hidden: [...hidden] };
+}
+
+/** Checks what AWS knows. @returns the configured task definition, if it could be described */
+async function checkAws(checkup: Checkup): Promise<TaskDefinition | undefined> {
+  const { aws, context, report, step } = checkup;
+  const { config } = context;
+  const { TaskDefinition: main, Region } = config.Fargate;
+  step("asking AWS whose the credentials are");
+  const { identity, isUsable } = await checkIdentity(checkup);
+  if (!isUsable)
+    return void report.unknown("AWS", "cluster, task definition, network and permissions were not checked");
+  step("looking at the cluster and the task definition");
+  let cluster: Cluster | undefined;
+  await report.attempt("cluster", async () => {
+    cluster = await aws.describeCluster();
+    checkCluster(checkup, cluster);
+  });
+  const places = placesOf(config, cluster);
+  const { described, hidden } = await checkDefinitions(checkup, places);
+  const definitions = [...described.values()];
+  step("looking at the network");
+  await checkNetwork(checkup, places.some(isFargate) ? servicesOf(config, definitions) : []);
+  step("checking the permissions");
+  const { account = "*", arn = "" } = identity ?? {};
+  const arnOf = (kind: string) => `arn:${arn.split(":")[1] || "aws"}:ecs:${Region}:${account}:${kind}`;
+  const assumed = hidden.map((name) => {
+    const [family, revision = "1"] = name.replace(/^.*\//, "").split(":");
+    return { family, taskDefinitionArn: arnOf(`task-definition/${family}:${revision}`) };
+  });
+  const permissions = neededPermissions(config, [...definitions, ...assumed], arnOf);
+  await checkPermissions(checkup, permissions, identity);
+  if (hidden.length > 0)
+    report.unknown("permission iam:PassRole", `not checked for the roles of ${hidden.join(", ")}`);
+  const failure = aws.unreachable.get("ecs");
+  if (failure) report.wrong("connection to ECS", reasonOf(failure), `${adviceFor(causeOf(failure))}`);
+  return described.get(main);
+}
+
+/**
+ * The `doctor` command: checks whatever can be checked from this host. Without `run`, it changes nothing.
+ * @param warnings about the driver's configuration file
+ */
+async function doctor(
+  context: BaseContext,
+  files: CheckedFiles,
+  { run, warnings, step }: Readonly<{ run: boolean; warnings: readonly string[]; step: Step }>,
+): Promise<Finding[]> {
+  const report = new Examination(context.signal);
+  const checkup: Checkup = { aws: new InspectorAws(context), context, report, step };
+  await checkSettings(checkup, files.driverFile, warnings);
+  const definition = await checkAws(checkup);
+  step("looking at this host");
+  await checkHost(checkup, files);
+  if (run)
+    await tryTask(checkup, definition).catch((error) => {
+      context.signal.throwIfAborted();
+      const fix = adviceFor(causeOf(error)) ?? "look the message up in docs/troubleshooting.md";
+      report.wrong("task", reasonOf(error), fix);
+    });
+  return report.findings;
+}
+
+/** The findings if the configuration cannot be used. */
+function brokenSettings(reason: string): Finding[] {
+  const [title = "", ...details] = reason.split("\n").map((line) => line.trim());
+  const fix = "correct it: see docs/settings.md, or let fargate init write a new file";
+  const problems = details.length > 0 ? details : [title];
+  return [
+    ...problems.map((detail) => ({ check: "configuration", result: "wrong" as const, detail, fix })),
+    { check: "everything else", result: "unknown", detail: "not checked: that needs a configuration" },
+  ];
+}
+
+/** The findings as a table, or as one line of JSON. */
+function formatFindings(findings: readonly Finding[], json: boolean): string {
+  const count = (wanted: Result) => findings.filter(({ result }) => result === wanted).length;
+  const counts = { right: count("right"), wrong: count("wrong"), unknown: count("unknown") };
+  if (json) return `${JSON.stringify({ ...counts, findings })}\n`;
+  const lines = findings.flatMap(({ check, result, detail, fix }) => [
+    [result === "wrong" ? "WRONG" : result, check, detail],
+    ...(fix ? [["", "", `what to do: ${fix}`]] : []),
+  ]);
+  const summary = `${counts.right} right, ${counts.wrong} wrong, ${counts.unknown} unknown\n`;
+  return `${formatTable([["RESULT", "CHECK", "DETAIL"], ...lines])}\n${summary}`;
+}
+
 // runners: writes the configuration of GitLab Runner and of the driver for many runners.
 
 const MANAGER_CANCEL_GRACE = 8; // seconds: CancelGracePeriod + 10 is the default of SHUTDOWN_TIMEOUT
@@ -3890,6 +5483,9 @@ const FleetSchema = v.object({
   SHUTDOWN_TIMEOUT: number("18", 1, "seconds that cancelled jobs have to end"),
   STOP_TIMEOUT: number("0", 0, "seconds that jobs have to finish before they are cancelled"),
   SWEEP_INTERVAL: number("600", 0, "seconds between sweeps, 0 for none"),
+  CACHE_S3_BUCKET_NAME: v.optional(v.string()),
+  CACHE_S3_BUCKET_LOCATION: v.optional(v.string()),
+  CACHE_S3_SERVER_ADDRESS: v.optional(v.string(), "s3.amazonaws.com"),
   CA_CERTIFICATES_PATH: v.optional(v.string()),
   DRIVER_SETTINGS: v.optional(
     v.pipe(v.string(), v.parseJson(), driverKeys, v.description(DRIVER_KEYS)),
@@ -3956,6 +5552,7 @@ interface PlannedRunner {
 interface Fleet {
   readonly variables: v.InferOutput<typeof FleetSchema>;
   readonly gitlab: GitLab;
+  readonly cache: Table | undefined; // of the runners
   readonly caFile: string; // of a private certificate authority; empty if there is none
   readonly configFile: string; // GitLab Runner's config.toml
   readonly runners: readonly PlannedRunner[];
@@ -4162,6 +5759,18 @@ const defaultConfigFile = ({ HOME = "." }: Environment): string =>
   process.geteuid?.() === 0 ? "/etc/gitlab-runner/config.toml" : join(HOME, ".gitlab-runner/config.toml");
 const DEFAULT_CA_FILE = "/etc/gitlab-runner/certs/ca.crt"; // as in GitLab Runner's own image
 
+/** GitLab Runner's settings of a cache in S3. It signs URLs with the credentials of this host. */
+function cacheSettings(
+  { CACHE_S3_BUCKET_NAME: BucketName, CACHE_S3_BUCKET_LOCATION: BucketLocation }: Environment,
+  ServerAddress: string | undefined,
+  problems: Problems,
+): Table | undefined {
+  if (!BucketName) return undefined;
+  if (!BucketLocation) problems.add("CACHE_S3_BUCKET_LOCATION is not set; expected: the bucket's region");
+  const s3 = { ServerAddress, BucketName, BucketLocation, AuthenticationType: "iam" };
+  return { Type: "s3", Shared: true, s3 };
+}
+
 /** Reads and checks all that `runners` needs. Changes nothing. @throws {Failure} that lists every problem */
 async function planFleet(context: FleetContext, options: RunnersOptions): Promise<Fleet> {
   const { env, log, signal, driverFile } = context;
@@ -4176,6 +5785,7 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
     ...given,
     ...(options.url && { GITLAB_URL: options.url }),
   });
+  const cache = cacheSettings(given, variables?.CACHE_S3_SERVER_ADDRESS, problems);
   const json = options.managers
     ? await read(options.managers, "the list of managers")
     : given.MANAGERS_CONFIGS;
@@ -4207,7 +5817,7 @@ async function planFleet(context: FleetContext, options: RunnersOptions): Promis
   const checked = variables as Fleet["variables"];
   const caFile = checked.CA_CERTIFICATES_PATH ?? (fs.existsSync(DEFAULT_CA_FILE) ? DEFAULT_CA_FILE : "");
   const gitlab = { url: checked.GITLAB_URL, ca: caFile ? await trustedCas(caFile) : undefined, signal };
-  return { variables: checked, gitlab, caFile, configFile, runners, managers };
+  return { variables: checked, gitlab, cache, caFile, configFile, runners, managers };
 }
 
 /** GitLab's runner API. */
@@ -4317,7 +5927,8 @@ async function askPatiently(
 }
 
 /** A count with its noun: "1 runner", "2 runners". */
-const countOf = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? "" : "s"}`;
+const countOf = (count: number, noun: string, plural = "s"): string =>
+  `${count} ${noun}${count === 1 ? "" : plural}`;
 
 /** What `runners` has done. */
 interface FleetReport {
@@ -4465,8 +6076,8 @@ const verify = (context: FleetContext, { gitlab }: Fleet, token: string, systemI
 
 /** The section of a runner, with the driver's commands. */
 async function formatSection(
-  fleet: Fleet,
-  runner: PlannedRunner,
+  fleet: Pick<Fleet, "cache" | "caFile" | "managers"> & { readonly gitlab: Pick<GitLab, "url"> },
+  runner: Pick<PlannedRunner, "isRegistration" | "limit" | "driverFile">,
   { name, token, id, token_expires_at }: RunnerAnswer & { name: string },
   program: string,
 ): Promise<string> {
@@ -4490,6 +6101,7 @@ async function formatSection(
     ...(runner.limit > 0 && { limit: runner.limit }),
     builds_dir: "/opt/gitlab-runner/builds", // in the task
     cache_dir: "/opt/gitlab-runner/cache",
+    ...(fleet.cache && { cache: fleet.cache }),
     custom: Object.assign({}, ...commands),
   };
   return stringify({ runners: [section] });
@@ -5693,16 +7305,6 @@ async function callBuild(
   throw new Failure("system", `${end}, which is not confirmed: ${answer}`);
 }
 
-/** Collects a script's output. */
-function collectOutput() {
-  const parts: Buffer[] = [];
-  const write: OutputSink["write"] = (part, done) => {
-    parts.push(part);
-    done();
-  };
-  return { sinks: { stdout: { write }, stderr: { write } }, text: () => Buffer.concat(parts).toString() };
-}
-
 const findContainer = (task: Task | undefined, name: string) =>
   task?.containers?.find((container) => container.name === name);
 const hasEnded = (container: Container | undefined): boolean =>
@@ -6132,7 +7734,15 @@ Variables:
   RUNNER_TOKENS_FILE            a list of tokens: TOKEN or NAME TOKEN
   DRIVER_SETTINGS               other settings of the driver, as a JSON object
   RUNNER_NAME_PREFIX, RUNNER_CONCURRENCY, SHUTDOWN_TIMEOUT, CONFIG_FILE,
-  GITLAB_URL, CA_CERTIFICATES_PATH; for manager: STOP_TIMEOUT, SWEEP_INTERVAL`;
+  GITLAB_URL, CA_CERTIFICATES_PATH; for a cache in S3: CACHE_S3_BUCKET_NAME,
+  CACHE_S3_BUCKET_LOCATION; for manager: STOP_TIMEOUT, SWEEP_INTERVAL`;
+
+const INIT_VARIABLES = `
+Variables with the same effect, which options override:
+  FARGATE_CLUSTER, FARGATE_REGION (or AWS_REGION), FARGATE_SUBNET,
+  FARGATE_SECURITY_GROUP, FARGATE_TASK_DEFINITION, FARGATE_SSH_USER, GITLAB_URL
+
+The file is fargate.toml, or that of --config. No file is overwritten.`;
 
 type Commander = typeof import("commander");
 
@@ -6147,6 +7757,7 @@ function validators({ InvalidArgumentError }: Commander) {
     oneOfWords: (words: readonly string[]) =>
       accept(words.join(", "), (value) => words.includes(value.trim().toLowerCase())),
     managerId: accept(managerIds, (id) => MANAGER_ID.test(id)),
+    jobId: accept("a job's id, or the 32 hex digits of a task", (id) => /^(\d{1,19}|[0-9a-f]{32})$/.test(id)),
   };
 }
 
@@ -6161,7 +7772,7 @@ const PLAIN = {
 
 /** The commands and options of the program. `choose` is called with the command that the arguments name. */
 function defineProgram(commander: Commander, choose: (command: Command) => void): Command {
-  const { oneOfWords, managerId } = validators(commander);
+  const { oneOfWords } = validators(commander);
   const program = withErrors(new commander.Command("fargate"))
     .description("Runs each GitLab CI job in its own AWS ECS task on Fargate.")
     .version(`fargate ${VERSION}`, "-v, --version", "print the version")
@@ -6192,6 +7803,7 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
     .argument("<script>", "the script's path")
     .argument("<stage>", "the runner's name for the script, such as build_script");
   add(custom, "cleanup", "stop the job's task").alias("cl");
+  addOperatorCommands(program, add, commander);
   add(program, "runners", "register many runners, and write GitLab Runner's configuration")
     .option("--managers <file>", "MANAGERS_CONFIGS: managers as JSON; - for standard input")
     .option("--tokens <file>", "runner tokens, one per line; - for standard input")
@@ -6201,22 +7813,51 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
   add(program, "manager", "run GitLab Runner in a container: register, sweep, unregister")
     .argument("[arguments...]", "of gitlab-runner, after --; default: run")
     .addHelpText("after", FLEET_VARIABLES);
+  return program;
+}
+
+/** The commands that operators use besides those for fleets. */
+function addOperatorCommands(
+  program: Command,
+  add: (parent: Command, name: string, description: string) => Command,
+  commander: Commander,
+): void {
+  const { managerId, jobId } = validators(commander);
+  const collect = (value: string, before: readonly string[] = []) => [...before, value];
+  add(program, "init", "write a configuration file with every setting")
+    .option("--cluster <name>", "Cluster")
+    .option("--region <region>", "Region")
+    .option("--subnet <id>", "Subnet")
+    .option("--security-group <id>", "SecurityGroup")
+    .option("--ssh-user <name>", "Username")
+    .option("--set <setting=value>", "any setting, such as SSH.Port=2222; may be repeated", collect)
+    .addHelpText("after", INIT_VARIABLES);
+  add(program, "doctor", "check the installation: settings, AWS, the runner, this host")
+    .option("--run", "also start a task, log in, and stop it")
+    .option("--json", "print one JSON object")
+    .option("--runner-config <file>", "GitLab Runner's configuration file");
+  add(program, "tasks", "show the running tasks of this host's jobs")
+    .option("--all", "the tasks of all managers on the cluster")
+    .option("--json", "print one JSON object");
+  add(program, "shell", "log in to a running job's task, or run a command there")
+    .argument("<job>", "GitLab's job id, or the id of a task", jobId)
+    .argument("[command...]", "after --; its exit code becomes this command's");
   add(program, "sweep", "stop orphaned tasks; for cron or a systemd timer")
     .option("--dry-run", "only print what would be done")
     .option("--json", "print the report as one JSON object")
     .option("--manager <id>", "also stop orphaned tasks of this manager, whose host is gone", managerId);
-  return program;
 }
 
 /** Arguments, parsed. */
 interface Invocation {
-  readonly command: "config" | "prepare" | "run" | "cleanup" | "sweep" | "runners" | "manager";
+  readonly command: StageName | "runners" | "manager" | "init" | "doctor" | "sweep" | "tasks" | "shell";
   readonly operands: readonly string[];
   readonly config: string; // the configuration file's path
   readonly options: Options;
-  readonly sweep?: SweepOptions;
-  readonly runners?: RunnersOptions; // also of manager, which has none of them
+  readonly flags?: Flags; // the command's own options
 }
+type StageName = "config" | "prepare" | "run" | "cleanup";
+type Flags = Partial<SweepOptions & RunnersOptions & InitOptions & DoctorOptions & TasksOptions>;
 
 const OPERANDS: Record<string, number> = { config: 0, prepare: 0, run: 2, cleanup: 0 };
 /**
@@ -6248,7 +7889,6 @@ function parseCommandLine(argv: readonly string[], commander: Commander): Invoca
     return undefined;
   }
   const command = chosen.name() as Invocation["command"];
-  const sweep: SweepOptions = { dryRun: false, json: false, ...chosen.opts<Partial<SweepOptions>>() };
   const { config = "", debug, ...flags } = program.opts<Record<string, string | undefined>>();
   const options: Options = {
     LogLevel: debug ? "debug" : flags.logLevel,
@@ -6257,10 +7897,11 @@ function parseCommandLine(argv: readonly string[], commander: Commander): Invoca
     TaskDefinition: flags.taskDef,
     PlatformVersion: flags.platformVersion,
   };
-  const parsed = { command, operands: chosen.args, config, options };
-  if (command === "runners" || command === "manager")
-    return { ...parsed, runners: chosen.opts<RunnersOptions>() };
-  return { ...parsed, ...(command === "sweep" && { sweep }) };
+  const isNamed = program.getOptionValueSource("config") === "cli";
+  const path = command === "init" && !isNamed ? "fargate.toml" : config;
+  const own = chosen.opts<Flags>();
+  const parsed = { command, operands: chosen.args, config: path, options };
+  return Object.keys(own).length > 0 ? { ...parsed, flags: own } : parsed;
 }
 
 /** Runs one invocation. @returns the process's exit code */
@@ -6278,35 +7919,49 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
     process.exit(exitCode("system", env));
   };
   process.on("uncaughtException", crash).on("unhandledRejection", crash);
+  let invocation: Invocation | undefined;
   try {
-    const invocation = parseStage(argv) ?? parseCommandLine(argv, await import("commander"));
+    invocation = parseStage(argv) ?? parseCommandLine(argv, await import("commander"));
     if (!invocation) return 0;
     if (invocation.command === "config") {
       const job = readJob(env);
       writeWhole(1, `${configAnswer(job, hostname(), readDirectories(invocation, job, env))}\n`);
       return 0;
     }
-    if (invocation.runners) {
-      log = openLog(v.parse(LogSchema, invocation.options));
-      return await runFleet(invocation, { log, signal: controller.signal, env }, quit.signal);
+    const { command, options } = invocation;
+    if (Object.hasOwn(OUTSIDE_COMMANDS, command)) {
+      log = openLog(v.parse(LogSchema, options));
+      const outside = { log, signal: controller.signal, env };
+      const run = OUTSIDE_COMMANDS[command as keyof typeof OUTSIDE_COMMANDS];
+      return await run(invocation, outside, quit.signal);
     }
-    const path = resolve(invocation.config);
-    const file = readFile(path, `the configuration file ${path}`);
-    const read = readConfig(file.toString(), invocation.config, invocation.options, env);
+    const read = readSettings(invocation, env);
     log = openLog(read.config);
     const now = () => Math.floor(performance.now());
     const { signal } = controller;
     const context: BaseContext = { config: read.config, log, signal, now, wallTime: Date.now, env };
-    if (invocation.sweep) return await runSweep(context, invocation.sweep);
-    return await runStage(context, invocation, read, abort);
+    const runCommand = Object.hasOwn(OPERATOR_COMMANDS, command)
+      ? OPERATOR_COMMANDS[command as keyof typeof OPERATOR_COMMANDS]
+      : runStage;
+    return await runCommand(context, invocation, read, abort);
   } catch (error) {
     const failure = error instanceof Failure ? error : new Failure("system", reasonOf(error));
     const advice = adviceFor(failure.cause);
     const lines = [...failure.message.split("\n"), ...(advice ? [`what to do: ${advice}`] : [])];
     for (const line of lines) log.fatal(line);
     log.debug("{stack}", { stack: error instanceof Error ? error.stack : undefined });
-    return exitCode(failure.kind, env);
+    // As with ssh, a failure must not look like one of the command.
+    return invocation?.command === "shell" ? SHELL_FAILED : exitCode(failure.kind, env);
   }
+}
+
+const SHELL_FAILED = 255;
+
+/** Reads the configuration file. @throws {Failure} */
+function readSettings({ config, options }: Invocation, env: Environment): ReturnType<typeof readConfig> {
+  const path = resolve(config);
+  const file = readFile(path, `the configuration file ${path}`);
+  return readConfig(file.toString(), config, options, env);
 }
 
 /** builds_dir and cache_dir of a job with its own image. Any problem is left to prepare, which reports it. */
@@ -6325,20 +7980,27 @@ function readDirectories({ config: path, options }: Invocation, job: Job | undef
 const rejectWhenAborted = (signal: AbortSignal): Promise<never> =>
   new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
 
+type Outside = Pick<FleetContext, "log" | "signal" | "env">;
+const fleetContext = ({ config }: Invocation, outside: Outside): FleetContext => ({
+  ...outside,
+  now: () => Math.floor(performance.now()),
+  wallTime: Date.now,
+  program: typeof BUILD === "string" ? process.execPath : import.meta.path,
+  driverFile: resolve(config),
+  readInput: () => Promise.race([Bun.stdin.text(), rejectWhenAborted(outside.signal)]),
+});
+
+/** The `init` command. @returns the exit code */
+async function runInit(invocation: Invocation, outside: Outside): Promise<number> {
+  const { options, flags = {} } = invocation;
+  await init(fleetContext(invocation, outside), flags, options, (text) => writeWhole(1, text));
+  return 0;
+}
+
 /** The `runners` and `manager` commands. @returns the exit code */
-async function runFleet(
-  { command, operands, config, runners = {} }: Invocation,
-  outside: Pick<FleetContext, "log" | "signal" | "env">,
-  quit: AbortSignal,
-): Promise<number> {
-  const context: FleetContext = {
-    ...outside,
-    now: () => Math.floor(performance.now()),
-    wallTime: Date.now,
-    program: typeof BUILD === "string" ? process.execPath : import.meta.path,
-    driverFile: resolve(config),
-    readInput: () => Promise.race([Bun.stdin.text(), rejectWhenAborted(outside.signal)]),
-  };
+async function runFleet(invocation: Invocation, outside: Outside, quit: AbortSignal): Promise<number> {
+  const { command, operands, flags: runners = {} } = invocation;
+  const context = fleetContext(invocation, outside);
   const { log, env } = context;
   const fleet = await planFleet(context, runners);
   const named = fleet.runners.filter(({ isRegistration, tags }) => !isRegistration && tags.length > 0);
@@ -6353,12 +8015,68 @@ async function runFleet(
   return problems.length > 0 ? exitCode("system", env) : 0;
 }
 
+/** The commands that need no valid configuration file. */
+const OUTSIDE_COMMANDS = { runners: runFleet, manager: runFleet, init: runInit, doctor: runDoctor };
+/** The commands that need one, besides the stages. */
+const OPERATOR_COMMANDS = { sweep: runSweep, tasks: runTasks, shell: runShell };
+
 /** The `sweep` command. @returns the exit code */
-async function runSweep(context: BaseContext, options: SweepOptions): Promise<number> {
-  const report = await sweep(context, options);
+async function runSweep(base: BaseContext, { flags }: Invocation): Promise<number> {
+  // Without a terminal, only problems go to standard error: cron would mail anything else.
+  const { isatty } = await import("node:tty");
+  const progress = makeProgress(isatty(2), base.log.debug);
+  const context = { ...base, log: loggerBeside(progress, base.log) };
+  const options = { dryRun: false, json: false, ...flags, progress: progress.step };
+  const report = await sweep(context, options).finally(progress.end);
   writeWhole(1, formatSweep(report, options.json));
   for (const reason of report.problems) context.log.fatal("{reason}", { reason });
   return report.problems.length > 0 ? exitCode("system", context.env) : 0;
+}
+
+/** The `doctor` command. @returns the exit code: 1 if something is wrong */
+async function runDoctor(invocation: Invocation, { log, signal, env }: Outside): Promise<number> {
+  const { isatty } = await import("node:tty");
+  const { run = false, json = false, runnerConfig } = invocation.flags ?? {};
+  const progress = makeProgress(isatty(2), run ? log.info : log.debug);
+  const examine = async () => {
+    let read: ReturnType<typeof readSettings>;
+    try {
+      read = readSettings(invocation, env);
+    } catch (error) {
+      return brokenSettings(reasonOf(error));
+    }
+    const { config, warnings } = read;
+    const now = () => Math.floor(performance.now());
+    const base = { config, log: loggerBeside(progress, log), signal, now, wallTime: Date.now, env };
+    const files = { driverFile: resolve(invocation.config), runnerConfig };
+    return doctor(base, files, { run, warnings, step: progress.step });
+  };
+  const findings = await examine().finally(progress.end);
+  writeWhole(1, formatFindings(findings, json));
+  return findings.some(({ result }) => result === "wrong") ? 1 : 0;
+}
+
+/** The `tasks` command. @returns the exit code */
+async function runTasks(context: BaseContext, { flags }: Invocation): Promise<number> {
+  const { all = false, json = false } = flags ?? {};
+  const tasks = await listRunningTasks(context, all);
+  writeWhole(1, formatTasks(tasks, json, context.wallTime() / 1000));
+  return 0;
+}
+
+/** The `shell` command. @returns the exit code */
+async function runShell(
+  context: BaseContext,
+  { operands }: Invocation,
+  _: ReturnType<typeof readConfig>,
+  abort: (why: string) => void,
+): Promise<number> {
+  const sinks = openSinks(abort, "the output");
+  const { isatty } = await import("node:tty");
+  const hasTerminal = isatty(0) && isatty(1);
+  const { stdin: input, stdout: output } = process;
+  const terminal = { input, output, type: context.env.TERM || "xterm" };
+  return shell({ ...context, ...sinks }, operands, hasTerminal ? terminal : undefined);
 }
 
 /**
@@ -6380,6 +8098,12 @@ function openSink(file: Bun.BunFile, onError: (error: unknown) => void): OutputS
   };
 }
 
+/** The sinks for a script's output. @param what names it, if it cannot be written */
+function openSinks(abort: (why: string) => void, what: string): OutputSinks {
+  const onError = (error: unknown) => abort(`${what} cannot be written: ${reasonOf(error)}`);
+  return { stdout: openSink(Bun.stdout, onError), stderr: openSink(Bun.stderr, onError) };
+}
+
 /** Runs a stage that works on a task: prepare, run or cleanup. @returns the exit code */
 async function runStage(
   base: BaseContext,
@@ -6396,8 +8120,7 @@ async function runStage(
   const checkParent = () => process.ppid !== parent && abort("the process that started this stage has ended");
   if (command !== "cleanup") setInterval(checkParent, LOCK_TOUCH_MS).unref();
   if (command === "run") {
-    const onError = (error: unknown) => abort(`the job's output cannot be written: ${reasonOf(error)}`);
-    const sinks = { stdout: openSink(Bun.stdout, onError), stderr: openSink(Bun.stderr, onError) };
+    const sinks = openSinks(abort, "the job's output");
     return run({ ...context, ...sinks }, ...(operands as [string, string]));
   }
   await (command === "prepare" ? prepare(context) : cleanup(context));
@@ -6460,11 +8183,16 @@ export {
   Failure,
   findPipeHolders,
   findShells,
+  formatConfig,
+  formatDuration,
   formatRecord,
   formatSweep,
+  formatTasks,
   GIT_CONFIG,
   hostNames,
+  InspectorAws,
   imageDirectories,
+  initialSettings,
   interfaceOf,
   interpreterOf,
   isSameDefinition,

@@ -138,7 +138,20 @@ describe("CONTRIBUTING.md", () => {
 });
 
 describe("test names", () => {
-  const COMMANDS = ["config", "prepare", "run", "cleanup", "sweep", "runners", "manager", "fargate"];
+  const COMMANDS = [
+    "config",
+    "prepare",
+    "run",
+    "cleanup",
+    "sweep",
+    "runners",
+    "manager",
+    "fargate",
+    "init",
+    "doctor",
+    "tasks",
+    "shell",
+  ];
   const SUBJECTS = ["a job", "the worker image", "the manager image", "docker build", "the AWS stand-in", "npm run"];
   const exportsOf = (path: string) => {
     const text = read(path);
