@@ -17,6 +17,8 @@ import {
   OSFamily,
   TransportProtocol,
 } from "@aws-sdk/client-ecs";
+import { IAMClient } from "@aws-sdk/client-iam";
+import { STSClient } from "@aws-sdk/client-sts";
 import { mockClient } from "aws-sdk-client-mock";
 import * as commander from "commander";
 import { parse as parseToml } from "smol-toml";
@@ -28,6 +30,7 @@ import {
   ConfigSchema,
   type Context,
   cleanup,
+  InspectorAws,
   makeLogger,
   parseCommandLine,
   prepare,
@@ -242,7 +245,7 @@ const actionsOf = (...names: string[]) =>
 describe("IAM policies", () => {
   /** The actions that IAM cannot restrict to a resource, or ListTasks, which the condition on the cluster restricts. */
   const ANY_RESOURCE =
-    /^(ecr:GetAuthorizationToken|ec2:DescribeNetworkInterfaces|ecs:(ListTasks|\w+TaskDefinitions?)|ssmmessages:\w+)$/;
+    /^(ecr:GetAuthorizationToken|ec2:Describe\w+|ecs:(ListTasks|\w+TaskDefinitions?)|ssmmessages:\w+)$/;
 
   const all = Object.entries(policies).map(([name, policy]): [path: string, policy: Policy] => [`iam/${name}`, policy]);
   test.each([...all, ...managerPolicies])(
@@ -297,12 +300,39 @@ describe("IAM policies", () => {
     expect(execution).toContain(`arn:aws:logs:${Region}:${ACCOUNT}:log-group:${group}:*`);
   });
 
+  /** The calls that some functions make, such as `ecs:RunTask`. Every call gets an empty answer. */
+  async function callsOf(functions: readonly (() => Promise<unknown>)[]): Promise<Set<string>> {
+    const mocks = {
+      ecs: mockClient(ECSClient).onAnyCommand().resolves({ tasks: [], taskArns: [], failures: [] }),
+      ec2: mockClient(EC2Client).onAnyCommand().resolves({}),
+      iam: mockClient(IAMClient).onAnyCommand().resolves({}),
+      sts: mockClient(STSClient).onAnyCommand().resolves({}),
+    };
+    for (const call of functions) await call().catch(() => {}); // an empty answer is a failure to some
+    const nameOf = (command: object) => command.constructor.name.replace(/Command$/, "");
+    return new Set(
+      Object.entries(mocks).flatMap(([service, mock]) => {
+        const names = mock.calls().map(({ args }) => `${service}:${nameOf(args[0])}`);
+        mock.restore();
+        return names;
+      }),
+    );
+  }
+  const methodsOf = (prototype: object) =>
+    Object.getOwnPropertyNames(prototype).filter(
+      (name) => !["constructor", "settings", "send", "ecsClient", "ec2Client"].includes(name),
+    );
+  const operator = {
+    config,
+    log: makeLogger("fatal", () => {}),
+    now: () => 0,
+    wallTime: Date.now,
+    signal: new AbortController().signal,
+    env: {},
+  };
+
   test("examples/iam allows exactly the calls that the driver makes", async () => {
-    const ecs = mockClient(ECSClient).onAnyCommand().resolves({ tasks: [], taskArns: [], failures: [] });
-    const ec2 = mockClient(EC2Client).onAnyCommand().resolves({});
     const limits = { until: 0 };
-    const log = makeLogger("fatal", () => {});
-    const operator = { log, now: () => 0, env: {} };
     const aws = new Aws(config.Fargate, operator);
     const identity = { startedBy: "fargate", clientToken: "token" };
     const calls: Record<Exclude<keyof Aws, "throttled">, () => Promise<unknown>> = {
@@ -317,22 +347,34 @@ describe("IAM policies", () => {
       listTaskDefinitions: () => aws.listTaskDefinitions(limits),
       deregisterTaskDefinition: () => aws.deregisterTaskDefinition("family:1", limits),
     };
-    expect(Object.keys(calls).sort()).toEqual(
-      Object.getOwnPropertyNames(Aws.prototype)
-        .filter((name) => name !== "constructor")
-        .sort(),
-    );
-    for (const call of Object.values(calls)) await call().catch(() => {}); // an empty answer is a failure to some
-    const made = [ecs, ec2].flatMap((mock, index) =>
-      mock.calls().map(({ args }) => `${["ecs", "ec2"][index]}:${args[0].constructor.name.replace(/Command$/, "")}`),
-    );
-    ecs.restore();
-    ec2.restore();
-    expect(new Set(["iam:PassRole", ...made])).toEqual(
+    expect(Object.keys(calls).sort()).toEqual(methodsOf(Aws.prototype).sort());
+    expect(new Set(["iam:PassRole", ...(await callsOf(Object.values(calls)))])).toEqual(
       new Set(actionsOf("driver.json", "sweep.json", "public-ip.json", "job-image.json", "job-image-sweep.json")),
     );
     expect(actionsOf("tags.json")).toEqual(["ecs:TagResource"]);
     expect(actionsOf("job-image-tags.json")).toEqual(["ecs:TagResource"]);
+  });
+
+  test("examples/iam/doctor.json allows exactly what doctor asks AWS", async () => {
+    vi.stubEnv("AWS_ACCESS_KEY_ID", "test");
+    vi.stubEnv("AWS_SECRET_ACCESS_KEY", "test");
+    const aws = new InspectorAws(operator);
+    const permission = { action: "ecs:RunTask", resource: "*", conditions: {}, policy: "driver.json" };
+    const kinds = ["Subnets", "SecurityGroups", "RouteTables", "VpcEndpoints", "NetworkInterfaces"] as const;
+    const calls: Record<string, () => Promise<unknown>> = {
+      identify: () => aws.identify(),
+      principalOf: () => aws.principalOf({ account: "1", arn: "arn:aws:sts::1:assumed-role/a/b", source: "" }),
+      simulate: () => aws.simulate("arn", permission),
+      describeCluster: () => aws.describeCluster(),
+      describe: () => Promise.all(kinds.map((kind) => aws.describe(kind, "vpc-id", ["vpc-1"]))),
+      stopNoTask: () => aws.stopNoTask(),
+    };
+    expect(Object.keys(calls).sort()).toEqual(methodsOf(InspectorAws.prototype).sort());
+    const made = await callsOf([...Object.values(calls), () => aws.describeTaskDefinition("family", { until: 0 })]);
+    // Everybody may call the first; the second is a permission of the driver, which doctor tries out.
+    const others = ["sts:GetCallerIdentity", "ecs:StopTask"];
+    expect(made).toEqual(new Set([...others, ...actionsOf("doctor.json")]));
+    vi.unstubAllEnvs();
   });
 });
 
@@ -503,17 +545,34 @@ describe("ECS manager", () => {
     expect(JSON.parse(variables.MANAGERS_CONFIGS ?? "")).toEqual(managersConfigs);
   });
 
-  // ECS sends SIGKILL after stopTimeout, which is at most 120 s on Fargate.
-  test("examples/ecs-manager/task-definition.json leaves time for every step of the end", () => {
+  /** Seconds that a manager takes to end, at most. */
+  const secondsToEnd = ({ STOP_TIMEOUT, SHUTDOWN_TIMEOUT }: Record<string, string>) => {
     const source = readFileSync(join(projectRoot, "fargate.ts"), "utf8");
     const seconds = (name: string) =>
       Number(new RegExp(`^const ${name} = ([\\d_]+);`, "m").exec(source)?.[1]?.replace("_", "")) / 1000;
-    const fixed = seconds("RUNNER_EXIT_MS") + seconds("LEAVE_MS");
-    expect(fixed).toBeGreaterThan(0);
+    return Number(STOP_TIMEOUT) + Number(SHUTDOWN_TIMEOUT) + seconds("RUNNER_EXIT_MS") + seconds("LEAVE_MS");
+  };
+
+  // ECS sends SIGKILL after stopTimeout, which is at most 120 s on Fargate.
+  test("examples/ecs-manager/task-definition.json leaves time for every step of the end", () => {
     expect(manager.stopTimeout).toBeLessThanOrEqual(120);
-    expect(Number(variables.STOP_TIMEOUT) + Number(variables.SHUTDOWN_TIMEOUT) + fixed).toBeLessThan(
-      manager.stopTimeout,
-    );
+    expect(secondsToEnd(variables)).toBeLessThan(manager.stopTimeout);
+  });
+
+  // .ci/infrastructure tests everything else in it.
+  test("examples/cloudformation/fargate-runner.yaml leaves time for the steps of the end", () => {
+    interface Container {
+      StopTimeout: number;
+      Environment: { Name: string; Value: string }[];
+    }
+    const template = Bun.YAML.parse(read("cloudformation/fargate-runner.yaml")) as {
+      Resources: { ManagerTaskDefinition: { Properties: { ContainerDefinitions: [Container] } } };
+    };
+    const [container] = template.Resources.ManagerTaskDefinition.Properties.ContainerDefinitions;
+    const set = Object.fromEntries(container.Environment.map(({ Name, Value }) => [Name, Value]));
+    expect(container.StopTimeout).toBeLessThanOrEqual(120);
+    expect(secondsToEnd(set)).toBeLessThan(container.StopTimeout);
+    expect(Number(set.SWEEP_INTERVAL)).toBeGreaterThan(0);
   });
 
   test("examples/ecs-manager/managers_configs.json is accepted without a warning", async () => {
@@ -604,11 +663,9 @@ function parseUnit(name: string): Record<string, Record<string, string>> {
 describe("services", () => {
   const expectSweep = ([program, ...args]: string[]) => {
     expect(program).toBe(DRIVER);
-    expect(parseCommandLine(args, commander)).toMatchObject({
-      command: "sweep",
-      config: CONFIG_FILE,
-      sweep: { dryRun: false, json: false },
-    });
+    const parsed = parseCommandLine(args, commander);
+    expect(parsed).toMatchObject({ command: "sweep", config: CONFIG_FILE });
+    expect(parsed?.flags).toBeUndefined();
   };
 
   test("examples/systemd/fargate-sweep.service runs fargate sweep once", () => {
