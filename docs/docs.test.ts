@@ -4,7 +4,16 @@
  * compiled driver.
  */
 import { spawnSync } from "node:child_process";
-import { existsSync, globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  globSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, extname, join, normalize } from "node:path";
 import * as commander from "commander";
@@ -167,6 +176,12 @@ const TABLES = ["", "Fargate", "Fargate.CapacityProviderStrategy", "TaskMetadata
 const allSettings = TABLES.flatMap((table) => settingsOf(table).map(([key, schema]) => ({ table, key, schema })));
 const tableOf = (key: string) => allSettings.find((setting) => setting.key === key)?.table;
 
+/** What the documents need of the CloudFormation template. Its functions, such as !Ref, are parsed as their values. */
+const stack = Bun.YAML.parse(read("examples/cloudformation/fargate-runner.yaml")) as {
+  Parameters: Record<string, { Default?: string | number }>;
+  Outputs: Record<string, object>;
+};
+
 const minimal = {
   Fargate: { Cluster: "c", Region: "us-east-2", Subnet: "s", SecurityGroup: "g", TaskDefinition: "t" },
   TaskMetadata: { Directory: "/d" },
@@ -181,7 +196,8 @@ const help = (...command: string[]) => {
   expect(status).toBe(0);
   return stdout;
 };
-const helpTexts = [[], ["custom"], ["custom", "run"], ["sweep"], ["runners"], ["manager"]].map((command) =>
+const OPERATOR_COMMANDS = ["init", "doctor", "tasks", "shell", "sweep", "runners", "manager"];
+const helpTexts = [[], ["custom"], ["custom", "run"], ...OPERATOR_COMMANDS.map((name) => [name])].map((command) =>
   help(...command),
 );
 /** Every option of the driver, with the name of its value if it has one. */
@@ -261,6 +277,16 @@ function settingsTable(table: string): string {
   return [row(...head), row(...head.map(() => "---")), ...rows].join("\n");
 }
 
+/** Settings, completed with those that are required. */
+const complete = (settings: Settings): string => {
+  const whole: Settings = { ...minimal, ...settings };
+  for (const table of Object.keys(minimal) as (keyof typeof minimal)[])
+    whole[table] = { ...minimal[table], ...settings[table] };
+  if (whole.Fargate?.Subnets) delete whole.Fargate.Subnet;
+  if (whole.Fargate?.SecurityGroups) delete whole.Fargate.SecurityGroup;
+  return stringifyToml(whole);
+};
+
 describe("settings", () => {
   const MARKS = /^<!-- settings ?(\S*) -->\n[\s\S]*?^<!-- end settings -->$/gm;
 
@@ -300,15 +326,6 @@ describe("settings", () => {
     expect(overridesOf("JobImage.TaskDefinitions", "TaskDefinition")).toEqual([]);
   });
 
-  /** Settings, completed with those that are required. */
-  const complete = (settings: Settings): string => {
-    const whole: Settings = { ...minimal, ...settings };
-    for (const table of Object.keys(minimal) as (keyof typeof minimal)[])
-      whole[table] = { ...minimal[table], ...settings[table] };
-    if (whole.Fargate?.Subnets) delete whole.Fargate.Subnet;
-    if (whole.Fargate?.SecurityGroups) delete whole.Fargate.SecurityGroup;
-    return stringifyToml(whole);
-  };
   const toml = blocks("toml").map(([name, text]) => [name, parseToml(text) as unknown as Settings] as const);
 
   test.each(toml.filter(([, settings]) => !("runners" in settings)))("%s is accepted", (name, settings) => {
@@ -331,8 +348,12 @@ describe("settings", () => {
     }
   });
 
-  /** Words in the style of settings that are none: of AWS, of OpenSSH, of GitLab. */
-  const OTHERS = new Set(["SetEnv", "AllowUsers", "PermitRootLogin", "AmazonECSTaskExecutionRolePolicy"]);
+  /** Words in the style of settings that are none: of AWS, of our template, of OpenSSH, of GitLab. */
+  const OTHERS = new Set([
+    ...Object.keys({ ...stack.Parameters, ...stack.Outputs }),
+    ...["SetEnv", "AllowUsers", "PermitRootLogin", "AmazonECSTaskExecutionRolePolicy"],
+    ...["RoleARN", "BucketLocation", "ServerSideEncryption", "ServerSideEncryptionKeyID"],
+  ]);
 
   test.each(pages)("%s names only settings that exist", (path) => {
     for (const span of spansOf(path))
@@ -366,31 +387,40 @@ describe("commands", () => {
 
   /** Command lines in the documents that call the driver. */
   const calls = pages.flatMap((path) =>
-    [...blocksOf(path, "sh").flatMap((text) => text.split("\n")), ...spansOf(path)].flatMap((line) => {
-      const [, words] = /^(?:sudo )?(?:\S*\/)?fargate(?:-linux-amd64)? ([^|>;&:]*)$/.exec(line.trim()) ?? [];
-      return words ? [{ path, line: words }] : [];
-    }),
+    [...blocksOf(path, "sh").flatMap((text) => text.replace(/\\\n\s*/g, "").split("\n")), ...spansOf(path)].flatMap(
+      (line) => {
+        const [, words] = /^(?:sudo )?(?:\S*\/)?fargate(?:-linux-amd64)? ([^|>;&:]*)$/.exec(line.trim()) ?? [];
+        return words ? [{ path, line: words }] : [];
+      },
+    ),
   );
 
   test("parseCommandLine accepts every command line in the documents", () => {
     expect(calls.length).toBeGreaterThan(8);
     for (const { path, line } of calls.filter(({ line }) => !/--(help|version)$/.test(line)))
       expect(
-        () => parseCommandLine(line.replace(/ ID$/, " 0123456789ab").split(" "), commander),
+        () =>
+          parseCommandLine(
+            line
+              .replace(/ ID$/, " 0123456789ab")
+              .replace(/ JOB\b/, " 4711")
+              .split(" "),
+            commander,
+          ),
         `${path}: the driver refuses the command line ${line}`,
       ).not.toThrow();
   });
 
   test("docs/settings.md has exactly the commands and options that exist", () => {
     const text = read("docs/settings.md").split("\n## Command line\n")[1]?.split("\n## ")[0] ?? "";
-    const named = [...text.matchAll(/^\| `(?:(?:sweep|runners) )?(--[\w-]+)(?: [A-Z]+)?` \|/gm)].map(
-      ([, name]) => name,
-    );
+    const named = [
+      ...text.matchAll(/^\| `(?:(?:sweep|runners|init|doctor|tasks|shell) )?(--[\w-]+)(?: [A-Z=]+)?` \|/gm),
+    ].map(([, name]) => name);
     expect(named.sort(), 'docs/settings.md: one row under "Command line" for each option of --help').toEqual(
       [...options.keys()].sort(),
     );
-    for (const [, command = ""] of text.matchAll(/^\| `fargate ([\w ]+?)(?: SCRIPT STAGE)?` \|/gm)) {
-      const operands = command.endsWith("run") ? ["SCRIPT", "STAGE"] : [];
+    for (const [, command = ""] of text.matchAll(/^\| `fargate ([\w ]+?)(?: SCRIPT STAGE| JOB)?` \|/gm)) {
+      const operands = command.endsWith("run") ? ["SCRIPT", "STAGE"] : command === "shell" ? ["4711"] : [];
       expect(parseCommandLine([...command.split(" "), ...operands], commander)?.command).toBe(
         command.split(" ").at(-1),
       );
@@ -429,24 +459,34 @@ describe("commands", () => {
             "ec2 create-security-group") case $* in *fargate-tasks*) echo sg-1234567890abcdef1 ;; *) echo sg-2 ;; esac ;;
           esac`,
         docker: `while [ $# -gt 0 ]; do [ "$1" != --output ] || touch "$2/fargate" "$2/THIRD-PARTY-LICENSES"; shift; done`,
-        // \`install ... SOURCE TARGET\` and \`cp -r SOURCE TARGET\` change the scratch directory.
-        sudo: `case $1 in
-            install | cp) target=\${!#}; set -- "\${@:1:$#-1}"; mkdir -p ~/host"\${target%/*}"; "$@" ~/host"$target" ;;
+        // \`install ... SOURCE TARGET\` and \`cp -r SOURCE TARGET\` change the scratch directory; \`init\` writes to it.
+        sudo: `case $1:$* in
+            install:* | cp:*) target=\${!#}; set -- "\${@:1:$#-1}"; mkdir -p ~/host"\${target%/*}"; "$@" ~/host"$target" ;;
+            */fargate:*" init "*) shift; args=(); mkdir -p ~/host/etc/gitlab-runner
+              for arg; do case $arg in /etc/*) arg=$HOME/host$arg ;; esac; args+=("$arg"); done
+              exec "${process.execPath}" --no-env-file --config=/dev/null "${join(root, "fargate.ts")}" "\${args[@]}" ;;
           esac`,
       };
       mkdirSync(join(home, "bin"));
       for (const [name, text] of Object.entries(programs))
         writeFileSync(join(home, "bin", name), `#!/bin/bash\n${text}\n`, { mode: 0o755 });
       const commands = blocksOf("docs/setup.md", "sh").join("\n");
-      // The reader changes to the directory of the copied files before the first command on the manager host.
-      const [onWorkstation, onHost] = commands.split(/^(?=sudo install -D -m 0755 fargate )/m);
-      const { status, stderr } = spawnSync("bash", ["-euc", `${onWorkstation}\ncd "$files"\n${onHost}`], {
+      // The reader changes to the directory of the copied files before the first command on the manager host, where the
+      // variables of the workstation are not set, and back for the last two blocks.
+      const [onWorkstation = "", onHost = "", after] = commands.split(
+        /^(?=sudo install -D -m 0755 fargate |aws ecs list-tasks )/m,
+      );
+      const script = `${onWorkstation}\n(cd "$files"; unset vpc subnet_a subnet_b bucket account\n${onHost})\n${after}`;
+      const { status, stderr } = spawnSync("bash", ["-euc", script], {
         cwd: root,
         env: { ...process.env, HOME: home, PATH: `${join(home, "bin")}:${process.env.PATH}` },
         input: "glrt-token\n",
         encoding: "utf8",
       });
-      expect({ status, stderr }).toEqual({ status: 0, stderr: "" });
+      expect({ status, stderr }).toEqual({
+        status: 0,
+        stderr: expect.stringMatching(/^\S+ \S+ written; check it .*\n$/),
+      });
 
       const calls = readFileSync(join(home, "calls"), "utf8");
       const named = [...calls.matchAll(/file:\/\/(\S+)/g)].map(([, path = ""]) => readFileSync(path, "utf8"));
@@ -458,7 +498,8 @@ describe("commands", () => {
       const { config, warnings } = readConfig(onHosts("etc/gitlab-runner/fargate.toml"), "fargate.toml", {}, {});
       expect(warnings).toEqual([]);
       expect(config.Fargate).toMatchObject({
-        SecurityGroups: ["sg-1234567890abcdef1"],
+        Subnets: ["subnet-0123456789abcdef0", "subnet-0123456789abcdef1"],
+        SecurityGroup: "sg-1234567890abcdef1",
         CapacityProviderStrategy: [{ CapacityProvider: "FARGATE_SPOT" }],
         FallbackCapacityProviderStrategy: [{ CapacityProvider: "FARGATE" }],
       });
@@ -468,6 +509,123 @@ describe("commands", () => {
       });
       for (const file of ["fargate-sweep.timer", "gitlab-runner.service.d/graceful-stop.conf"])
         expect(onHosts(`etc/systemd/system/${file}`)).toBe(read(`examples/systemd/${file}`));
+    } finally {
+      rmSync(home, { recursive: true });
+    }
+  });
+
+  test("docs/private-subnets.md has commands that create every endpoint", () => {
+    const [script = ""] = blocksOf("docs/private-subnets.md", "sh");
+    const aws = `aws() { case $2 in describe-route-tables) echo "\${TABLES:-}" ;; *) echo "$*" >&2; echo sg-3 ;; esac; }`;
+    const env = { vpc: "vpc-1", subnet_a: "s-1", subnet_b: "s-2", manager_group: "sg-1", task_group: "sg-2" };
+    const { status, stderr } = spawnSync("bash", ["-euc", `${aws}\n${script}`], {
+      env: { PATH: process.env.PATH, ...env, AWS_DEFAULT_REGION: "us-east-2", TABLES: "rtb-1\trtb-2" },
+      encoding: "utf8",
+    });
+    expect(status, stderr).toBe(0);
+    const created = [...stderr.matchAll(/create-vpc-endpoint .*--service-name com\.amazonaws\.us-east-2\.(\S+)/g)];
+    expect(created.map(([, name]) => name)).toEqual(["ecs", "ecr.api", "ecr.dkr", "logs", "s3"]);
+    expect(stderr).toContain("--route-table-ids rtb-1 rtb-2");
+    // The page has a row for each endpoint that doctor looks for.
+    const [, services = ""] = /^function servicesOf\(([\s\S]*?)^\}/m.exec(driver) ?? [];
+    const looked = [...services.matchAll(/\["([\w.", ]+)"\]/g)].flatMap(([, names = ""]) => names.split('", "'));
+    expect(looked.length).toBeGreaterThan(5);
+    const rows = read("docs/private-subnets.md")
+      .split("\n")
+      .filter((line) => /^\| `.* \| (interface|gateway) \|/.test(line));
+    for (const name of looked)
+      expect(
+        rows.some((line) => line.includes(`\`${name}\``)),
+        name,
+      ).toBe(true);
+  });
+
+  test("docs/spot.md makes a configuration without Spot", () => {
+    const [, script = ""] = blocksOf("docs/spot.md", "sh");
+    const [spot = ""] = blocksOf("docs/spot.md", "toml");
+    const home = mkdtempSync(join(tmpdir(), "fargate-spot-"));
+    try {
+      const rest = minimalToml.replace("[Fargate]\n", `${spot.trimEnd()}\n`);
+      writeFileSync(join(home, "fargate.toml"), rest);
+      const sudo = `sudo() { case $1 in sed | install) "$@" ;; esac; }`;
+      const commands = script.replaceAll("/etc/gitlab-runner/", `${home}/`);
+      const { status, stderr } = spawnSync("bash", ["-euc", `${sudo}\n${commands}`], { encoding: "utf8" });
+      expect({ status, stderr }).toEqual({ status: 0, stderr: "" });
+      const capacityIn = (name: string) => {
+        const { Fargate } = readConfig(readFileSync(join(home, name), "utf8"), name, {}, {}).config;
+        return [Fargate.LaunchType, Fargate.CapacityProviderStrategy?.map(({ CapacityProvider }) => CapacityProvider)];
+      };
+      expect(capacityIn("fargate.toml")).toEqual([undefined, ["FARGATE_SPOT"]]);
+      expect(capacityIn("fargate-on-demand.toml")).toEqual(["FARGATE", undefined]);
+    } finally {
+      rmSync(home, { recursive: true });
+    }
+  });
+
+  test("docs/cache.md has the files and commands of the examples", () => {
+    const [shown = ""] = blocksOf("docs/cache.md", "toml");
+    expect(parseToml(shown)).toEqual(parseToml(`[[runners]]\n${read("examples/cache-s3.toml")}`));
+    const [commands = ""] = blocksOf("docs/cache.md", "sh");
+    const [, ...lines] = commands.trimEnd().split("\n");
+    expect(blocksOf("docs/setup.md", "sh").join("\n")).toContain(lines.join("\n"));
+  });
+
+  test("docs/cloudformation.md has the parameters of the template, with their defaults", () => {
+    const text = read("docs/cloudformation.md").split("\n## Parameters\n")[1]?.split("\n## ")[0] ?? "";
+    const rows = [...text.matchAll(/^\| `(\w+)` \| (.*?) ?\| /gm)].map(([, name, standard]) => [name, standard]);
+    const shown = ({ Default }: { Default?: string | number }) =>
+      Default === undefined ? "required" : Default === "" ? "" : `\`${Default}\``;
+    expect(rows).toEqual(Object.entries(stack.Parameters).map(([name, parameter]) => [name, shown(parameter)]));
+  });
+
+  // As for docs/setup.md, in a directory with what the commands need of a clone.
+  test("docs/cloudformation.md has commands that fit together", () => {
+    const home = mkdtempSync(join(tmpdir(), "fargate-stack-"));
+    try {
+      const programs = {
+        aws: `echo "$*" >>~/calls
+          case "$1 $2" in
+            "sts get-caller-identity") echo 444455556666 ;;
+            "secretsmanager create-secret") cat "\${!##file://}" >~/token; echo arn:of:the:secret ;;
+            "secretsmanager put-secret-value") cat "\${!##file://}" >~/new-token ;;
+            "cloudformation describe-stacks") echo the-output ;;
+            "iam create-service-linked-role") exit 1 ;;
+          esac`,
+        docker: 'echo "docker $*" >>~/calls',
+        fargate: 'test -s fargate.toml && echo "fargate $*" >>~/calls',
+      };
+      mkdirSync(join(home, "bin"));
+      for (const [name, text] of Object.entries(programs))
+        writeFileSync(join(home, "bin", name), `#!/bin/bash\n${text}\n`, { mode: 0o755 });
+      for (const name of ["examples", "sshd-image"]) symlinkSync(join(root, name), join(home, name));
+      const script = blocksOf("docs/cloudformation.md", "sh").join("\n");
+      const { status, stderr } = spawnSync("bash", ["-euc", script], {
+        cwd: home,
+        env: { ...process.env, HOME: home, PATH: `${join(home, "bin")}:${process.env.PATH}` },
+        input: "glrt-token\nglrt-new\n",
+        encoding: "utf8",
+      });
+      expect({ status, stderr }).toEqual({ status: 0, stderr: "" });
+      expect(readFileSync(join(home, "token"), "utf8")).toBe("glrt-token");
+      expect(readFileSync(join(home, "new-token"), "utf8")).toBe("glrt-new");
+
+      const calls = readFileSync(join(home, "calls"), "utf8").split("\n");
+      const deployments = calls.filter((call) => call.startsWith("cloudformation deploy "));
+      const given = deployments.map((call) => {
+        const [, file = "", parameters = ""] = /--template-file (\S+) .*--parameter-overrides (.*)$/.exec(call) ?? [];
+        expect(existsSync(join(root, file))).toBe(true);
+        return Object.fromEntries(parameters.split(" ").map((word) => word.split("=")));
+      });
+      for (const name of given.flatMap(Object.keys)) expect(Object.keys(stack.Parameters)).toContain(name);
+      const required = Object.entries(stack.Parameters).filter(([, { Default }]) => Default === undefined);
+      expect(Object.keys(given[0] ?? {})).toEqual(expect.arrayContaining(required.map(([name]) => name)));
+      const built = calls.flatMap((call) => /^docker push (\S+)/.exec(call)?.[1] ?? []);
+      expect([given[0]?.ManagerImage, given[0]?.WorkerImage]).toEqual(built);
+      expect(given[0]?.RunnerTokenSecretArn).toBe("arn:of:the:secret");
+      const outputs = calls.flatMap((call) => /OutputKey=='(\w+)'/.exec(call)?.[1] ?? []);
+      for (const name of outputs) expect(Object.keys(stack.Outputs)).toContain(name);
+      for (const name of Object.keys(stack.Outputs))
+        expect(read("docs/cloudformation.md").includes(`\`${name}\``), `docs/cloudformation.md: ${name}`).toBe(true);
     } finally {
       rmSync(home, { recursive: true });
     }
@@ -594,6 +752,9 @@ describe("claims", () => {
       ["README.md", "Starting a task of "],
       ["docs/moving.md", "Ready: logged in to "],
       ["docs/orphans.md", "fargate sweep: "],
+      ["docs/private-subnets.md", "there is none out of the VPC"],
+      ["docs/private-subnets.md", ", and no endpoint for "],
+      ["docs/private-subnets.md", ": whether tasks reach GitLab and their images is not known"],
     ];
     for (const [path, quote] of quotes) {
       const where = `"${quote}" must be in fargate.ts and in ${path}: change the page, and \`quotes\` in docs/docs.test.ts`;
@@ -680,6 +841,10 @@ describe("claims", () => {
         `\`CancelGracePeriod\` is ${constant("MANAGER_CANCEL_GRACE")} seconds so that`,
         `repeated for up to ${constant("GITLAB_RETRY_MS") / 1000} seconds`,
       ],
+      "docs/doctor.md": [
+        `it is less than ${constant("MAX_CLOCK_SKEW")} seconds off AWS's`,
+        `${constant("MIN_FREE_DISK") / 2 ** 20} GiB or more is free`,
+      ],
       "docs/settings.md": [`has ${/modulusLength: (\d+)/.exec(driver)?.[1]} bits and signs with SHA-2`],
       "docs/troubleshooting.md": [
         `login shell must start within ${Number(/timeoutMs = ([\d_]+), onNewConnection/.exec(driver)?.[1]?.replace("_", "")) / 1000} s`,
@@ -688,13 +853,23 @@ describe("claims", () => {
         ),
       ],
     };
-    expect(Object.values(claims).flat()).toHaveLength(38);
+    expect(Object.values(claims).flat()).toHaveLength(40);
     for (const [path, texts] of Object.entries(claims))
       for (const text of texts)
         expect(
           wordsOf(path).includes(text),
           `${path} lacks "${text}", which has a number of fargate.ts: change the page, or \`claims\` in docs/docs.test.ts`,
         ).toBe(true);
+  });
+
+  test("docs/spot.md quotes the fault tables", () => {
+    const quotes = [...read("docs/spot.md").matchAll(/^\| [^|`]+ \| `([^`]+)` \|/gm)].map(([, quote = ""]) => quote);
+    expect(quotes).toHaveLength(3);
+    for (const quote of quotes) {
+      const parts = quote.split(/ ?\.\.\.;? ?/).filter(Boolean);
+      const isIn = (line: string) => parts.every((part) => line.includes(part));
+      expect(faults.split("\n").some(isIn), `docs/spot.md: no line of docs/faults.md has ${quote}`).toBe(true);
+    }
   });
 
   test("docs/jobs.md gives the limits of the runner below which prepare warns", () => {
@@ -744,6 +919,7 @@ describe("claims", () => {
     const rows = rowsOf("Variables");
     const variables = entriesIn("FleetSchema");
     const known = [...operators.matchAll(/\b(?:env|given)\.([A-Z][A-Z_]+)/g)].map(([, name]) => name as string);
+    const ofOthers = ["PATH", "TERM", "AWS_REGION", "AWS_DEFAULT_REGION", "FARGATE_MANAGER"]; // shell, init, doctor
     const worker = [...operators.matchAll(/^ {2}\["\w+", "\w+", "worker_\w+", "([A-Z_]+)"\],$/gm)];
     expect(
       new Set(
@@ -752,7 +928,7 @@ describe("claims", () => {
     ).toEqual(
       new Set([
         ...variables.keys(),
-        ...known.filter((name) => name !== "PATH"),
+        ...known.filter((name) => !ofOthers.includes(name)),
         ...worker.flatMap(([, suffix]) => [`FARGATE_${suffix}`, `WORKER_${suffix}`]),
         "GITLAB_RUNNER_TOKEN_<NAME>",
       ]),
@@ -798,8 +974,11 @@ describe("claims", () => {
   test("fargate.ts names in its header the calls and files that the code has", () => {
     const [header = ""] = /^\/\*\*[\s\S]*?\*\//m.exec(driver) ?? [];
     const code = driver.slice(driver.indexOf(header) + header.length);
-    const calls = [...code.matchAll(/\b(?:ecs|ec2)\.([a-z]\w+)\(/g)].map(([, name]) => name as string);
-    expect(new Set(calls).size).toBe(9);
+    const calls = [...code.matchAll(/\b(?:ecs|ec2|iam|sts)\.([a-z]\w+)\(/g)].map(([, name]) => name as string);
+    // doctor's queries of EC2 are in a table.
+    const [, kinds = ""] = /^interface Ec2Resources \{\n([\s\S]*?)^\}/m.exec(code) ?? [];
+    calls.push(...[...kinds.matchAll(/readonly (\w+):/g)].map(([, kind]) => `describe${kind}`));
+    expect(new Set(calls).size).toBe(17);
     for (const call of calls) expect(header).toContain(`${call[0]?.toUpperCase()}${call.slice(1)}`);
     const ofStages = ["JOB_RESPONSE_FILE", "PrivateKeyPath", "AWS_CA_BUNDLE", ".manager-id", "/proc", "LogFile"];
     const onEcs = ["ECS_CONTAINER_METADATA_URI_V4", ".manager-task"];
@@ -815,8 +994,12 @@ describe("claims", () => {
       'import("node:tls")', // for getCACertificates
       'import("node:http")', // for the metadata endpoint
       'import("node:net")', // for the socket that ssh2 uses
+      'import("node:net")', // for doctor's ranges of addresses
     ]);
-    expect(code.match(/\bspawn\(\[[^\]]*\]/g)).toEqual(['spawn(["gitlab-runner", ...args]']);
+    expect(code.match(/\bspawn\(\[[^\]]*\]/g)).toEqual([
+      'spawn([program, "--version"]', // gitlab-runner
+      'spawn(["gitlab-runner", ...args]',
+    ]);
     const methods = [...code.matchAll(/askGitLab\(\w+, "(\w+)"/g)].map(([, method]) => method as string);
     expect(methods.length).toBeGreaterThan(2);
     for (const method of methods) expect(header).toContain(method);
