@@ -5815,6 +5815,7 @@ describeProgram("compiled program", () => {
     const none = await fargate(["custom", "prepare"], { env: byHand(), cwd: directory() });
     // As an absolute path, because the runner starts each stage in another working directory.
     expect(none.stderr).toMatch(/error: the configuration file \/\S+\/config\.toml does not exist$/m);
+    expect(none.stderr).toContain("what to do: name the driver's file with --config; fargate init writes a new one");
     const jobless = await fargate(["--config", world.configure(), "custom", "prepare"], { env: world.aws.environment });
     expect(jobless.stderr).toContain("there is no job: neither JOB_RESPONSE_FILE nor the CUSTOM_ENV_CI_* variables");
     expect([none.code, jobless.code]).toEqual([2, 2]);
@@ -8707,7 +8708,7 @@ describe("operator commands", () => {
         routeTo(IGW),
         "subnet subnet-0a1b2c3d: route",
         /needs public addresses, which tasks lack, and no endpoint for ecr\.api, ecr\.dkr, s3, logs$/,
-        /NAT gateway, or the endpoints/,
+        /NAT gateway, or the VPC endpoints of docs\/private-subnets\.md$/,
       ],
       [
         "a missing endpoint in a VPC without a route out",
@@ -9419,7 +9420,7 @@ describe("operator commands", () => {
         [
           "RESULT   CHECK            DETAIL",
           "WRONG    configuration    the configuration file /none/fargate.toml does not exist",
-          "                          what to do: correct it: see docs/settings.md, or let fargate init write a new file",
+          "                          what to do: name the driver's file with --config; fargate init writes a new one",
           "unknown  everything else  not checked: that needs a configuration",
           "",
           "0 right, 1 wrong, 1 unknown",
@@ -11723,6 +11724,11 @@ describe("command line", () => {
       "custom run a b --colour",
       "fargate custom run: unknown option '--colour'; valid options: --version, --config, --debug, --log-level, " +
         "--log-format, --log-file, --task-def, --platform-version",
+    ],
+    [
+      "shell 1 ps -ef",
+      "fargate shell: unknown option '-ef'; valid options: --version, --config, --debug, --log-level, --log-format, " +
+        "--log-file, --task-def, --platform-version; write -- before the options of another program",
     ],
     [
       "custom run a",

@@ -222,6 +222,7 @@ const ADVICE = {
   accessDenied: "allow $1 in the IAM policy of the runner's host",
   account: "ask AWS support to enable ECS and Fargate for this account and region",
   // Settings.
+  noSettings: "name the driver's file with --config; fargate init writes a new one",
   cluster: "check Cluster and Region in the configuration file",
   network: "check Subnet, SecurityGroup and Region: all must belong to one VPC",
   publicIp: "set EnablePublicIP = false: only Fargate tasks have public addresses",
@@ -295,14 +296,14 @@ function withContext<T>(what: string, action: () => T, problem?: Problem): T {
   }
 }
 
-/** Reads a file. `what`: its name in errors. @throws {Failure} */
-function readFile(path: string, what: string): Buffer {
+/** Reads a file. `what`: its name in errors; `problem`: set if it is missing. @throws {Failure} */
+function readFile(path: string, what: string, problem?: Problem): Buffer {
   try {
     return fs.readFileSync(path);
   } catch (error) {
     const isMissing = (error as NodeJS.ErrnoException).code === "ENOENT";
     const text = isMissing ? "does not exist" : `cannot be read: ${reasonOf(error)}`;
-    throw new Failure("system", `${what} ${text}`);
+    throw new Failure("system", `${what} ${text}`, { problem: isMissing ? problem : undefined });
   }
 }
 
@@ -4889,7 +4890,7 @@ async function checkRoute(
   const none = isInternet
     ? `${where} needs public addresses, which tasks lack`
     : "there is none out of the VPC";
-  const natFix = "add a route to a NAT gateway, or the endpoints in examples/security-groups.md";
+  const natFix = "add a route to a NAT gateway, or the VPC endpoints of docs/private-subnets.md";
   if (absent.length > 0) report.wrong(check, `${none}, and no endpoint for ${absent.join(", ")}`, natFix);
   else report.unknown(check, `${none}: whether tasks reach GitLab and their images is not known`);
 }
@@ -5420,9 +5421,11 @@ async function doctor(
 }
 
 /** The findings if the configuration cannot be used. */
-function brokenSettings(reason: string): Finding[] {
-  const [title = "", ...details] = reason.split("\n").map((line) => line.trim());
-  const fix = "correct it: see docs/settings.md, or let fargate init write a new file";
+function brokenSettings(error: unknown): Finding[] {
+  const [title = "", ...details] = reasonOf(error)
+    .split("\n")
+    .map((line) => line.trim());
+  const fix = adviceFor(causeOf(error)) ?? "correct it: see docs/settings.md";
   const problems = details.length > 0 ? details : [title];
   return [
     ...problems.map((detail) => ({ check: "configuration", result: "wrong" as const, detail, fix })),
@@ -7718,15 +7721,58 @@ const withErrors = (command: Command): Command =>
       .map((option) => option.long)
       .join(", ");
     const isOption = /option/i.test(error.code);
-    const hint = isOption ? `options: ${options}` : commands ? `commands: ${commands}` : "";
+    const others = command.registeredArguments.some(({ variadic }) => variadic)
+      ? "; write -- before the options of another program"
+      : "";
+    const hint = isOption ? `options: ${options}${others}` : commands ? `commands: ${commands}` : "";
     throw new Failure("system", `${what}; ${hint ? `valid ${hint}` : `usage: ${path} ${command.usage()}`}`);
   });
 
-const OPTION_RULES = `Options may appear before or after the command. They override the job's
-variables; variables override the configuration file.`;
+const GENERAL_HELP = `
+Options may appear before or after the command. They override the job's
+variables; variables override the configuration file.
+
+Variables: AWS_*, as for the AWS SDKs; HTTPS_PROXY, HTTP_PROXY, NO_PROXY.
+
+Exit codes:
+  0    success
+  1    the job is at fault; or doctor has found something wrong
+  2    any other failure
+  255  shell could not log in, or lost the connection
+Otherwise, shell and manager end with the exit code of what they run.`;
+
+const STAGE_HELP = `
+GitLab Runner calls these for each job. They need JOB_RESPONSE_FILE, or the
+variables CUSTOM_ENV_CI_*.
+
+Exit codes: BUILD_FAILURE_EXIT_CODE (default 1) if the job is at fault, else
+SYSTEM_FAILURE_EXIT_CODE (default 2).`;
+
+const DOCTOR_HELP = `
+Without --run, it changes nothing. What it cannot check is "unknown".
+
+Exit codes: 0 if nothing is wrong, 1 if something is, 2 if it is interrupted.`;
+
+const TASKS_HELP = `
+JOB and PROJECT are GitLab's ids. After its DEADLINE, sweep stops a task. What
+is unknown is "-".`;
+
+const SHELL_HELP = `
+Examples:
+  fargate shell 4711
+  fargate shell 4711 -- ps -ef
+  fargate shell 4711 -- 'ps -ef | grep node'
+
+~. at the beginning of a line leaves a login that no longer answers.
+
+Exit codes: that of the login shell or the command; 255 if there is no login,
+or if the connection is lost.`;
+
+const SWEEP_HELP = `
+Exit codes: 0, or 2 if there was a problem, which is also on standard error.`;
 
 const FLEET_VARIABLES = `
-Variables:
+Variables, which docs/manager.md explains:
   MANAGERS_CONFIGS              the managers, as a JSON list or object
   GITLAB_RUNNER_TOKEN_<NAME>    the authentication token of a manager's runner
   GITLAB_RUNNER_TOKEN           the same, if there is one manager
@@ -7735,14 +7781,31 @@ Variables:
   DRIVER_SETTINGS               other settings of the driver, as a JSON object
   RUNNER_NAME_PREFIX, RUNNER_CONCURRENCY, SHUTDOWN_TIMEOUT, CONFIG_FILE,
   GITLAB_URL, CA_CERTIFICATES_PATH; for a cache in S3: CACHE_S3_BUCKET_NAME,
-  CACHE_S3_BUCKET_LOCATION; for manager: STOP_TIMEOUT, SWEEP_INTERVAL`;
+  CACHE_S3_BUCKET_LOCATION, CACHE_S3_SERVER_ADDRESS; for manager: STOP_TIMEOUT,
+  SWEEP_INTERVAL
+  FARGATE_CLUSTER and so on     a single manager, without MANAGERS_CONFIGS
+`;
 
-const INIT_VARIABLES = `
+const RUNNERS_HELP = `${FLEET_VARIABLES}
+Exit codes: 0, or 2 if there was a problem.`;
+
+const MANAGER_HELP = `${FLEET_VARIABLES}
+Exit codes: 0 after a signal; that of gitlab-runner, or 1 in place of 0, if it
+has ended by itself; 2 if it could not be started.`;
+
+const INIT_HELP = `
 Variables with the same effect, which options override:
   FARGATE_CLUSTER, FARGATE_REGION (or AWS_REGION), FARGATE_SUBNET,
-  FARGATE_SECURITY_GROUP, FARGATE_TASK_DEFINITION, FARGATE_SSH_USER, GITLAB_URL
+  FARGATE_SECURITY_GROUP, FARGATE_TASK_DEFINITION, FARGATE_SSH_USER
+For the runner's section: GITLAB_URL
 
-The file is fargate.toml, or that of --config. No file is overwritten.`;
+Example:
+  fargate --config /etc/gitlab-runner/fargate.toml init --cluster test-cluster \\
+    --region us-east-2 --subnet subnet-0a1b2c3d --security-group sg-0a1b2c3d \\
+    --task-def test-task --ssh-user root --set Fargate.LaunchType=FARGATE
+
+The file is fargate.toml, or that of --config. No file is overwritten. The
+runner's section of GitLab Runner's config.toml goes to standard output.`;
 
 type Commander = typeof import("commander");
 
@@ -7784,7 +7847,7 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
     .option("--log-file <path>", "LogFile: log to this file instead of standard error")
     .option("--task-def <definition>", "TaskDefinition: family, family:revision or ARN")
     .option("--platform-version <version>", "PlatformVersion: such as 1.4.0 or LATEST")
-    .addHelpText("after", `\n${OPTION_RULES}`)
+    .addHelpText("after", GENERAL_HELP)
     .helpCommand("help [command]", "print the help of a command")
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({ writeOut: (text) => writeWhole(1, text), writeErr: (text) => writeWhole(2, text) })
@@ -7795,6 +7858,7 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
   const custom = withErrors(program.command("custom").alias("c"));
   custom
     .description("the stages of GitLab Runner's Custom executor")
+    .addHelpText("after", STAGE_HELP)
     .helpCommand("help [command]", "print the help of a stage");
   add(custom, "config", "print the driver's name and version for the runner, as JSON").alias("co");
   add(custom, "prepare", "start the job's task and wait until it is usable").alias("p");
@@ -7809,10 +7873,10 @@ function defineProgram(commander: Commander, choose: (command: Command) => void)
     .option("--tokens <file>", "runner tokens, one per line; - for standard input")
     .option("--url <url>", "GITLAB_URL: the address of GitLab")
     .option("--runner-config <file>", "CONFIG_FILE: GitLab Runner's configuration file")
-    .addHelpText("after", FLEET_VARIABLES);
+    .addHelpText("after", RUNNERS_HELP);
   add(program, "manager", "run GitLab Runner in a container: register, sweep, unregister")
     .argument("[arguments...]", "of gitlab-runner, after --; default: run")
-    .addHelpText("after", FLEET_VARIABLES);
+    .addHelpText("after", MANAGER_HELP);
   return program;
 }
 
@@ -7831,21 +7895,25 @@ function addOperatorCommands(
     .option("--security-group <id>", "SecurityGroup")
     .option("--ssh-user <name>", "Username")
     .option("--set <setting=value>", "any setting, such as SSH.Port=2222; may be repeated", collect)
-    .addHelpText("after", INIT_VARIABLES);
+    .addHelpText("after", INIT_HELP);
   add(program, "doctor", "check the installation: settings, AWS, the runner, this host")
     .option("--run", "also start a task, log in, and stop it")
     .option("--json", "print one JSON object")
-    .option("--runner-config <file>", "GitLab Runner's configuration file");
+    .option("--runner-config <file>", "CONFIG_FILE: GitLab Runner's configuration file")
+    .addHelpText("after", DOCTOR_HELP);
   add(program, "tasks", "show the running tasks of this host's jobs")
-    .option("--all", "the tasks of all managers on the cluster")
-    .option("--json", "print one JSON object");
+    .option("--all", "show the tasks of all managers on the cluster")
+    .option("--json", "print one JSON object")
+    .addHelpText("after", TASKS_HELP);
   add(program, "shell", "log in to a running job's task, or run a command there")
     .argument("<job>", "GitLab's job id, or the id of a task", jobId)
-    .argument("[command...]", "after --; its exit code becomes this command's");
+    .argument("[command...]", "after --; without it, a login on a terminal")
+    .addHelpText("after", SHELL_HELP);
   add(program, "sweep", "stop orphaned tasks; for cron or a systemd timer")
     .option("--dry-run", "only print what would be done")
-    .option("--json", "print the report as one JSON object")
-    .option("--manager <id>", "also stop orphaned tasks of this manager, whose host is gone", managerId);
+    .option("--json", "print one JSON object")
+    .option("--manager <id>", "also stop orphaned tasks of this manager, whose host is gone", managerId)
+    .addHelpText("after", SWEEP_HELP);
 }
 
 /** Arguments, parsed. */
@@ -7960,7 +8028,7 @@ const SHELL_FAILED = 255;
 /** Reads the configuration file. @throws {Failure} */
 function readSettings({ config, options }: Invocation, env: Environment): ReturnType<typeof readConfig> {
   const path = resolve(config);
-  const file = readFile(path, `the configuration file ${path}`);
+  const file = readFile(path, `the configuration file ${path}`, "noSettings");
   return readConfig(file.toString(), config, options, env);
 }
 
@@ -8043,7 +8111,7 @@ async function runDoctor(invocation: Invocation, { log, signal, env }: Outside):
     try {
       read = readSettings(invocation, env);
     } catch (error) {
-      return brokenSettings(reasonOf(error));
+      return brokenSettings(error);
     }
     const { config, warnings } = read;
     const now = () => Math.floor(performance.now());
