@@ -25,6 +25,7 @@ import {
   COORDINATOR_OVERRIDE,
   ConfigSchema,
   formatSweep,
+  formatTasks,
   parseCommandLine,
   readConfig,
   startRetryPause,
@@ -55,6 +56,36 @@ const blocks = (language: string) =>
   pages.flatMap((path) =>
     blocksOf(path, language).map((text, index): [name: string, text: string] => [`${path} block ${index + 1}`, text]),
   );
+
+/** The simple commands of a shell script, as words without quotes, assignments, redirections and keywords. */
+function commandsOf(script: string): string[][] {
+  const text = script.replace(/\\\n\s*/g, " ").replace(/<<(\w+)\n[\s\S]*?\n\1$/gm, "\n"); // without here-documents
+  const WORD = /(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|\$\((?:'[^']*'|"[^"]*"|[^()'"])*\)|[^\s'"\\;|&()<>])+/y;
+  const PREFIX = /^(\w+=.*|do|then|else|if|while|until|!|[{}]|done|fi|sudo|env)$/s;
+  const commands: string[][] = [[]];
+  for (let at = 0; at < text.length; ) {
+    const rest = text.slice(at);
+    const skipped = /^(?:[^\S\n]+|#.*|\d*(?:>>?|<(?!\())&?\s*[^\s;|&()<>]+)/.exec(rest)?.[0];
+    WORD.lastIndex = at;
+    const word = skipped ? "" : (WORD.exec(text)?.[0] ?? "");
+    const substituted = word.replace(/'[^']*'/g, "").matchAll(/\$\(((?:"[^"]*"|[^()"])*)\)/g);
+    for (const [, inner = ""] of substituted) commands.unshift(...commandsOf(inner));
+    const command = commands.at(-1) ?? [];
+    if (word && !(command.length === 0 && PREFIX.test(word)))
+      command.push(word.replace(/'([^']*)'|"((?:\\.|[^"\\])*)"|\\(.)/g, "$1$2$3"));
+    if (!skipped && !word) commands.push([]);
+    at += (skipped || word || " ").length;
+  }
+  // sudo -u NAME
+  const own = commands.map((words) => (words[0] === "-u" ? words.slice(2) : words));
+  return own.filter(([program]) => program !== undefined && program !== "for");
+}
+
+/** The commands in the shell blocks of a document, and those after the prompt in its console blocks. */
+const shellOf = (path: string): string[] => [
+  ...blocksOf(path, "sh"),
+  ...blocksOf(path, "console").map((text) => (text.match(/^\$ .*$/gm) ?? []).map((line) => line.slice(2)).join("\n")),
+];
 
 /** The code spans of a document. */
 const spansOf = (path: string) => [...proseOf(path).matchAll(/`([^`\n]+)`/g)].map(([, span = ""]) => span);
@@ -203,7 +234,7 @@ const helpTexts = [[], ["custom"], ["custom", "run"], ...OPERATOR_COMMANDS.map((
 /** Every option of the driver, with the name of its value if it has one. */
 const options = new Map(
   helpTexts.flatMap((text) =>
-    [...text.matchAll(/(--[\w-]+)(?: <(\w+)>)?/g)].map(([, name = "", value]) => [name, value]),
+    [...text.matchAll(/^ {2}(?:-\w, )?(--[\w-]+)(?: <(\w+)>)?/gm)].map(([, name = "", value]) => [name, value]),
   ),
 );
 
@@ -385,30 +416,98 @@ describe("commands", () => {
     );
   });
 
-  /** Command lines in the documents that call the driver. */
-  const calls = pages.flatMap((path) =>
-    [...blocksOf(path, "sh").flatMap((text) => text.replace(/\\\n\s*/g, "").split("\n")), ...spansOf(path)].flatMap(
-      (line) => {
-        const [, words] = /^(?:sudo )?(?:\S*\/)?fargate(?:-linux-amd64)? ([^|>;&:]*)$/.exec(line.trim()) ?? [];
-        return words ? [{ path, line: words }] : [];
-      },
-    ),
+  const commands = documents.flatMap((path) =>
+    shellOf(path).flatMap((text) => commandsOf(text).map((words) => ({ path, words, text }))),
   );
+  const DRIVER = /^(?:\/opt\/gitlab-runner\/|\.\/)?fargate(?:-linux-amd64)?$/;
+  /** Calls of the driver: in blocks, in code spans, and in the examples of its own help. */
+  const calls = [
+    // docker exec CONTAINER PROGRAM
+    ...commands.map(({ path, words }) => ({
+      path,
+      words: words[1] === "exec" ? words.slice(words.findIndex((word) => DRIVER.test(word))) : words,
+    })),
+    ...pages.flatMap((path) =>
+      spansOf(path)
+        .filter((span) => /^(sudo )?(\S*\/)?fargate(-linux-amd64)? [\w-]/.test(span) && !/\.\.\.|: /.test(span))
+        .flatMap((span) => commandsOf(span).map((words) => ({ path, words }))),
+    ),
+    ...helpTexts.flatMap((text) =>
+      [...text.matchAll(/^ {2}(fargate (?:.*\\\n)*.*)$/gm)].flatMap(([, line = ""]) =>
+        commandsOf(line).map((words) => ({ path: "fargate --help", words })),
+      ),
+    ),
+  ].filter(({ words: [program = ""] }) => DRIVER.test(program));
 
   test("parseCommandLine accepts every command line in the documents", () => {
-    expect(calls.length).toBeGreaterThan(8);
-    for (const { path, line } of calls.filter(({ line }) => !/--(help|version)$/.test(line)))
-      expect(
-        () =>
-          parseCommandLine(
-            line
-              .replace(/ ID$/, " 0123456789ab")
-              .replace(/ JOB\b/, " 4711")
-              .split(" "),
-            commander,
-          ),
-        `${path}: the driver refuses the command line ${line}`,
-      ).not.toThrow();
+    expect(calls.length).toBeGreaterThan(60);
+    for (const { path, words } of calls) {
+      const line = words.slice(1);
+      if (/^--(help|version)$/.test(line.at(-1) ?? "")) continue;
+      const given = line.map((word) => ({ ID: "0123456789ab", JOB: "4711" })[word] ?? word);
+      const where = `${path}: ${words.join(" ")}`;
+      expect(() => parseCommandLine(given, commander), `${where}: the driver refuses this command line`).not.toThrow();
+      const file = line[line.indexOf("--config") + 1] ?? "";
+      if (line.includes("--config") && file !== "PATH")
+        expect(file, where).toMatch(/^(\/etc\/gitlab-runner\/)?fargate(-on-demand|-general)?\.toml$/);
+    }
+  });
+
+  /** Programs that the reader has, or installs by the steps before. A function of the script counts as one. */
+  const PROGRAMS = new Set(
+    [
+      "[ . cat cd chmod cp curl exec export find git install jq journalctl mv printf read sed sha256sum sleep true",
+      "aws bun docker gitlab-runner npm python3 ssh ssh-keygen systemctl terraform ./server",
+      "/tmp/infrastructure/bin/pip /tmp/infrastructure/bin/python",
+    ].flatMap((names) => names.split(" ")),
+  );
+
+  const DOCKER_OPTIONS = [
+    ...["--build-arg", "--output", "--platform", "--tag", "--target"],
+    ...["--detach", "--env", "--hostname", "--init", "--name", "--rm", "--stop-timeout", "--volume"],
+    ...["--password-stdin", "--username"],
+  ];
+
+  test.each(documents)("%s calls only programs that exist", (path) => {
+    for (const { words, text } of commands.filter((command) => command.path === path)) {
+      const [program = "", first = ""] = words;
+      const isKnown = PROGRAMS.has(program) || DRIVER.test(program) || text.includes(`\n${program}() {`);
+      expect(isKnown, `${path}: is ${program} misspelt? If not, add it to PROGRAMS in docs/docs.test.ts`).toBe(true);
+      if (program === "npm") expect(["start", "test", "run"], `${path}: npm ${first}`).toContain(first);
+      if (program === "docker" && first !== "exec")
+        for (const word of words.filter((word) => word.startsWith("--")))
+          expect(DOCKER_OPTIONS, `${path}: docker ${first} ${word}`).toContain(word.split("=")[0]);
+      if (program !== "docker" || first !== "build") continue;
+      const directory = words.find((word) => existsSync(join(root, word, "Dockerfile"))) ?? "";
+      expect(directory, `${path}: ${words.join(" ")}: there is no such directory with a Dockerfile`).not.toBe("");
+      const arguments_ = [...read(join(directory, "Dockerfile")).matchAll(/^ARG (\w+)/gm)].map(([, name]) => name);
+      for (const [i, word] of words.entries())
+        if (word === "--build-arg")
+          expect(arguments_, `${path}: ${directory}/Dockerfile`).toContain(words[i + 1]?.split("=")[0]);
+    }
+  });
+
+  /** Names that look like files of the repository and are not: made by the reader, by a command, or no files. */
+  const NOT_IN_CLONE = new Set(
+    ["./values", "./server", "./fargate-linux-amd64", "managers.json", "linux/amd64", "fargate/runner-token"], //
+  );
+
+  test.each(documents)("%s names only files that exist", (path) => {
+    for (const { words } of commands.filter((command) => command.path === path))
+      for (const word of words) {
+        const name = word.replace(/^file:\/\//, "").replace(/^\$files\//, "");
+        const isFile = /^(\.?[\w-][\w.-]*)(\/[\w.-]+)*$/.test(name) || /^\.\/[\w.-]+$/.test(name);
+        const hasForm = name.includes("/") || /\.(toml|json|txt|ts|service|timer)$/.test(name);
+        const where = `${path}: ${words.join(" ")}: there is no ${name}; correct it, or add it to NOT_IN_CLONE`;
+        if (isFile && hasForm && !NOT_IN_CLONE.has(name))
+          expect(
+            ["", "examples", "examples/systemd"].some((directory) => existsSync(join(root, directory, name))),
+            where,
+          ).toBe(true);
+        // The paths of docs/installation.md.
+        if (/^\/(etc|opt)\//.test(name))
+          expect(name, where).toMatch(/^\/(etc|opt)\/gitlab-runner(\/|$)|^\/etc\/systemd\/system\/$/);
+      }
   });
 
   test("docs/settings.md has exactly the commands and options that exist", () => {
@@ -431,7 +530,11 @@ describe("commands", () => {
     }
   });
 
-  test.each(blocks("sh"))("%s is a shell script", (_, text) => {
+  const shellScripts = documents.flatMap((path) =>
+    blocksOf(path, "sh").map((text, index): [string, string] => [`${path} block ${index + 1}`, text]),
+  );
+
+  test.each(shellScripts)("%s is a shell script", (_, text) => {
     const { status, stderr } = spawnSync("bash", ["-n"], { input: text, encoding: "utf8" });
     expect({ status, stderr }).toEqual({ status: 0, stderr: "" });
   });
@@ -441,11 +544,96 @@ describe("commands", () => {
   });
 
   test.each(blocks("yaml"))("%s has jobs", (_, text) => {
+    const KEYWORDS = ["cache", "image", "retry", "script", "services", "tags", "variables"];
     for (const job of Object.values(Bun.YAML.parse(text) as Record<string, object>)) {
       expect(job).toHaveProperty("script");
+      for (const keyword of Object.keys(job)) expect(KEYWORDS, "keywords of GitLab").toContain(keyword);
       for (const line of [(job as { script: string | string[] }).script].flat())
         expect(spawnSync("bash", ["-n"], { input: line }).status, line).toBe(0);
     }
+  });
+
+  /** What tests do with the code blocks of a language. `included`: they are files of examples/. */
+  const LANGUAGES: Record<string, string> = {
+    sh: "parsed, and each of its commands checked; those of a guide also run",
+    console: "its commands checked, its output compared",
+    toml: "read by readConfig, or as GitLab Runner's configuration",
+    json: "parsed",
+    yaml: "parsed as jobs",
+    hcl: "parsed by .ci/infrastructure, which has a parser for it",
+    dockerfile: "compared with the paths of the driver",
+    diff: "compared with the files by .ci/repository.test.ts",
+    mermaid: "compared with the calls of the driver",
+    ini: "included",
+    text: "included",
+  };
+  /** Texts that are no files, with the test that compares them with the driver's output. */
+  const OUTPUTS: Record<string, string> = {
+    "README.md": "docs/ and README.md quote the driver's log as it is",
+    "docs/doctor.md": "docs/doctor.md shows what doctor prints",
+  };
+
+  test.each(documents)("%s has only blocks that are tested", (path) => {
+    const text = read(path);
+    const fences = [...text.matchAll(/^ *`{3,}(.*)$/gm)].map(([, language = ""]) => language);
+    const opened = fences.filter((_, i) => i % 2 === 0);
+    expect(fences.filter((_, i) => i % 2 === 1).join("")).toBe(""); // each is closed
+    const what = `${path}: give each block a language that a test covers, and name it in LANGUAGES in docs/docs.test.ts`;
+    expect(Object.keys(LANGUAGES), what).toEqual(expect.arrayContaining(opened));
+    const included = [...text.matchAll(/^<!-- include \S+ -->\n\n```(\w+)$/gm)].map(([, language]) => language);
+    const ofRunner = blocksOf(path, "toml").filter((block) => /^ *\[\[runners\]\]$/m.test(block));
+    const empty = blocksOf(path, "text").filter((block) => block.trim() === "");
+    for (const language of ["ini", "text"]) {
+      const shown = opened.filter((name) => name === language).length - (language === "text" ? empty.length : 0);
+      const rest = shown - included.filter((name) => name === language).length;
+      expect(rest, `${path}: a block of ${language} is neither included nor in OUTPUTS`).toBe(
+        language === "text" && OUTPUTS[path] ? 1 : 0,
+      );
+    }
+    for (const block of ofRunner) {
+      const isCompared = path === "docs/cache.md" || text.includes(`-->\n\n\`\`\`toml\n${block}\`\`\`\n\n<!-- end`);
+      expect(isCompared, `${path}: include the configuration of GitLab Runner from examples/`).toBe(true);
+    }
+  });
+
+  test("docs/operating.md shows what tasks prints", () => {
+    const [shown = ""] = blocksOf("docs/operating.md", "console");
+    const [, ...lines] = shown.trimEnd().split("\n");
+    const [, ...rows] = lines.map((line) => line.split(/ {2,}/));
+    expect(rows).toHaveLength(3);
+    const SECONDS: Record<string, number> = { h: 3600, m: 60, s: 1 };
+    const seconds = (text = "") =>
+      [...text.matchAll(/(\d+)([hms])/g)].reduce((sum, [, n, unit = ""]) => sum + Number(n) * (SECONDS[unit] ?? 0), 0);
+    const known = (cell = "-") => (cell === "-" ? null : cell);
+    const tasks = rows.map(([job, project, task, state, age, deadline, address]) => ({
+      job: Number(job),
+      project: Number(project),
+      taskArn: known(task),
+      state: known(state),
+      createdAt: 1_000_000 - seconds(age),
+      deadline: known(deadline) && 1_000_000 + seconds(deadline),
+      address: known(address),
+      startedBy: "",
+      stages: [],
+    }));
+    expect(formatTasks(tasks as Parameters<typeof formatTasks>[0], false, 1_000_000)).toBe(`${lines.join("\n")}\n`);
+    const [, row = ""] = /\| `--json` \| (.*?) \|/.exec(wordsOf("docs/operating.md")) ?? [];
+    const keys = [...row.matchAll(/`(\w+)`/g)].map(([, name]) => name).filter((name) => name !== "null");
+    expect(keys).toEqual(Object.keys(tasks[0] ?? {}));
+  });
+
+  test("docs/manager.md puts a private CA where the driver looks for it", () => {
+    const [, path] = /^const DEFAULT_CA_FILE = "(.*?)"/m.exec(driver) ?? [];
+    expect(blocksOf("docs/manager.md", "dockerfile")).toEqual([`FROM fargate-manager\nCOPY ca.crt ${path}\n`]);
+    expect(read("docs/manager.md")).toContain("--tag fargate-manager ");
+  });
+
+  test("docs/jobs.md draws only stages and calls that exist", () => {
+    const [drawn = ""] = blocksOf("docs/jobs.md", "mermaid");
+    const stages = [...drawn.matchAll(/R->>F: (custom .*)$/gm)].map(([, stage = ""]) => stage.split(" "));
+    expect(stages.map((words) => parseCommandLine(words, commander)?.command)).toEqual(["prepare", "run", "cleanup"]);
+    for (const [, call = ""] of drawn.matchAll(/F->>E: (\w+)/g))
+      expect(driver).toContain(`.${call[0]?.toLowerCase()}${call.slice(1)}(`);
   });
 
   // They run in a scratch home directory, with programs in place of AWS, Docker and sudo.
@@ -664,6 +852,17 @@ describe("claims", () => {
           [printed, faults, tests].some((text) => text.includes(part)),
           `docs/troubleshooting.md: "${part}" of the message "${message}" is neither in fargate.ts nor in a test`,
         ).toBe(true);
+  });
+
+  // The reader of a message may have only the program. What it names is then a page of the documentation.
+  test("fargate.ts names in its messages only pages that exist", () => {
+    const code = driver.replace(/^\s*(\*|\/\/).*$/gm, "").replace(/\/\/ .*$/gm, "");
+    const named = [...code.matchAll(/[\w./-]+\.md\b/g)].map(([name]) => name);
+    expect(named.length).toBeGreaterThan(7);
+    for (const name of named) {
+      expect(name, "name a page of docs/ instead").toMatch(/^docs\//);
+      expect(existsSync(join(root, name)), `fargate.ts names ${name}, which does not exist`).toBe(true);
+    }
   });
 
   /** Words of the official driver and of its guide, the fault that leads to them, and our words for it. */
