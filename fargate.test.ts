@@ -8149,7 +8149,7 @@ describe("operator commands", () => {
         await terminal.shows(/~\.\r\n/);
         terminal.type("~.");
         expect(await terminal.finished).toBe(255);
-        expect(terminal.text()).toMatch(/error: left by ~\.\r\n$/);
+        expect(terminal.text()).toMatch(/\n\S+Z error: left by ~\.\r\n$/);
         await job.cleanup();
       },
       { containerOnly: true },
@@ -8259,7 +8259,7 @@ describe("operator commands", () => {
         await outer.shows(/^icanon\r\n[\s\S]*[#$] $/);
         await job.cleanup();
         await outer.shows(
-          /the connection to the container was lost: .*; the task stopped: .*\r\n(.*\r\n)?code 255\r\nicanon\r\n/,
+          /\n\S+Z error: the connection to the container was lost: .*; the task stopped: .*\r\n(.*\r\n)?code 255\r\nicanon\r\n/,
         );
         expect(await outer.finished).toBe(0);
         nothingLeft();

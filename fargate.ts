@@ -4404,7 +4404,12 @@ async function runTerminal(
     input.on("data", onInput).resume();
     output.on("resize", onResize);
     client.shell({ term: type, rows: output.rows, cols: output.columns }, open);
-    return await withAbort(signal, () => ended.reject(signal.reason), ended.promise);
+    const exit = await withAbort(signal, () => ended.reject(signal.reason), ended.promise);
+    if (exit === undefined) output.write("\r\n");
+    return exit;
+  } catch (error) {
+    output.write("\r\n"); // the reason begins a line
+    throw error;
   } finally {
     output.off("resize", onResize);
     input.off("data", onInput).pause();
