@@ -8397,7 +8397,7 @@ describe("operator commands", () => {
         },
         "configuration",
         /fargate\.toml, line 1, column \d+: invalid TOML/,
-        /fargate init/,
+        /docs\/settings\.md/,
         { unknown: ["everything else"] },
       ],
       [
@@ -8718,7 +8718,7 @@ describe("operator commands", () => {
         ),
         "subnet subnet-0a1b2c3d: route",
         /^there is none out of the VPC, and no endpoint for logs$/,
-        /endpoints in examples\/security-groups\.md/,
+        /VPC endpoints of docs\/private-subnets\.md/,
       ],
       [
         "an endpoint of S3 for another route table",
