@@ -18,6 +18,8 @@ import boto3
 import hcl2
 import pytest
 
+from policies import as_list, is_allowed
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "examples" / "terraform"
 FILES = sorted(MODULE.glob("*.tf"))
@@ -230,6 +232,122 @@ def test_terraform_module_allows_exactly_the_actions_that_are_needed():
     assert actions_of("tasks_trust") == actions_in("iam/trust-tasks.json")
     documents = {name for (type_, name), _ in blocks("data") if type_ == "aws_iam_policy_document"}
     assert documents == {"manager", "worker_execution", "manager_execution", "tasks_trust"}
+
+
+# The example of each document. Its statements have the same Sid, but for those in RENAMED.
+EXAMPLES = {
+    "manager": ["iam/driver.json", "iam/sweep.json", "ecs-manager/task-role.json"],
+    "worker_execution": ["iam/execution-role.json"],
+    "manager_execution": ["ecs-manager/execution-role.json"],
+}
+RENAMED = {"PullWorkerImages": "PullWorkerImage", "ReadTokensInParameterStore": "ReadRunnerTokens"}
+# What the resources of each statement come from.
+RESOURCES = {
+    "StartTasks": ["local.worker_definition_arns"],
+    "DescribeAndStopTasks": ["local.worker_cluster_arns"],
+    "FindTasks": [],
+    "FindStoppedManagers": ["var.manager_ecs_cluster_arn"],
+    "PassRolesToTasks": ["aws_iam_role.worker_execution", "local.worker_task_role_arns"],
+    "LogInToRegistry": [],
+    "PullWorkerImages": ["local.worker_repository_arns"],
+    "PullManagerImage": ["local.manager_repository_arns"],
+    "WriteLogs": ["aws_cloudwatch_log_group.{}"],
+    "ReadTokensInSecretsManager": ["local.token_secret_arns"],
+    "ReadTokensInParameterStore": ["local.token_secret_arns"],
+    "DecryptTokens": ["statement.value.arn"],
+}
+
+
+def conditions_of(statement):
+    return {(plain(each["test"]), plain(each["variable"])): plain(each["values"]) for each in statement["condition"]}
+
+
+@pytest.mark.parametrize("document", EXAMPLES)
+def test_terraform_module_has_the_conditions_and_resources_of_the_examples(document):
+    wanted = {}
+    for path in EXAMPLES[document]:
+        wanted.update({each["Sid"]: each for each in json.loads((ROOT / "examples" / path).read_text())["Statement"]})
+    for each in statements(document):
+        sid = plain(each["sid"])
+        example = wanted.pop(RENAMED.get(sid, sid), {})
+        made = conditions_of({"condition": [], **each})
+        if example:
+            assert plain(each["actions"]) == example["Action"]
+            tests = example.get("Condition", {}).items()
+            assert made.keys() == {(test, variable) for test, values in tests for variable in values}
+        if sid == "PassRolesToTasks":
+            assert list(made.values()) == [as_list(value) for _, values in tests for value in values.values()]
+        elif "ecs:cluster" in {variable for _, variable in made}:
+            assert list(made.values()) == ["local.worker_cluster_arns"]
+        if sid == "DecryptTokens":
+            services = [value.split(".")[0] for value in made[("StringLike", "kms:ViaService")]]
+            assert services == ["secretsmanager", "ssm"]
+        expression = re.sub(r"each\.|config\.", "", json.dumps(plain(each["resources"])))
+        found = re.findall(r"(?:local|var|statement|aws_\w+)\.\w+(?:\.arn\b)?", expression)
+        group = document.split("_")[0]
+        assert [name.removesuffix(".arn") if name.startswith("aws_") else name for name in found] == [
+            name.format(group) for name in RESOURCES[sid]
+        ], sid
+    assert not wanted
+
+
+def test_terraform_module_lets_only_tasks_of_the_account_assume_its_roles():
+    ((statement,),) = [list(statements("tasks_trust"))]
+    (principals,) = statement["principals"]
+    assert plain(principals) == {"type": "Service", "identifiers": ["ecs-tasks.amazonaws.com"]}
+    assert conditions_of(statement) == {
+        ("ArnLike", "aws:SourceArn"): ["arn:${local.partition}:ecs:${local.region}:${local.account}:*"],
+        ("StringEquals", "aws:SourceAccount"): ["local.account"],
+    }
+    roles = {name: body for (type_, name), body in blocks("resource") if type_ == "aws_iam_role"}
+    assert roles.keys() == {"manager", "manager_execution", "worker_execution"}
+    for body in roles.values():
+        assert plain(body["assume_role_policy"]) == "data.aws_iam_policy_document.tasks_trust.json"
+        assert plain(body["permissions_boundary"]) == "local.permissions_boundary"
+
+
+def test_terraform_module_gives_tags_to_every_resource_that_has_some():
+    without = {"aws_iam_role_policy", "aws_iam_role_policy_attachment"}
+    for (type_, name), body in blocks("resource"):
+        assert (plain(body.get("tags")) == "var.tags_common") is (type_ not in without), f"{type_}.{name}"
+
+
+def test_terraform_service_is_that_of_the_examples():
+    service = dict(blocks("resource"))[("aws_ecs_service", "manager")]
+    example = json.loads((ROOT / "examples" / "ecs-manager" / "service.json").read_text())
+    deployment = example["deploymentConfiguration"]
+    (breaker,), (network,) = service["deployment_circuit_breaker"], service["network_configuration"]
+    assert plain(service["launch_type"]) == example["launchType"]
+    assert plain(service["availability_zone_rebalancing"]) == example["availabilityZoneRebalancing"]
+    assert service["deployment_minimum_healthy_percent"] == deployment["minimumHealthyPercent"]
+    assert service["deployment_maximum_percent"] == deployment["maximumPercent"]
+    assert plain(breaker) == deployment["deploymentCircuitBreaker"]
+    assert plain(network["assign_public_ip"]) is (
+        example["networkConfiguration"]["awsvpcConfiguration"]["assignPublicIp"] == "ENABLED"
+    )
+    # It starts once everything is there that managers and their jobs need, and is removed before it.
+    needed = {
+        f"{type_}.{name}"
+        for (type_, name), _ in blocks("resource")
+        if type_.startswith("aws_iam_role_policy") or name == "worker" and type_ == "aws_ecs_task_definition"
+    }
+    assert {*plain(service["depends_on"])} == needed
+
+
+def test_terraform_definitions_have_the_roles_and_containers_of_the_examples():
+    resources = dict(blocks("resource"))
+    for name, path in (("worker", "task-definition.json"), ("manager", "ecs-manager/task-definition.json")):
+        body = resources[("aws_ecs_task_definition", name)]
+        assert plain(body["execution_role_arn"]) == f"aws_iam_role.{name}_execution.arn"
+        example = json.loads((ROOT / "examples" / path).read_text())
+        (wanted,) = example["containerDefinitions"]
+        text = plain(body["container_definitions"])
+        assert plain(body["network_mode"]) == example["networkMode"]
+        assert f"aws_cloudwatch_log_group.{name}.name" in text
+        assert re.search(rf"\bstopTimeout\s*=\s*{wanted['stopTimeout']}\b", text)
+        ports = [mapping["containerPort"] for mapping in wanted.get("portMappings", [])]
+        assert [int(port) for port in re.findall(r"\bcontainerPort\s*=\s*(\d+)", text)] == ports
+    assert plain(resources[("aws_ecs_task_definition", "manager")]["task_role_arn"]) == "aws_iam_role.manager.arn"
 
 
 def test_terraform_module_restricts_every_action_that_iam_can_restrict():
@@ -518,6 +636,9 @@ def test_terraform_apply_makes_what_the_driver_needs(stack, cloud):
     for name, config in managers.items():
         assert outputs["worker_task_definition_arns"][name].startswith(f"{config['worker_task_definition_arn']}:")
     assert int(variables["STOP_TIMEOUT"]) + int(variables["SHUTDOWN_TIMEOUT"]) + 7 <= container["stopTimeout"] <= 120
+    (example,) = json.loads((ROOT / "examples/ecs-manager/task-definition.json").read_text())["containerDefinitions"]
+    for key in ("healthCheck", "linuxParameters", "stopTimeout"):
+        assert container[key] == example[key]
 
     (service,) = cloud["client"]("ecs").describe_services(
         cluster=inputs["manager_ecs_cluster_arn"], services=[outputs["manager_service_name"]]
@@ -535,6 +656,27 @@ def test_terraform_apply_makes_what_the_driver_needs(stack, cloud):
         f"arn:aws:iam::{ACCOUNT}:role/worker-1",
         outputs["worker_execution_role_arn"],
     ]
+    ecs = f"arn:aws:ecs:{REGION}:{ACCOUNT}"
+    own, other = {"ecs:cluster": cloud["clusters"]["workers"]}, {"ecs:cluster": f"{ecs}:cluster/production"}
+    to_tasks = {"iam:PassedToService": "ecs-tasks.amazonaws.com"}
+    worker_role = f"arn:aws:iam::{ACCOUNT}:role/worker-1"
+    rows = [
+        (True, "ecs:RunTask", f"{definitions}-dev_tool1:7", own),
+        (False, "ecs:RunTask", f"{definitions}-dev_tool1:7", other),
+        (False, "ecs:RunTask", f"{definitions}-other:1", own),
+        (False, "ecs:RunTask", f"{ecs}:task-definition/myproject-dev-whole:1", own),
+        (True, "ecs:ListTasks", "*", own),
+        (False, "ecs:ListTasks", "*", other),
+        (True, "ecs:StopTask", f"{ecs}:task/workers/0123", own),
+        (True, "ecs:DescribeTasks", f"{ecs}:task/workers/0123", own),
+        (True, "ecs:DescribeTasks", f"{ecs}:task/managers/0123", {}),
+        (False, "ecs:StopTask", f"{ecs}:task/managers/0123", {}),
+        (True, "iam:PassRole", worker_role, to_tasks),
+        (True, "iam:PassRole", outputs["worker_execution_role_arn"], to_tasks),
+        (False, "iam:PassRole", worker_role, {"iam:PassedToService": "lambda.amazonaws.com"}),
+        (False, "iam:PassRole", outputs["manager_task_role_arn"], to_tasks),
+    ]
+    assert [(is_allowed(tasks.values(), *question), *question) for _, *question in rows] == rows
     execution = {each["Sid"]: each for each in policy("myproject-dev-whole-exec", "manager-execution")}
     assert execution["ReadTokensInSecretsManager"]["Resource"].endswith(":secret:gitlab-AbCdEf")
     assert "ReadTokensInParameterStore" not in execution and "DecryptTokens" not in execution

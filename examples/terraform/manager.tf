@@ -51,8 +51,17 @@ resource "aws_ecs_task_definition" "manager" {
       essential       = true
       linuxParameters = { initProcessEnabled = true }
       stopTimeout     = 120 # the longest on Fargate
-      environment     = [for name, value in local.manager_environment : { name = name, value = value }]
-      secrets         = [for name, arn in local.token_secrets : { name = name, valueFrom = arn }]
+      # Healthy once GitLab has accepted a token. So a deployment with bad tokens or a wrong gitlab_url leaves the previous
+      # manager alone, and is rolled back.
+      healthCheck = {
+        command     = ["CMD-SHELL", "grep -qs '^\\[\\[runners\\]\\]' \"$CONFIG_FILE\""]
+        interval    = 10
+        timeout     = 5
+        retries     = 3
+        startPeriod = 120
+      }
+      environment = [for name, value in local.manager_environment : { name = name, value = value }]
+      secrets     = [for name, arn in local.token_secrets : { name = name, valueFrom = arn }]
       logConfiguration = {
         logDriver = "awslogs"
         options = {
@@ -92,7 +101,7 @@ resource "aws_ecs_service" "manager" {
   launch_type     = "FARGATE" # not Spot: if AWS takes a manager back, all its jobs are cancelled
   tags            = var.tags_common
 
-  # A new manager starts before the old one is stopped.
+  # A new manager must be healthy before the old one is stopped.
   deployment_minimum_healthy_percent = 100
   deployment_maximum_percent         = 200
 
