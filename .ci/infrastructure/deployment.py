@@ -19,6 +19,13 @@ TEMPLATE = ROOT / "examples" / "cloudformation" / "fargate-runner.yaml"
 ACCOUNT = "123456789012"  # of moto
 REGION = "us-east-2"
 STACK = "ci-fargate"
+PSEUDO = {
+    "AWS::AccountId": ACCOUNT,
+    "AWS::Partition": "aws",
+    "AWS::Region": REGION,
+    "AWS::StackName": STACK,
+    "AWS::URLSuffix": "amazonaws.com",
+}
 
 
 def image(name, account=ACCOUNT, region=REGION, suffix="amazonaws.com"):
@@ -92,21 +99,21 @@ class Deployment(cloudformation.Resolver):
             **REQUIRED,
             **(parameters or {}),
         }
-        values = {
-            "AWS::AccountId": ACCOUNT,
-            "AWS::Partition": "aws",
-            "AWS::Region": REGION,
-            "AWS::StackName": STACK,
-            "AWS::URLSuffix": "amazonaws.com",
-            **(pseudo or {}),
-        }
+        values = {**PSEUDO, **(pseudo or {})}
         super().__init__(load_template(), given, values)
         self.name = values["AWS::StackName"]
 
     def client(self, service):
         return client(self.endpoint, service)
 
+    def fn_valueof(self, argument):
+        """An attribute of the resources that a parameter names, which only Rules may ask for."""
+        parameter, attribute = argument
+        found = self.client("ec2").describe_subnets(SubnetIds=self.parameters[parameter])["Subnets"]
+        return [subnet[attribute] for subnet in found]
+
     def create(self):
+        assert self.broken_rules() == []
         for logical_id in self.template["Resources"]:
             if self.is_created(logical_id):
                 self._create(logical_id)
@@ -250,11 +257,6 @@ class Deployment(cloudformation.Resolver):
         statement = {"Effect": "Allow", "Action": "s3:GetObject", "Resource": "*"}
         document = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
         self.client("iam").create_policy(PolicyName=arn.split("/")[-1], PolicyDocument=document)
-
-    def _iam_policy(self, _, properties):
-        for role in properties.pop("Roles"):
-            self._put_role_policy(role, properties)
-        return {"Ref": "policy"}
 
     def _put_role_policy(self, role, policy):
         document = json.dumps(policy.pop("PolicyDocument"))

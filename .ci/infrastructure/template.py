@@ -77,8 +77,24 @@ class Resolver:
         if function == "Fn::Equals":
             left, right = (self.resolve(side) for side in value)
             return str(left) == str(right)
+        if function == "Fn::Contains":
+            values, wanted = (self.resolve(side) for side in value)
+            return str(wanted) in map(str, values)
+        if function == "Fn::EachMemberEquals":
+            values, wanted = (self.resolve(side) for side in value)
+            return all(str(item) == str(wanted) for item in values)
         combine = {"Fn::Not": lambda results: not results[0], "Fn::And": all, "Fn::Or": any}[function]
         return combine([self.test(inner) for inner in value])
+
+    def broken_rules(self):
+        """The descriptions of the assertions in Rules that the parameters do not meet."""
+        return [
+            assertion["AssertDescription"]
+            for rule in self.template["Rules"].values()
+            if "RuleCondition" not in rule or self.test(rule["RuleCondition"])
+            for assertion in rule["Assertions"]
+            if not self.test(assertion["Assert"])
+        ]
 
     def resolve(self, value):
         if isinstance(value, list):
@@ -167,3 +183,31 @@ def to_request(shape, value, path=""):
     text = str(value)
     assert not shape.enum or text in shape.enum, f"{path}: {text} is not one of {shape.enum}"
     return text
+
+
+class Symbols(Resolver):
+    """Resolves a template without creating anything: an attribute of a resource is its name, such as Cluster.Arn."""
+
+    def attribute(self, logical_id, name):
+        assert logical_id in self.template["Resources"], f"there is no resource {logical_id}"
+        return logical_id if name == "Ref" else f"{logical_id}.{name}"
+
+    def values(self):
+        """All values of properties, by their path. Items of a list are named by what identifies them."""
+        found = {}
+
+        def add(path, value):
+            if isinstance(value, dict):
+                for key, item in value.items():
+                    add(f"{path}.{key}", item)
+            elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
+                for number, item in enumerate(value):
+                    names = [item[key] for key in ("Name", "PolicyName", "Sid", "CapacityProvider") if key in item]
+                    add(f"{path}[{names[0] if names else number}]", item)
+            else:
+                found[path] = value
+
+        for logical_id in self.template["Resources"]:
+            if self.is_created(logical_id):
+                add(logical_id, self.properties(logical_id))
+        return found

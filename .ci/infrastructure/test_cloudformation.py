@@ -1,6 +1,5 @@
 """Tests of examples/cloudformation/fargate-runner.yaml: what it creates, and with which values."""
 
-import fnmatch
 import json
 import re
 import subprocess
@@ -14,6 +13,7 @@ import template as cloudformation
 from deployment import (
     ACCOUNT,
     EVERYTHING,
+    PSEUDO,
     REGION,
     REQUIRED,
     ROOT,
@@ -26,6 +26,7 @@ from deployment import (
     image,
 )
 from manager import GitLab, configure
+from policies import is_allowed
 
 # Rules of cfn-lint that the template breaks, each with the reason.
 IGNORED_RULES = {}
@@ -137,6 +138,171 @@ def test_parameters_refuse(aws, name, value):
         Deployment(aws, {name: value})
 
 
+# CPU units of Fargate, and the MiB of memory that each may have.
+FARGATE_SIZES = {
+    256: [512, 1024, 2048],
+    512: range(1024, 4096 + 1, 1024),
+    1024: range(2048, 8192 + 1, 1024),
+    2048: range(4096, 16384 + 1, 1024),
+    4096: range(8192, 30720 + 1, 1024),
+    8192: range(16384, 61440 + 1, 4096),
+    16384: range(32768, 122880 + 1, 8192),
+}
+
+
+@pytest.mark.parametrize("container", ["Worker", "Manager"])
+def test_rules_allow_exactly_the_sizes_that_fargate_has(aws, container):
+    network = Network(aws)
+    declared = cloudformation.load(TEMPLATE)["Parameters"]
+    every = {512, *range(1024, 122880 + 1, 1024)}
+    memory = sorted(declared[f"{container}Memory"].get("AllowedValues", every))
+    for cpu in declared[f"{container}Cpu"]["AllowedValues"]:
+        for mib in memory:
+            sizes = {f"{container}Cpu": cpu, f"{container}Memory": mib}
+            broken = Deployment(aws, sizes, network).broken_rules()
+            exists = mib in FARGATE_SIZES[cpu]
+            assert len(broken) == (0 if exists else 1), sizes
+            assert exists or broken[0].startswith(f"With {container}Cpu {cpu}, {container}Memory must be ")
+
+
+def test_rules_refuse_a_subnet_of_another_vpc(aws):
+    network = Network(aws)
+    network.subnets.append(Network(aws, cidr="10.2").subnets[0])
+    assert Deployment(aws, {}, network).broken_rules() == ["All of SubnetIds must be subnets of VpcId."]
+
+
+# For each parameter, another value, and the properties that it changes.
+MANAGER = "ManagerTaskDefinition.ContainerDefinitions[manager]"
+SETTINGS = f"{MANAGER}.Environment[DRIVER_SETTINGS].Value"
+JOB_IMAGE = [
+    f"ManagerTaskRole.Policies[{policy}].PolicyDocument.Statement[{sid}]"
+    for policy, sid in (
+        ("driver", "RegisterDefinitionsOfImages"),
+        ("driver", "StartTasksOfImages"),
+        ("driver", "PassRolesToTasksOfImages"),
+        ("sweep", "DeregisterOldDefinitionsOfImages"),
+    )
+]
+EFFECTS = {
+    "GitLabUrl": ("https://gitlab.example.com", [f"{MANAGER}.Environment[GITLAB_URL].Value"]),
+    "RunnerTokenSecretArn": (
+        SECRET.replace("AbCdEf", "GhIjKl"),
+        [
+            "ManagerExecutionRole.Policies[execution-role].PolicyDocument.Statement[ReadRunnerToken].Resource",
+            f"{MANAGER}.Secrets[GITLAB_RUNNER_TOKEN].ValueFrom",
+        ],
+    ),
+    "RunnerTokenKeyArn": (
+        EVERYTHING["RunnerTokenKeyArn"],
+        ["ManagerExecutionRole.Policies[execution-role].PolicyDocument.Statement[DecryptRunnerToken]"],
+    ),
+    "Concurrency": ("20", [f"{MANAGER}.Environment[RUNNER_CONCURRENCY].Value"]),
+    "VpcId": ("vpc-2", ["ManagerSecurityGroup.VpcId", "TaskSecurityGroup.VpcId"]),
+    "SubnetIds": ("subnet-2", ["ManagerService.NetworkConfiguration.AwsvpcConfiguration.Subnets", SETTINGS]),
+    "AssignPublicIp": (
+        "ENABLED",
+        ["ManagerService.NetworkConfiguration.AwsvpcConfiguration.AssignPublicIp", SETTINGS],
+    ),
+    "TaskOutbound": ("all", ["TaskSecurityGroup.SecurityGroupEgress[0]"]),
+    "ManagerImage": (
+        image("other:1"),
+        [
+            "ManagerExecutionRole.Policies[execution-role].PolicyDocument.Statement[PullManagerImage].Resource",
+            f"{MANAGER}.Image",
+        ],
+    ),
+    "WorkerImage": (
+        image("other:1"),
+        [
+            "WorkerExecutionRole.Policies[execution-role].PolicyDocument.Statement[PullWorkerImage].Resource",
+            "WorkerTaskDefinition.ContainerDefinitions[ci-coordinator].Image",
+        ],
+    ),
+    "CpuArchitecture": (
+        "ARM64",
+        [f"{name}TaskDefinition.RuntimePlatform.CpuArchitecture" for name in ("Manager", "Worker")],
+    ),
+    "AllowedImages": ("node:*", [SETTINGS, *JOB_IMAGE]),
+    "AllowedServices": ("postgres:*", [SETTINGS, *JOB_IMAGE]),
+    "WorkerCpu": ("2048", ["WorkerTaskDefinition.Cpu"]),
+    "WorkerMemory": ("4096", ["WorkerTaskDefinition.Memory"]),
+    "WorkerDisk": ("50", ["WorkerTaskDefinition.EphemeralStorage.SizeInGiB"]),
+    "SpotShare": ("75", ["Cluster.DefaultCapacityProviderStrategy[FARGATE_SPOT].Weight", SETTINGS]),
+    "JobPolicyArns": (EVERYTHING["JobPolicyArns"], ["WorkerTaskRole.ManagedPolicyArns"]),
+    "ManagerCount": ("2", ["ManagerService.DesiredCount"]),
+    "ManagerCpu": ("1024", ["ManagerTaskDefinition.Cpu"]),
+    "ManagerMemory": ("2048", ["ManagerTaskDefinition.Memory"]),
+    "LogRetention": ("7", ["ManagerLogGroup.RetentionInDays", "WorkerLogGroup.RetentionInDays"]),
+    "CacheExpiration": ("30", ["CacheBucket.LifecycleConfiguration.Rules[0].ExpirationInDays"]),
+    "ContainerInsights": ("enabled", ["Cluster.ClusterSettings[containerInsights].Value"]),
+    "PermissionsBoundaryArn": (
+        EVERYTHING["PermissionsBoundaryArn"],
+        [
+            f"{name}.PermissionsBoundary"
+            for name in ("ManagerExecutionRole", "ManagerTaskRole", "WorkerExecutionRole", "WorkerTaskRole")
+        ],
+    ),
+}
+
+
+def values_with(**parameters):
+    given = {"VpcId": "vpc-1", "SubnetIds": "subnet-1", **REQUIRED, **parameters}
+    return cloudformation.Symbols(cloudformation.load(TEMPLATE), given, PSEUDO)
+
+
+def test_every_parameter_has_its_effect_and_no_other():
+    assert list(EFFECTS) == list(cloudformation.load(TEMPLATE)["Parameters"])
+    before = values_with().values()
+    for name, (value, paths) in EFFECTS.items():
+        after = values_with(**{name: value}).values()
+        changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+        for path in changed:
+            assert path.startswith(tuple(paths)), f"{name} changes {path}"
+        for path in paths:
+            assert any(each.startswith(path) for each in changed), f"{name} does not change {path}"
+
+
+def test_resources_refer_to_each_other_as_they_should():
+    values = values_with().values()
+    for name, container in (("Worker", "ci-coordinator"), ("Manager", "manager")):
+        definition = f"{name}TaskDefinition"
+        log = f"{definition}.ContainerDefinitions[{container}].LogConfiguration.Options"
+        assert values[f"{definition}.ExecutionRoleArn"] == f"{name}ExecutionRole.Arn"
+        assert values[f"{definition}.TaskRoleArn"] == f"{name}TaskRole.Arn"
+        assert values[f"{log}.awslogs-group"] == f"{name}LogGroup"
+        assert values[f"{log}.awslogs-region"] == REGION
+    variables = f"{MANAGER}.Environment"
+    for variable, resource in (
+        ("CACHE_S3_BUCKET_NAME", "CacheBucket"),
+        ("FARGATE_CLUSTER", "Cluster"),
+        ("FARGATE_SECURITY_GROUP", "TaskSecurityGroup"),
+    ):
+        assert values[f"{variables}[{variable}].Value"] == resource
+    assert values["ManagerService.Cluster"] == "Cluster"
+    assert values["ManagerService.TaskDefinition"] == "ManagerTaskDefinition"
+    assert values["ManagerService.NetworkConfiguration.AwsvpcConfiguration.SecurityGroups"] == ["ManagerSecurityGroup"]
+    # Without it, the service's first jobs could fail, and its last ones when the stack is removed.
+    needed = {"WorkerTaskDefinition", "ManagerToTasks", "CacheBucketPolicy"}
+    assert set(cloudformation.load(TEMPLATE)["Resources"]["ManagerService"]["DependsOn"]) == needed
+
+
+def test_outputs_are_those_of_the_resources_that_they_name():
+    resolver = values_with()
+    outputs = {name: resolver.resolve(output["Value"]) for name, output in resolver.template["Outputs"].items()}
+    del outputs["FargateToml"]
+    assert outputs == {
+        "ClusterName": "Cluster",
+        "ManagerServiceName": "ManagerService.Name",
+        "ManagerLogGroupName": "ManagerLogGroup",
+        "WorkerLogGroupName": "WorkerLogGroup",
+        "ManagerTaskRoleArn": "ManagerTaskRole.Arn",
+        "WorkerTaskRoleArn": "WorkerTaskRole.Arn",
+        "ManagerSecurityGroupId": "ManagerSecurityGroup",
+        "TaskSecurityGroupId": "TaskSecurityGroup",
+        "CacheBucketName": "CacheBucket",
+    }
+
+
 def test_template_creates_everything_that_it_declares(stack):
     assert set(stack.attributes) == {name for name in stack.template["Resources"] if stack.is_created(name)}
     if stack.parameters["AllowedImages"] != [""]:
@@ -177,7 +343,7 @@ def test_definitions_are_those_of_the_examples(stack):
         for key in ("cpu", "memory"):
             assert (made[key], logical_id) == (example[key], logical_id)
         [container], [wanted] = made["containerDefinitions"], example["containerDefinitions"]
-        for key in ("name", "essential", "stopTimeout", "portMappings"):
+        for key in ("name", "essential", "stopTimeout", "portMappings", "healthCheck"):
             assert container.get(key, []) == wanted.get(key, [])
         assert container["linuxParameters"]["initProcessEnabled"] is True
         log, wanted_log = container["logConfiguration"], wanted["logConfiguration"]
@@ -198,6 +364,9 @@ def test_service_is_that_of_the_examples(stack):
     deployment, wanted = properties["DeploymentConfiguration"], example["deploymentConfiguration"]
     assert deployment["MinimumHealthyPercent"] == wanted["minimumHealthyPercent"]
     assert deployment["MaximumPercent"] == wanted["maximumPercent"]
+    breaker = {key.lower(): value for key, value in deployment["DeploymentCircuitBreaker"].items()}
+    assert breaker == wanted["deploymentCircuitBreaker"]
+    assert properties["AvailabilityZoneRebalancing"] == example["availabilityZoneRebalancing"]
     network = properties["NetworkConfiguration"]["AwsvpcConfiguration"]
     assert network == {
         "Subnets": stack.network.subnets,
@@ -240,8 +409,12 @@ def test_bucket_is_private_and_encrypted(stack):
     assert encryption["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
     [rule] = s3.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]
     assert (rule["Status"], rule["Expiration"]["Days"]) == ("Enabled", 14)
+    assert rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 1
+    [ownership] = s3.get_bucket_ownership_controls(Bucket=bucket)["OwnershipControls"]["Rules"]
+    assert ownership["ObjectOwnership"] == "BucketOwnerEnforced"
     [statement] = json.loads(s3.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"]
-    assert statement["Effect"] == "Deny"
+    assert (statement["Effect"], statement["Principal"], statement["Action"]) == ("Deny", "*", ["s3:*"])
+    assert statement["Resource"] == [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
     assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
     resource = stack.template["Resources"]["CacheBucket"]
     assert (resource["DeletionPolicy"], resource["UpdateReplacePolicy"]) == ("RetainExceptOnCreate", "Retain")
@@ -296,6 +469,11 @@ def test_manager_accepts_its_variables(stack, driver, tmp_path):
     assert not {"LaunchType", "CapacityProviderStrategy"} & set(config["Fargate"])
     for key in ("AllowedImages", "AllowedServices"):
         assert config["JobImage"][key] == [name for name in stack.parameters[key] if name]
+
+
+def test_manager_has_no_capabilities(stack):
+    container = stack.container("ManagerTaskDefinition")
+    assert container["linuxParameters"]["capabilities"]["drop"] == ["ALL"]
 
 
 def test_manager_gets_its_token_as_a_secret(stack):
@@ -428,23 +606,8 @@ def test_jobs_have_only_the_given_policies(stack):
     assert [policy["PolicyArn"] for policy in attached] == [arn for arn in stack.parameters["JobPolicyArns"] if arn]
 
 
-def is_allowed(statements, action, resource, context):
-    """IAM's decision, as far as the statements of the template need it."""
-
-    def applies(statement):
-        conditions = statement.get("Condition", {})
-        assert set(conditions) <= {"ArnEquals", "StringEquals"}
-        return (
-            any(fnmatch.fnmatchcase(action, pattern) for pattern in statement["Action"])
-            and any(fnmatch.fnmatchcase(resource, pattern) for pattern in statement["Resource"])
-            and all(context.get(key) == value for test in conditions.values() for key, value in test.items())
-        )
-
-    return any(applies(statement) for statement in statements.values())
-
-
 def test_manager_may_do_only_what_the_stack_needs(stack):
-    statements = stack.statements("ManagerTaskRole")
+    statements = stack.statements("ManagerTaskRole").values()
     ecs = f"arn:aws:ecs:{REGION}:{ACCOUNT}"
     own = {"ecs:cluster": f"{ecs}:cluster/{STACK}"}
     other = {"ecs:cluster": f"{ecs}:cluster/production"}
