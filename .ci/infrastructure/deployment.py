@@ -45,6 +45,7 @@ EVERYTHING = {
     "AllowedServices": "postgres:*",
     "AssignPublicIp": "ENABLED",
     "ContainerInsights": "enabled",
+    "ExecuteCommand": "ENABLED",
     "JobPolicyArns": f"arn:aws:iam::{ACCOUNT}:policy/jobs",
     "PermissionsBoundaryArn": f"arn:aws:iam::{ACCOUNT}:policy/boundary",
     "RunnerTokenKeyArn": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/0123abcd",

@@ -229,6 +229,7 @@ EFFECTS = {
     "WorkerDisk": ("50", ["WorkerTaskDefinition.EphemeralStorage.SizeInGiB"]),
     "SpotShare": ("75", ["Cluster.DefaultCapacityProviderStrategy[FARGATE_SPOT].Weight", SETTINGS]),
     "JobPolicyArns": (EVERYTHING["JobPolicyArns"], ["WorkerTaskRole.ManagedPolicyArns"]),
+    "ExecuteCommand": ("ENABLED", [SETTINGS, "WorkerTaskRole.Policies"]),
     "ManagerCount": ("2", ["ManagerService.DesiredCount"]),
     "ManagerCpu": ("1024", ["ManagerTaskDefinition.Cpu"]),
     "ManagerMemory": ("2048", ["ManagerTaskDefinition.Memory"]),
@@ -464,6 +465,8 @@ def test_manager_accepts_its_variables(stack, driver, tmp_path):
         "EnablePublicIP": stack.parameters["AssignPublicIp"] == "ENABLED",
         "UsePublicIP": False,
     }
+    if stack.parameters["ExecuteCommand"] == "ENABLED":
+        wanted["EnableExecuteCommand"] = True
     assert {key: config["Fargate"][key] for key in wanted} == wanted
     # Without these, the cluster's default strategy applies.
     assert not {"LaunchType", "CapacityProviderStrategy"} & set(config["Fargate"])
@@ -527,6 +530,7 @@ POLICIES = {
     "WorkerTaskRole": [],
 }
 WITH_JOB_IMAGES = ["iam/job-image.json", "iam/job-image-sweep.json"]
+WITH_EXECUTE_COMMAND = ["iam/execute-command.json"]
 
 
 def example_statements(stack, path):
@@ -555,6 +559,8 @@ def example_statements(stack, path):
 def test_roles_have_the_policies_of_the_examples(stack, role):
     has_images = stack.parameters["AllowedImages"] != [""]
     paths = POLICIES[role] + (WITH_JOB_IMAGES if role == "ManagerTaskRole" and has_images else [])
+    if role == "WorkerTaskRole" and stack.parameters["ExecuteCommand"] == "ENABLED":
+        paths = paths + WITH_EXECUTE_COMMAND
     wanted = {}
     for path in paths:
         wanted.update(example_statements(stack, path))
