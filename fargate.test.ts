@@ -9671,6 +9671,37 @@ describe("operator commands", () => {
       },
     );
 
+    test("doctor --run leaves its task to sweep after SIGKILL", async () => {
+      const { promise: held, resolve } = Promise.withResolvers<void>();
+      const holdExec = () => {
+        resolve();
+        return forever;
+      };
+      await withTasks(
+        async (i) => {
+          i.settings.Fargate.AbandonedAfter = 60; // must be shorter than this machine's uptime
+          const running = start(i.command("--run"), { env: i.env });
+          await held;
+          running.process.kill("SIGKILL");
+          await running.finished;
+          const sweep = async () => {
+            const finished = await start([driver, "--config", join(i.world.directory, "fargate.toml"), "sweep"], {
+              env: i.env,
+            }).finished;
+            expect(finished).toMatchObject({ code: 0 });
+            return finished.stdout.toString();
+          };
+          expect(await sweep()).toMatch(/^tasks: 0 stopped, 1 left running; records: 0 removed; problems: 0/m);
+          const then = Date.now() / 1000 - 61;
+          for (const name of filesLeft(i.world)) fs.utimesSync(join(i.world.records, name), then, then);
+          expect(await sweep()).toMatch(/ stopped: its job is abandoned; /);
+          expect(i.aws.tasks()).toHaveLength(1);
+          expect(i.aws.running()).toEqual([]);
+        },
+        { hosts: embeddedHosts({ misbehaviour: { holdExec } }) },
+      );
+    });
+
     test("doctor --run shows its progress on a terminal, then the table", () =>
       withTasks(async (i) => {
         const terminal = openTerminal(i.command("--run"), { env: i.env });
