@@ -7820,8 +7820,16 @@ describe("operator commands", () => {
         "WaitForHealthy = false",
         'BuildsDirectory = "/builds"',
         'LogLevel = "info"',
+        "# a subnet ID, such as subnet-0a1b2c3d (required, unless Subnets is set)",
       ])
         expect(all.split("\n")).toContain(line);
+    });
+
+    test("formatConfig explains no two settings in the same words", () => {
+      const blocks = uncommented(formatConfig(values)).split("\n\n");
+      const meanings = blocks.flatMap((block) => /^(#.*\n)+(?=\w+ = )/.exec(block)?.[0] ?? []);
+      expect(meanings.length).toBeGreaterThan(30);
+      expect(new Set(meanings).size).toBe(meanings.length);
     });
 
     const settingsOf = (options: Parameters<typeof initialSettings>[0], env: Record<string, string> = {}) =>
@@ -7886,6 +7894,10 @@ describe("operator commands", () => {
       expect(again.stderr).toContain(`${path} exists already`);
       expect(again.stderr).toContain("what to do: name another file with --config, or remove that one");
       expect(fs.readFileSync(path)).toEqual(before);
+      // Prints no section for a file that it cannot write.
+      const nowhere = await fargate(["--config", join(where, "none", "x.toml"), "init", ...options], { env });
+      expect(nowhere).toMatchObject({ code: 2, stdout: Buffer.from("") });
+      expect(nowhere.stderr).toContain("x.toml cannot be written: ENOENT");
     });
 
     testProgram("init leaves no part of a file on a full disk", async ({ skip }) => {

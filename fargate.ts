@@ -342,7 +342,12 @@ const pattern = v.pipe(
 const listOfUpTo100 = (item: v.GenericSchema<string>, what: string) =>
   v.pipe(v.array(item), v.maxLength(100), v.description(what));
 const allowed = (item: v.GenericSchema<string>, what: string) =>
-  v.optional(listOfUpTo100(item, `the values that a job may choose: a list of up to 100, each ${what}`));
+  v.optional(
+    listOfUpTo100(
+      item,
+      `the values that a job may choose, any if not set: a list of up to 100, each ${what}`,
+    ),
+  );
 const PLATFORM_VERSION = "a Fargate platform version, such as 1.4.0 or LATEST";
 const VARIABLE_PATTERNS = "a list of up to 100 variable names, with up to three * that match any characters";
 const variable = v.pipe(
@@ -360,13 +365,14 @@ const CapacityProviderSchema = v.object({
   Weight: v.optional(whole(0, 1000, "its relative share of the tasks"), 1),
   Base: v.optional(whole(0, 100_000, "the number of tasks that it gets first")),
 });
-const strategy = v.pipe(
-  v.array(CapacityProviderSchema),
-  v.check((providers) => providers.length <= 20 && providers.some((provider) => provider.Weight > 0)),
-  v.description(
-    '1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}, at least one with a Weight above 0',
-  ),
-);
+const strategy = (meaning: string) => {
+  const providers = '1 to 20 of {CapacityProvider = "FARGATE_SPOT", Weight = 1}';
+  return v.pipe(
+    v.array(CapacityProviderSchema),
+    v.check((providers) => providers.length <= 20 && providers.some((provider) => provider.Weight > 0)),
+    v.description(`${meaning}: ${providers}, at least one with a Weight above 0`),
+  );
+};
 // The grammar of image references, from Docker's documentation (distribution/reference).
 const LABEL = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?";
 const HOST = new RegExp(`^${LABEL}(?:\\.${LABEL})*(?::\\d{1,5})?$`);
@@ -501,8 +507,8 @@ const ConfigSchema = v.object({
       PlatformVersion: v.optional(text(PLATFORM_VERSION)),
       AllowedPlatformVersions: allowed(text(PLATFORM_VERSION), PLATFORM_VERSION),
       LaunchType: v.optional(exactly(["FARGATE", "EC2"], "where the task runs")),
-      CapacityProviderStrategy: v.optional(strategy),
-      FallbackCapacityProviderStrategy: v.optional(strategy),
+      CapacityProviderStrategy: v.optional(strategy("where the task runs, instead of LaunchType")),
+      FallbackCapacityProviderStrategy: v.optional(strategy("where it runs if no subnet has capacity")),
       EnableExecuteCommand: v.optional(flag("whether ECS Exec may run commands in the task"), false),
       Tags: v.optional(tags, {}),
       PropagateTags: v.optional(
@@ -4014,12 +4020,17 @@ function emptyValue(schema: v.GenericSchema): unknown {
   return { array: [], boolean: false, number: 0 }[type as string] ?? "";
 }
 
+/** Required settings that are alternatives: one of the two must be set. */
+const ALTERNATIVES: Record<string, string> = { Subnet: "Subnets", SecurityGroup: "SecurityGroups" };
+
 /** The text of a configuration file with every setting. Those without a value are in comments. Pure. */
 function formatConfig(settings: Table): string {
   const formatEntry = (key: string, entry: v.GenericSchema, value: unknown) => {
     const isOptional = "wrapped" in entry;
     const fallback = isOptional ? (entry as { default?: unknown }).default : undefined;
-    const note = isOptional ? (fallback === undefined ? " (no default)" : "") : " (required)";
+    const other = ALTERNATIVES[key];
+    const need = other ? ` (required, unless ${other} is set)` : isOptional ? " (no default)" : " (required)";
+    const note = fallback === undefined ? need : "";
     const meaning = formatComment(`${v.getDescription(unwrap(entry))}${note}`);
     const shown = `${key} = ${formatInline(value ?? fallback ?? emptyValue(entry))}`;
     return `${meaning}${value === undefined ? "# " : ""}${shown}\n`;
@@ -4083,20 +4094,19 @@ function initialSettings(options: InitOptions, flags: Options, env: Environment)
 
 /** The required settings that have no value, each as table and key. */
 function missingSettings(settings: Table): [string, string][] {
-  const alternatives: Record<string, string> = { Subnet: "Subnets", SecurityGroup: "SecurityGroups" };
   return Object.entries(ConfigSchema.entries).flatMap(([table, schema]) => {
     const given = isTable(settings[table]) ? settings[table] : {};
-    const isSet = (key: string) => given[key] !== undefined || given[alternatives[key] ?? key] !== undefined;
+    const isSet = (key: string) => given[key] !== undefined || given[ALTERNATIVES[key] ?? key] !== undefined;
     const required = Object.entries(entriesOf(schema) ?? {}).filter(
-      ([key, entry]) => !("wrapped" in entry) || key in alternatives,
+      ([key, entry]) => !("wrapped" in entry) || key in ALTERNATIVES,
     );
     return required.flatMap(([key]): [string, string][] => (isSet(key) ? [] : [[table, key]]));
   });
 }
 
 /**
- * The `init` command: prints the runner's section of GitLab Runner's config.toml, and writes a configuration
- * file with every setting.
+ * The `init` command: writes a configuration file with every setting, and prints the runner's section of
+ * GitLab Runner's config.toml.
  * @throws {Failure} if the file exists or cannot be written
  */
 async function init(
@@ -4113,8 +4123,6 @@ async function init(
   const runner = { isRegistration: false, limit: 0, driverFile };
   const fleet = { gitlab: { url }, cache: undefined, caFile: "", managers: [] };
   const section = await formatSection(fleet, runner, { name: "fargate", token: "__REDACTED__" }, program);
-  const token = "The token is the runner's own, which begins with glrt- and which GitLab shows once.";
-  print(`${formatComment(`The runner's section of GitLab Runner's config.toml. ${token}`)}${section}\n`);
   const write = () => {
     const file = fs.openSync(driverFile, "wx", 0o644);
     try {
@@ -4127,6 +4135,8 @@ async function init(
     }
   };
   withContext(`${driverFile} cannot be written`, write, "disk");
+  const token = "The token is the runner's own, which begins with glrt- and which GitLab shows once.";
+  print(`${formatComment(`The runner's section of GitLab Runner's config.toml. ${token}`)}${section}\n`);
   log.info("{driverFile} written; check it with: fargate --config {driverFile} doctor", { driverFile });
   if (missing.length > 0)
     log.warn("still to be set in {driverFile}: {missing}", { driverFile, missing: missing.join(", ") });
