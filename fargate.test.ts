@@ -8032,6 +8032,41 @@ describe("operator commands", () => {
       nothingLeft();
     });
 
+    const listed = async (job: Awaited<ReturnType<typeof prepared>>) =>
+      JSON.parse((await job.command("tasks", "--json")).stdout.toString()).tasks;
+
+    taskTest("tasks shows since when cleanup has been stopping a task", async () => {
+      const job = await prepared();
+      const record = readRecord(job.record) as TaskRecord;
+      writeRecord(job.record, { ...record, Deadline: 1 }); // as cleanup does
+      const since = Math.floor(fs.statSync(job.record).mtimeMs / 1000);
+      expect(await listed(job)).toMatchObject([{ job: Number(job.id), state: "RUNNING", deadline: since }]);
+      await job.cleanup();
+      nothingLeft();
+    });
+
+    taskTest("tasks shows this host's tasks after the host's name has changed", async () => {
+      const job = await prepared();
+      fs.writeFileSync(join(world.records, ".manager-id"), "0123456789ab\n", { mode: 0o600 });
+      expect(await listed(job)).toMatchObject([
+        { job: Number(job.id), taskArn: job.task?.taskArn, state: "RUNNING", address: job.task?.address },
+      ]);
+      await job.cleanup();
+      nothingLeft();
+    });
+
+    taskTest("tasks shows a job once if ECS lists its task before RunTask answers", async () => {
+      const job = await prepared();
+      const record = readRecord(job.record) as TaskRecord;
+      writeRecord(job.record, { ...record, TaskARN: "", ContainerIP: "", Deadline: 0, Unanswered: true });
+      expect(await listed(job)).toMatchObject([
+        { job: Number(job.id), project: 42, taskArn: job.task?.taskArn, state: "RUNNING" },
+      ]);
+      writeRecord(job.record, record);
+      await job.cleanup();
+      nothingLeft();
+    });
+
     test("tasks asks nothing where no job has run", async () => {
       const since = world.aws.calls.length;
       const config = world.configure({ TaskMetadata: { Directory: join(directory(), "none") } });

@@ -4220,18 +4220,26 @@ async function listRunningTasks(context: BaseContext, all: boolean): Promise<Run
   const { Directory } = config.TaskMetadata;
   const exists = hasRecords(context);
   if (!exists) log.info("no job has run with TaskMetadata.Directory {Directory} yet", { Directory });
-  const snapshot = takeSnapshot(context, false);
+  const taken = takeSnapshot(context, false);
+  // cleanup makes a deadline 1 when it begins to stop the task.
+  const withTime = (record: Snapshot["records"][number]) =>
+    record.Deadline === 1 ? { ...record, Deadline: Math.floor(record.mtimeMs / 1000) } : record;
+  const snapshot = { ...taken, records: taken.records.map(withTime) };
   const ownId = exists ? knownManagerId(Directory, env) : undefined;
-  const isShown = ({ startedBy = "" }: Task) =>
-    STARTED_BY.test(startedBy) && (all || ownId === startedBy.split("-")[1]);
+  // A task with a record is this manager's also if the host's name, and so the id, has changed.
+  const isOwn = (startedBy: string) =>
+    ownId === startedBy.split("-")[1] || snapshot.records.some(({ job }) => job === startedBy.slice(-32));
+  const isShown = ({ startedBy = "" }: Task) => STARTED_BY.test(startedBy) && (all || isOwn(startedBy));
   const aws = new Aws(config.Fargate, context);
   const limits = { until: now() + STOP_RETRY_MS, signal };
   const arns = all || ownId ? await aws.listTasks(undefined, limits) : [];
   const listed = (await aws.describeTasks(arns, limits, ["TAGS"])).filter(isShown);
   const others = (await describeUnlisted(context, snapshot.records, listed)).filter(isShown);
   const running = [...listed, ...others].map((task) => describeRunning(task, snapshot, config, ownId));
-  const isDescribed = (arn: string) => running.some(({ taskArn }) => taskArn === arn);
-  const rest = snapshot.records.filter(({ StartedBy, TaskARN = "" }) => StartedBy && !isDescribed(TaskARN));
+  // ECS may list a task before RunTask has answered.
+  const isDescribed = ({ TaskARN, StartedBy }: Partial<TaskRecord>) =>
+    running.some((task) => (TaskARN ? task.taskArn === TaskARN : task.startedBy === StartedBy));
+  const rest = snapshot.records.filter((record) => record.StartedBy && !isDescribed(record));
   const undescribed = rest.map((record): RunningTask => {
     const { TaskARN, StartedBy = "", UpdatedAt, ProjectID: project = null } = record;
     const createdAt = UpdatedAt ?? Math.floor(snapshot.time);
@@ -4251,7 +4259,9 @@ function describeRunning(
   ownId: string | undefined,
 ): RunningTask {
   const { taskArn = "", startedBy = "", lastStatus: state = null } = task;
-  const record = snapshot.records.find((record) => record.TaskARN === taskArn);
+  const record =
+    snapshot.records.find((record) => record.TaskARN === taskArn) ??
+    snapshot.records.find((record) => !record.TaskARN && record.job === startedBy.slice(-32));
   const tag = (wanted: string) => {
     const { value = "" } = task.tags?.find(({ key }) => key === wanted) ?? {};
     return /^\d{1,15}$/.test(value) ? Number(value) : null;
