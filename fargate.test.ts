@@ -8202,6 +8202,21 @@ describe("operator commands", () => {
       { containerOnly: true },
     );
 
+    taskTest(
+      "shell passes on keys that are typed before the login",
+      async () => {
+        const job = await prepared();
+        const terminal = openTerminal([driver, "--config", job.config, "shell", job.id], {
+          env: world.aws.environment,
+        });
+        terminal.type("exit 7\r");
+        expect(await terminal.finished).toBe(7);
+        await job.cleanup();
+        nothingLeft();
+      },
+      { containerOnly: true },
+    );
+
     taskTest("shell names the reason when it cannot log in", async () => {
       const job = await prepared();
       const failed = async (message: string | RegExp, ...args: string[]) => {
@@ -8227,6 +8242,12 @@ describe("operator commands", () => {
       );
       expect(await job.command("shell", job.taskId, "--", "true")).toMatchObject({ code: 0 });
       fs.rmSync(join(world.records, twin));
+      // A job's author can choose a record's name if the runner passes no JOB_RESPONSE_FILE.
+      const { JobID, ...unnumbered } = record;
+      const odd = join(world.records, twin.replace(`job-${JobID}-`, "job-9-x-"));
+      writeRecord(odd, unnumbered);
+      await failed(/error: no job 9 runs on this host/, "9", "--", "true");
+      fs.rmSync(odd);
       // No key in it: the search for secrets must not find one that others can read.
       writeRecord(job.record, { ...record, PrivateKey: "" });
       fs.chmodSync(job.record, 0o640);
@@ -8238,7 +8259,7 @@ describe("operator commands", () => {
       );
       const changed = { ...record, HostKey: Buffer.from("another").toString("base64") };
       writeRecord(job.record, changed);
-      await failed(/the server's host key is not the one that prepare saw/, job.id, "--", "true");
+      await failed(/host key is not the one that prepare saw.*\n.*what to do: nothing was sent/, job.id, "--", "true");
       writeRecord(job.record, { ...record, ContainerIP: "" });
       await failed(/nobody can log in to job \d+ yet: its task is starting/, job.id, "--", "true");
       writeRecord(job.record, record);

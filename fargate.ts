@@ -4180,7 +4180,7 @@ function hasRecords({ config }: BaseContext): boolean {
 
 /** GitLab's id of a record's job, also of a broken record. */
 const jobIdOf = ({ name, JobID }: Snapshot["records"][number]): number | null =>
-  JobID ?? (Number(/^job-(\d{1,15})-/.exec(name)?.[1]) || null);
+  JobID ?? (Number(/^job-(\d{1,15})-[0-9a-f]{64}\.json$/.exec(name)?.[1]) || null);
 
 /**
  * Describes the tasks of records that a list of tasks lacks: in other clusters, just started, or stopped. A
@@ -4315,8 +4315,7 @@ function findJobRecord(context: BaseContext, wanted: string): TaskRecord {
   const { Directory } = context.config.TaskMetadata;
   const records = hasRecords(context) ? readRecords(Directory) : [];
   const matches = records.filter(
-    ({ name, JobID, TaskARN }) =>
-      `${JobID}` === wanted || name.startsWith(`job-${wanted}-`) || TaskARN?.split("/").at(-1) === wanted,
+    (record) => `${jobIdOf(record)}` === wanted || record.TaskARN?.split("/").at(-1) === wanted,
   );
   const [match] = matches;
   if (matches.length > 1) {
@@ -4396,17 +4395,20 @@ async function runTerminal(
 ): Promise<Exit> {
   const ended = Promise.withResolvers<Exit>();
   let channel: ClientChannel | undefined;
+  const early: Buffer[] = []; // keys from before the shell has started
   let typed = ""; // the last keys
   const onInput = (keys: Buffer) => {
     typed = (typed + keys.toString("latin1")).slice(-3);
     if (isEscape(typed)) ended.reject(new Failure("system", "left by ~."));
-    else channel?.write(keys);
+    else if (channel) channel.write(keys);
+    else early.push(keys);
   };
   const onResize = () => void channel?.setWindow(output.rows, output.columns, 0, 0);
   const open = (error: Error | undefined, opened: ClientChannel) => {
     if (error)
       return ended.reject(new Failure("system", `the server opened no terminal: ${sshReason(error)}`));
     channel = opened;
+    for (const keys of early) channel.write(keys);
     let exit: Exit;
     opened.on("data", (part: Buffer) => {
       if (output.write(part)) return;
@@ -4451,9 +4453,11 @@ async function shell(
     throw new Failure("system", "this is no terminal", { problem: "noTerminal" });
   const failed = async (error: unknown): Promise<never> => {
     if (!(error instanceof SshFailure)) throw error;
-    const { state, cause } = await describeTaskState(context, record, 0);
+    const { ended, state, cause } = await describeTaskState(context, record, 0);
     const what = `no login to job ${wanted}: ${reasonOf(error)}; ${state}`;
-    throw new Failure("system", what, { problem: cause.problem ?? error.cause.problem });
+    // The server has answered: its fault is not that of a task that merely runs.
+    const own = !ended && error.why !== "unreachable" ? error.cause.problem : undefined;
+    throw new Failure("system", what, { problem: own ?? cause.problem ?? error.cause.problem });
   };
   const KeepAliveInterval = config.SSH.KeepAliveInterval || SHELL_KEEP_ALIVE;
   const target = { ...targetOf(config, record), KeepAliveInterval };
@@ -7788,7 +7792,8 @@ Examples:
   fargate shell 4711 -- ps -ef
   fargate shell 4711 -- 'ps -ef | grep node'
 
-~. at the beginning of a line leaves a login that no longer answers.
+A command gets empty standard input. In a login, ~. at the beginning of a line
+leaves one that no longer answers.
 
 Exit codes: that of the login shell or the command; 255 if there is no login,
 or if the connection is lost.`;
@@ -8167,9 +8172,8 @@ async function runShell(
   const sinks = openSinks(abort, "the output");
   const { isatty } = await import("node:tty");
   const hasTerminal = isatty(0) && isatty(1);
-  const { stdin: input, stdout: output } = process;
-  const terminal = { input, output, type: context.env.TERM || "xterm" };
-  return shell({ ...context, ...sinks }, operands, hasTerminal ? terminal : undefined);
+  const open = () => ({ input: process.stdin, output: process.stdout, type: context.env.TERM || "xterm" });
+  return shell({ ...context, ...sinks }, operands, hasTerminal ? open() : undefined);
 }
 
 /**
