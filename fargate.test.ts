@@ -8069,7 +8069,10 @@ describe("operator commands", () => {
 
     test("tasks asks nothing where no job has run", async () => {
       const since = world.aws.calls.length;
-      const config = world.configure({ TaskMetadata: { Directory: join(directory(), "none") } });
+      // An operator would miss what is in the log of the jobs.
+      const LogFile = join(directory(), "jobs.log");
+      const none = join(directory(), "none");
+      const config = world.configure({ top: { LogFile }, TaskMetadata: { Directory: none } });
       const shown = await fargate(["--config", config, "tasks"], { env: world.aws.environment });
       expect(shown).toMatchObject({
         code: 0,
@@ -8077,6 +8080,7 @@ describe("operator commands", () => {
       });
       expect(shown.stdout.toString()).toBe("JOB  PROJECT  TASK  STATE  AGE  DEADLINE  ADDRESS\n");
       expect(world.aws.calls.length).toBe(since);
+      expect(fs.existsSync(LogFile)).toBe(false);
     });
 
     taskTest("shell runs a command with its arguments, both streams and its exit code", async () => {

@@ -4351,6 +4351,7 @@ async function runShellCommand(
 
 /** The failure of a connection that broke, with the state of the task. */
 async function lostConnection(context: BaseContext, record: TaskRecord, reason: string): Promise<Failure> {
+  context.log.info("the connection is lost; asking ECS for the state of the task");
   const { state, cause } = await describeTaskState(context, record, 10_000);
   return new Failure("system", `the connection to the container was lost: ${reason}; ${state}`, cause);
 }
@@ -8034,7 +8035,8 @@ async function main(argv: readonly string[], env: Environment): Promise<number> 
       return await run(invocation, outside, quit.signal);
     }
     const read = readSettings(invocation, env);
-    log = openLog(read.config);
+    const isForOperator = command === "tasks" || command === "shell"; // who reads standard error
+    log = openLog(isForOperator ? { ...read.config, LogFile: options.LogFile ?? "" } : read.config);
     const now = () => Math.floor(performance.now());
     const { signal } = controller;
     const context: BaseContext = { config: read.config, log, signal, now, wallTime: Date.now, env };
