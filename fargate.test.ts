@@ -7849,6 +7849,7 @@ describe("operator commands", () => {
           SSH: { Port: 22, Username: "ci" },
         },
         missing: ["Fargate.SecurityGroup", "Fargate.TaskDefinition"],
+        limits: [],
       });
       const tags = ["Fargate.Tags.team=ci", 'Fargate.Tags.cost="12"', "Fargate.Cluster=last"];
       expect(settingsOf({ set: tags }, env).settings).toMatchObject({
@@ -7898,6 +7899,18 @@ describe("operator commands", () => {
       const nowhere = await fargate(["--config", join(where, "none", "x.toml"), "init", ...options], { env });
       expect(nowhere).toMatchObject({ code: 2, stdout: Buffer.from("") });
       expect(nowhere.stderr).toContain("x.toml cannot be written: ENOENT");
+    });
+
+    testProgram("init prints the time limits that the runner needs", async () => {
+      const set = ["--set", "Fargate.StartTimeout=7200", "--set", "SSH.CancelGracePeriod=120"];
+      const { stdout } = await fargate(["init", ...set], { cwd: directory() });
+      expect(parse(stdout.toString())).toMatchObject({ runners: [{ custom: { prepare_exec_timeout: 7_260 } }] });
+      const comment = stdout
+        .toString()
+        .match(/^# .*$/gm)
+        ?.join(" ")
+        .replaceAll(" # ", " ");
+      expect(comment).toContain("The top of that file needs shutdown_timeout = 130 or more.");
     });
 
     testProgram("init leaves no part of a file on a full disk", async ({ skip }) => {

@@ -4058,7 +4058,8 @@ function mergeSettings(layers: readonly Table[]): Table {
 
 /**
  * The settings for `init`: defaults, variables of the environment, then options.
- * @returns `missing`: the required settings that nothing sets
+ * @returns `missing`: the required settings that nothing sets; `limits`: those of `runnerLimits` that need
+ * more than the default
  * @throws {Failure} for an unknown setting or an invalid value
  */
 function initialSettings(options: InitOptions, flags: Options, env: Environment) {
@@ -4086,10 +4087,28 @@ function initialSettings(options: InitOptions, flags: Options, env: Environment)
   const settings = mergeSettings(layers);
   const missing = missingSettings(settings);
   const placeholders = missing.map(([table, key]) => ({ [table]: { [key]: "to be set" } }));
-  const { issues = [] } = v.safeParse(ConfigSchema, mergeSettings([settings, ...placeholders]));
+  const {
+    success,
+    output,
+    issues = [],
+  } = v.safeParse(ConfigSchema, mergeSettings([settings, ...placeholders]));
   const problems = [...unknown, ...issues.map((issue) => describeIssue(issue))];
-  if (problems.length > 0) throw new Failure("system", "the settings cannot be used:", {}, problems);
-  return { settings, missing: missing.map((path) => path.join(".")) };
+  if (!success || problems.length > 0)
+    throw new Failure("system", "the settings cannot be used:", {}, problems);
+  const limits = runnerLimits(output).filter(([, byDefault, needed]) => byDefault < needed);
+  return { settings, missing: missing.map((path) => path.join(".")), limits };
+}
+
+/** The time limits of GitLab Runner that depend on settings of the driver, in seconds. */
+function runnerLimits({ Fargate, SSH }: Config): [name: string, byDefault: number, needed: number][] {
+  const grace = SSH.CancelGracePeriod + 10; // as in checkRunnerTimeouts
+  const stop = STOP_RETRY_MS / 1000;
+  return [
+    ["prepare_exec_timeout", 3_600, Fargate.StartTimeout + stop],
+    ["cleanup_exec_timeout", 3_600, 2 * stop],
+    ["graceful_kill_timeout", 600, grace],
+    ["shutdown_timeout", 30, grace], // at the top of config.toml
+  ];
 }
 
 /** The required settings that have no value, each as table and key. */
@@ -4115,7 +4134,7 @@ async function init(
   flags: Options,
   print: (text: string) => void,
 ): Promise<void> {
-  const { settings, missing } = initialSettings(options, flags, env);
+  const { settings, missing, limits } = initialSettings(options, flags, env);
   const { success, output: url } = v.safeParse(webAddress, env.GITLAB_URL || "https://gitlab.com");
   if (!success) throw new Failure("system", "GITLAB_URL is no address such as https://gitlab.example.com");
   if (fs.lstatSync(driverFile, { throwIfNoEntry: false }))
@@ -4136,7 +4155,13 @@ async function init(
   };
   withContext(`${driverFile} cannot be written`, write, "disk");
   const token = "The token is the runner's own, which begins with glrt- and which GitLab shows once.";
-  print(`${formatComment(`The runner's section of GitLab Runner's config.toml. ${token}`)}${section}\n`);
+  const longer = limits.map(([name, , needed]) => `${name} = ${needed}`);
+  const atTop = longer.filter((line) => line.startsWith("shutdown_timeout"));
+  const top = atTop.map((line) => ` The top of that file needs ${line} or more.`).join("");
+  // The section ends with the table of the stages, to which these belong.
+  const inSection = longer.filter((line) => !atTop.includes(line)).map((line) => `${line}\n`);
+  const comment = formatComment(`The runner's section of GitLab Runner's config.toml. ${token}${top}`);
+  print(`${comment}${section}${inSection.join("")}\n`);
   log.info("{driverFile} written; check it with: fargate --config {driverFile} doctor", { driverFile });
   if (missing.length > 0)
     log.warn("still to be set in {driverFile}: {missing}", { driverFile, missing: missing.join(", ") });
@@ -5201,15 +5226,7 @@ function checkRunnerSection({ context, report }: Checkup, section: RunnerSection
       !value && "it is not set",
       `set ${key} to a directory in the task, such as "/${key.slice(0, -4)}"`,
     );
-  const grace = context.config.SSH.CancelGracePeriod + 10; // as in checkRunnerTimeouts
-  const stop = STOP_RETRY_MS / 1000;
-  const limits: [string, byDefault: number, needed: number][] = [
-    ["prepare_exec_timeout", 3_600, context.config.Fargate.StartTimeout + stop],
-    ["cleanup_exec_timeout", 3_600, 2 * stop],
-    ["graceful_kill_timeout", 600, grace],
-    ["shutdown_timeout", 30, grace],
-  ];
-  for (const [key, byDefault, needed] of limits) {
+  for (const [key, byDefault, needed] of runnerLimits(context.config)) {
     const value = Number(custom[key]) || byDefault; // as in GitLab Runner
     judge(key, `${value} s`, value < needed && `it is ${value} s`, `set ${key} to ${needed} or more`);
   }
