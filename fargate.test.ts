@@ -6145,6 +6145,28 @@ describeProgram.concurrent("jobs with image: and services:", () => {
     nothingLeft(result, runner.job);
   });
 
+  jobTest("shell shares the files of a job with an image, which does not notice", async () => {
+    const { printed, onOutput } = printing("waiting now");
+    const config = world().configure({ top: { JobImage: ANY_IMAGE } });
+    const wait = "until [ -s /builds/answer ]; do sleep 0.1; done; cat /builds/answer";
+    const script = [`echo question >/builds/question; echo waiting now; ${wait}`];
+    const runner = makeRunner({ image: "debian:12", script }, { onOutput, config });
+    const whole = runner.runJob();
+    await printed;
+    const command = ["cat /builds/question; echo answer >/builds/answer; exit 6"];
+    const args = ["--config", config, "shell", `${runner.job.response.id}`, "--", ...command];
+    expect(await fargate(args, { env: world().aws.environment })).toMatchObject({
+      code: 6,
+      stdout: Buffer.from("question\n"),
+      stderr: "",
+    });
+    const result = await whole;
+    expect(result.status).toBe("success");
+    const { stdout } = result.stages.find(({ stage }) => stage === "build_script") ?? {};
+    expect(stdout?.toString()).toMatch(/waiting now\nanswer\n$/);
+    nothingLeft(result, runner.job);
+  });
+
   jobTest("a job runs in the task definition that a row of TaskDefinitions selects", async () => {
     const TaskDefinitions = [
       { Image: "registry.example.com/ci/node:*", TaskDefinition: "ci-node" },
