@@ -4522,14 +4522,20 @@ interface Finding extends Readonly<Record<"check" | "detail", string>> {
 const NOT_ANSWERED = "accessDenied unreachable certificate proxy throttled awsFault clock".split(" ");
 const isUnanswered = (error: unknown): boolean => NOT_ANSWERED.includes(causeOf(error).problem ?? "");
 
-/** Collects findings. */
+/** Collects findings. `prefix`: what the names of all checks begin with */
 class Examination {
-  readonly findings: Finding[] = [];
-  constructor(private readonly signal: AbortSignal) {}
-  right = (check: string, detail: string) => void this.findings.push({ check, result: "right", detail });
-  wrong = (check: string, detail: string, fix: string) =>
-    void this.findings.push({ check, result: "wrong", detail, fix });
-  unknown = (check: string, detail: string) => void this.findings.push({ check, result: "unknown", detail });
+  constructor(
+    private readonly signal: AbortSignal,
+    readonly findings: Finding[] = [],
+    private readonly prefix = "",
+  ) {}
+  /** The same examination, for the checks of one thing. */
+  of = (thing: string) => new Examination(this.signal, this.findings, `${thing}: `);
+  #add = (check: string, rest: Omit<Finding, "check">) =>
+    void this.findings.push({ check: `${this.prefix}${check}`, ...rest } as Finding);
+  right = (check: string, detail: string) => this.#add(check, { result: "right", detail });
+  wrong = (check: string, detail: string, fix: string) => this.#add(check, { result: "wrong", detail, fix });
+  unknown = (check: string, detail: string) => this.#add(check, { result: "unknown", detail });
   /** @param problem what is wrong, if anything */
   judge = (check: string, detail: string, problem: string | false | undefined, fix: string) =>
     problem ? this.wrong(check, problem, fix) : this.right(check, detail);
@@ -5329,7 +5335,7 @@ const MIN_FREE_DISK = 2 ** 20; // KB: 1 GiB, for a checkout and what a job build
 /** Judges what a session has printed. */
 function judgeSession(report: Examination, output: string, definition: TaskDefinition | undefined): void {
   const value = (name: string) => new RegExp(`^${name}=(.*)$`, "m").exec(output)?.[1]?.trim() ?? "";
-  const judge: Examination["judge"] = (what, ...rest) => report.judge(`session: ${what}`, ...rest);
+  const { judge, unknown } = report.of("session");
   const role = definition?.taskRoleArn;
   const isLost = role && !value("credentials") && `none, although the task role is ${role}`;
   const passFix = "let the image pass AWS_CONTAINER_* on: see docs/worker-images.md";
@@ -5341,7 +5347,7 @@ function judgeSession(report: Examination, output: string, definition: TaskDefin
   judge("git", value("git"), !value("git") && "it is not in PATH", "install git in the worker image");
   judge("gitlab-runner", value("gitlab-runner"), lacksRunner, "install it: see docs/worker-images.md");
   if (value("disk")) judge("disk", free, disk < MIN_FREE_DISK && free, ADVICE.pullSpace);
-  else report.unknown("session: disk", "the image has no df or awk");
+  else unknown("disk", "the image has no df or awk");
 }
 
 /**
