@@ -8597,6 +8597,7 @@ describe("operator commands", () => {
         "cluster",
         /^none does not exist in us-east-2$/,
         /aws ecs create-cluster --cluster-name none$/,
+        { unknown: ["definition test-task: compatibility"] },
       ],
       [
         "a cluster that does not exist, without the simulator",
@@ -8610,6 +8611,7 @@ describe("operator commands", () => {
         /aws ecs create-cluster/,
         {
           unknown: [
+            "definition test-task: compatibility",
             "permission ecs:RunTask",
             "permission ecs:DescribeTasks",
             "permission ecs:StopTask",
@@ -8678,7 +8680,10 @@ describe("operator commands", () => {
       ],
       [
         "an inactive task definition",
-        both(fargateOf({ TaskDefinition: "test-task:1" }), definitionOf({ status: "INACTIVE" })),
+        both(
+          fargateOf({ TaskDefinition: "test-task:1", AllowedTaskDefinitions: [] }),
+          definitionOf({ status: "INACTIVE" }),
+        ),
         "definition test-task: status",
         /test-task:1 is INACTIVE/,
         /that is active/,
@@ -8717,6 +8722,27 @@ describe("operator commands", () => {
         "definition test-task: SSH port",
         /^it maps 2, but Port is \d+$/,
         /^map containerPort \d+, or correct Port/,
+      ],
+      [
+        "an allowed task definition that does not exist",
+        fargateOf({ AllowedTaskDefinitions: ["test-task", "ci-none"] }),
+        "definition ci-none",
+        /^it does not exist in us-east-2$/,
+        /^register it/,
+      ],
+      [
+        "environment files without an execution role",
+        both(
+          containerOf({
+            image: "registry.example.com/worker",
+            logConfiguration: undefined,
+            environmentFiles: [{ type: "s3", value: "arn:aws:s3:::bucket/variables.env" }],
+          }),
+          definitionOf({ executionRoleArn: undefined }),
+        ),
+        "definition test-task: execution role",
+        /there is none/,
+        /set executionRoleArn/,
       ],
       [
         "awslogs without an execution role",
@@ -9291,6 +9317,13 @@ describe("operator commands", () => {
           for (const stage of ["config", "prepare", "run", "cleanup"]) i.custom[`${stage}_exec`] = link;
         },
       ],
+      [
+        "a log driver that needs no execution role",
+        both(
+          containerOf({ image: "registry.example.com/worker", logConfiguration: { logDriver: "splunk", options: {} } }),
+          definitionOf({ executionRoleArn: undefined }),
+        ),
+      ],
       ["a section without the config stage", customOf({ config_exec: undefined, config_args: undefined })],
       [
         "sections of other programs and configuration files",
@@ -9313,6 +9346,21 @@ describe("operator commands", () => {
         "a task definition without ports",
         containerOf({ portMappings: [] }),
         { unknown: ["definition test-task: SSH port"] },
+      ],
+      [
+        "a task definition with a range of ports",
+        containerOf({ portMappings: [{ containerPortRange: "1-60000" }] }),
+        { unknown: ["definition test-task: SSH port"] },
+      ],
+      [
+        "a host that may not ask where tasks start",
+        (i) => {
+          without("DescribeCluster")(i);
+          definitionOf({ requiresCompatibilities: ["EC2"], executionRoleArn: undefined })(i);
+        },
+        {
+          unknown: ["cluster", "definition test-task: compatibility", "definition test-task: execution role"],
+        },
       ],
       [
         "endpoints in place of a route",

@@ -4718,7 +4718,9 @@ async function checkSettings(
   const isOpen =
     !allowed && "it is not set: a job may choose any task definition, with its roles and secrets";
   const fix = 'set it to the task definitions that jobs may choose, such as ["ci-*"], or to []';
-  report.judge("AllowedTaskDefinitions", formatInline(allowed ?? []), isOpen, fix);
+  const patterns = allowed?.filter((name) => name.includes("*")) ?? [];
+  const unchecked = patterns.length > 0 ? `; definitions of ${patterns.join(", ")} are not checked` : "";
+  report.judge("AllowedTaskDefinitions", `${formatInline(allowed ?? [])}${unchecked}`, isOpen, fix);
   if (f.UsePublicIP && !f.EnablePublicIP)
     report.wrong("UsePublicIP", "without EnablePublicIP, tasks have no public address", ADVICE.publicAddress);
   const readKey = async (path: string) => {
@@ -4792,12 +4794,19 @@ function checkCluster({ context: { config }, report }: Checkup, cluster: Cluster
   report.judge("launch type", places.join(", "), lacks || noInstances || isPublic, fix);
 }
 
-const ECR_IMAGE = /^\d{12}\.dkr\.ecr[.-]/;
+const ECR_IMAGE = /^\d{12}\.dkr[.-]ecr[.-]/;
+/** Whether a container needs an execution role. EC2 instances pull images and write logs with their own. */
+const needsExecutionRole = (container: ContainerDefinition, onFargate: boolean): boolean => {
+  const { image = "", logConfiguration: log, secrets, environmentFiles, repositoryCredentials } = container;
+  const byInstance = ECR_IMAGE.test(image) || log?.logDriver === "awslogs";
+  const lists = [secrets, environmentFiles, log?.secretOptions];
+  return (onFargate && byInstance) || Boolean(repositoryCredentials) || lists.some((list) => list?.length);
+};
+
 /** Checks a task definition, for the driver and for the places where tasks start. */
 function checkDefinition({ context, report }: Checkup, d: TaskDefinition, places: readonly string[]): void {
   const { Fargate: f, SSH } = context.config;
-  const judge: Examination["judge"] = (what, ...rest) =>
-    report.judge(`definition ${d.family}: ${what}`, ...rest);
+  const { judge, unknown } = report.of(`definition ${d.family}`);
   const arn = `${d.taskDefinitionArn}`;
   const containers = d.containerDefinitions ?? [];
   const container = containers.find(({ name }) => name === CONTAINER);
@@ -4805,35 +4814,40 @@ function checkDefinition({ context, report }: Checkup, d: TaskDefinition, places
   const required = d.requiresCompatibilities?.join(", ") || "EC2"; // ECS's default
   const onFargate = places.some(isFargate);
   const isUnfit = onFargate && !required.includes("FARGATE") && `it is for ${required}, not for FARGATE`;
+  const where = "where tasks start is not known";
   const { operatingSystemFamily: system = "LINUX", cpuArchitecture = "X86_64" } = d.runtimePlatform ?? {};
   const isWindows = system !== "LINUX" && `its operating system is ${system}`;
-  // On EC2 instances, the instance's role pulls images and writes logs.
-  const needsRole = containers.some(({ image = "", logConfiguration, secrets = [], repositoryCredentials }) =>
-    Boolean(
-      (onFargate && (ECR_IMAGE.test(image) || logConfiguration)) || secrets[0] || repositoryCredentials,
-    ),
-  );
-  const lacksRole = needsRole && !d.executionRoleArn && "there is none, for the image, log or secrets";
+  const needsRole = (isFargate: boolean) => containers.some((of) => needsExecutionRole(of, isFargate));
+  const lacksRole =
+    !d.executionRoleArn && needsRole(onFargate) && "there is none, for the image, log or secrets";
   const lacksTaskRole = f.EnableExecuteCommand && !d.taskRoleArn && "there is none, but ECS Exec needs it";
   const isLost = !container && !SSH.PrivateKeyPath && `there is no ${CONTAINER}, only ${names}`;
   const roleFix = "set executionRoleArn to a role as in examples/iam/execution-role.json";
   judge("status", `${arn} is ACTIVE`, d.status !== "ACTIVE" && `${arn} is ${d.status}`, ADVICE.definition);
   judge("network mode", "awsvpc", d.networkMode !== "awsvpc" && `it is ${d.networkMode}`, ADVICE.networkMode);
-  judge("compatibility", required, isUnfit, 'add "FARGATE" to requiresCompatibilities, with cpu and memory');
+  if (places.length === 0) unknown("compatibility", `${required}; ${where}`);
+  else
+    judge(
+      "compatibility",
+      required,
+      isUnfit,
+      'add "FARGATE" to requiresCompatibilities, with cpu and memory',
+    );
   judge("platform", `${system}, ${cpuArchitecture}`, isWindows, "use a Linux image: scripts need bash or sh");
-  judge("execution role", d.executionRoleArn ?? "none is needed", lacksRole, roleFix);
+  if (places.length === 0 && !d.executionRoleArn && !lacksRole && needsRole(true))
+    unknown("execution role", `there is none, which Fargate needs; ${where}`);
+  else judge("execution role", d.executionRoleArn ?? "none is needed", lacksRole, roleFix);
   judge("task role", d.taskRoleArn ?? "none: jobs get no AWS credentials", lacksTaskRole, ADVICE.taskRole);
   judge("container", container?.image ?? "PrivateKeyPath needs none", isLost, ADVICE.container);
   if (!container) return;
   const { portMappings = [], secrets = [], logConfiguration: log, healthCheck } = container;
-  const ports = portMappings.map(({ containerPort }) => containerPort);
+  const ports = portMappings.flatMap(({ containerPort }) => containerPort ?? []); // but for ranges
   const isOther = !ports.includes(SSH.Port) && `it maps ${ports.join(", ")}, but Port is ${SSH.Port}`;
   const isSecret = secrets.some(({ name }) => name === "SSH_PUBLIC_KEY") && "SSH_PUBLIC_KEY is a secret";
   const lacksCheck = f.WaitForHealthy && !healthCheck && "WaitForHealthy is set, but there is none";
   const portFix = `map containerPort ${SSH.Port}, or correct Port in the settings`;
   if (ports.length > 0) judge("SSH port", `${SSH.Port}`, isOther, portFix);
-  else
-    report.unknown(`definition ${d.family}: SSH port`, "it maps no port; --run shows whether Port is right");
+  else unknown("SSH port", "it maps no single port; --run shows whether Port is right");
   judge("SSH key", "from the driver", !SSH.PrivateKeyPath && isSecret, ADVICE.secret);
   judge("logging", log?.logDriver ?? "none: nothing would show why a container ends early", false, "");
   judge("health check", healthCheck ? "there is one" : "none is needed", lacksCheck, ADVICE.noHealth);
@@ -5398,7 +5412,9 @@ async function tryTask(
 async function checkDefinitions(checkup: Checkup, places: readonly string[]) {
   const { aws, context, report } = checkup;
   const { Fargate: f, JobImage } = context.config;
-  const names = [f.TaskDefinition, ...JobImage.TaskDefinitions.map(({ TaskDefinition }) => TaskDefinition)];
+  const chosen = f.AllowedTaskDefinitions?.filter((pattern) => !pattern.includes("*")) ?? [];
+  const ofImages = JobImage.TaskDefinitions.map(({ TaskDefinition }) => TaskDefinition);
+  const names = [f.TaskDefinition, ...ofImages, ...chosen];
   const described = new Map<string, TaskDefinition>();
   const hidden = new Set(names);
   for (const name of hidden)
