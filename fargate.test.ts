@@ -9363,6 +9363,15 @@ describe("operator commands", () => {
         },
       ],
       [
+        "a network interface of another VPC with this host's address",
+        (i) => {
+          for (const own of i.aws.network.interfaces)
+            Object.assign(own, { VpcId: "vpc-1", Groups: [{ GroupId: "sg-1" }] });
+          openFor(i, { UserIdGroupPairs: [{ GroupId: "sg-1" }] });
+        },
+        { unknown: ["security groups: login"] },
+      ],
+      [
         "endpoints in place of a route",
         both(
           routeTo(),

@@ -4857,14 +4857,32 @@ function checkDefinition({ context, report }: Checkup, d: TaskDefinition, places
 const coversPort = ({ IpProtocol, FromPort = 0, ToPort = 65_535 }: IpPermission, port: number): boolean =>
   IpProtocol === "-1" || (IpProtocol === "tcp" && FromPort <= port && port <= ToPort);
 
+const BRIDGE = /^(docker|br-|cni|podman|virbr|lxc|lxd)/; // to containers or virtual machines on this host
 /** This host's own addresses of one family, but those that are valid on one link only. */
 const ownAddresses = (wanted: "IPv4" | "IPv6"): string[] =>
-  Object.values(hostInterfaces())
-    .flatMap((all = []) => all.filter(({ family, internal }) => !internal && family === wanted))
-    .flatMap(({ address }) => (address.startsWith("fe80:") ? [] : address));
+  Object.entries(hostInterfaces())
+    .flatMap(([name, all = []]) => (BRIDGE.test(name) ? [] : all))
+    .filter(({ family, internal, address }) => !internal && family === wanted && !/^fe80:/.test(address))
+    .map(({ address }) => address);
+
+/** Makes a function that tells whether a range, such as 10.0.0.0/16, contains one of these addresses. */
+async function makeRangeCheck(addresses: readonly string[]): Promise<(range: string) => boolean> {
+  const { BlockList } = await import("node:net");
+  const familyOf = (address: string) => (address.includes(":") ? "ipv6" : "ipv4");
+  return (range) => {
+    const [base = "", bits = ""] = range.split("/");
+    const block = new BlockList();
+    block.addSubnet(base, Number(bits), familyOf(base));
+    return addresses.some((address) => block.check(address, familyOf(address)));
+  };
+}
 
 /** Checks that the tasks' security groups let this host log in. */
-async function checkLogin({ aws, context, report }: Checkup, groups: SecurityGroup[], isIpv6: boolean) {
+async function checkLogin(
+  { aws, context, report }: Checkup,
+  groups: readonly SecurityGroup[],
+  { vpcs, isIpv6 }: Readonly<{ vpcs: readonly string[]; isIpv6: boolean }>,
+): Promise<void> {
   const { Fargate: f, SSH } = context.config;
   const usesPublic = f.UsePublicIP ?? f.EnablePublicIP;
   const check = "security groups: login";
@@ -4881,22 +4899,18 @@ async function checkLogin({ aws, context, report }: Checkup, groups: SecurityGro
   const lists = ofRules(({ PrefixListIds }) => PrefixListIds?.map(({ PrefixListId }) => `${PrefixListId}`));
   const open = `TCP port ${SSH.Port} is open for ${[...ranges, ...allowed, ...lists].join(", ") || "nobody"}`;
   const addresses = ownAddresses(isIpv6 ? "IPv6" : "IPv4");
-  const { BlockList } = await import("node:net");
-  const familyOf = (address: string) => (address.includes(":") ? "ipv6" : "ipv4");
-  const isOwn = (range: string) => {
-    const [base = "", bits = ""] = range.split("/");
-    const block = new BlockList();
-    block.addSubnet(base, Number(bits), familyOf(base));
-    return addresses.some((address) => block.check(address, familyOf(address)));
-  };
   const own: string[] = []; // security groups of this host
   const findOwn = async () => {
     const filter = isIpv6 ? "ipv6-addresses.ipv6-address" : "addresses.private-ip-address";
-    const interfaces = await aws.describe("NetworkInterfaces", filter, addresses);
+    if (addresses.length === 0) return;
+    const found = await aws.describe("NetworkInterfaces", filter, addresses);
+    // In another VPC, an interface with the same address may be of another host.
+    const interfaces = found.filter(({ VpcId }) => vpcs.includes(`${VpcId}`));
     own.push(...interfaces.flatMap(({ Groups = [] }) => Groups.map(({ GroupId }) => `${GroupId}`)));
   };
   // To a public address, this host comes from an address that it does not know.
-  const range = ranges.find((range) => (usesPublic ? /^[0.:]+\/0$/.test(range) : isOwn(range)));
+  const containsOwn = await makeRangeCheck(addresses);
+  const range = ranges.find((range) => (usesPublic ? /^[0.:]+\/0$/.test(range) : containsOwn(range)));
   if (!range && !usesPublic)
     await findOwn().catch((error) => {
       if (rules.length > 0) throw error;
@@ -5005,7 +5019,7 @@ async function checkNetwork(checkup: Checkup, services: readonly string[]): Prom
       const tables = await aws.describe("RouteTables", "vpc-id", [vpc]);
       for (const subnet of members) await checkRoute(checkup, subnet, tables, services);
     });
-  const vpcs = [...new Set([...subnets, ...groups].map(({ VpcId }) => VpcId))];
+  const vpcs = [...new Set([...subnets, ...groups].map(({ VpcId }) => `${VpcId}`))];
   const isMixed = vpcs.length > 1 && `subnets and security groups are of ${vpcs.join(", ")}`;
   if (vpcs.length > 0) report.judge("VPC", `${vpcs[0]}`, isMixed, ADVICE.network);
   if (groups.length === 0) return;
@@ -5015,7 +5029,7 @@ async function checkNetwork(checkup: Checkup, services: readonly string[]): Prom
   const openFix = `${command} --protocol tcp --port 443 --cidr 0.0.0.0/0`;
   report.judge("security groups: outbound", "TCP port 443 is open", isClosed, openFix);
   const isIpv6 = subnets.some(({ Ipv6Native }) => Ipv6Native);
-  await report.attempt("security groups: login", () => checkLogin(checkup, groups, isIpv6));
+  await report.attempt("security groups: login", () => checkLogin(checkup, groups, { vpcs, isIpv6 }));
 }
 
 /** A call that the driver makes, with what IAM decides on. */
