@@ -9324,6 +9324,13 @@ describe("operator commands", () => {
           definitionOf({ executionRoleArn: undefined }),
         ),
       ],
+      [
+        "ecs:ListTasks for the container instances of the cluster",
+        (i) => {
+          const instances = "arn:aws:ecs:us-east-2:111122223333:container-instance/test-cluster/*";
+          policiesWith(i, (s) => (s.Sid === "FindTasks" ? { ...s, Resource: [instances] } : s));
+        },
+      ],
       ["a section without the config stage", customOf({ config_exec: undefined, config_args: undefined })],
       [
         "sections of other programs and configuration files",

@@ -5130,23 +5130,28 @@ async function checkPermissions(
     const result = unanswered ? undefined : await simulate(permission);
     const results = result ? [result, ...(result.ResourceSpecificResults ?? [])] : [];
     const missing = results.flatMap(({ MissingContextValues = [] }) => MissingContextValues);
+    const isDecided = result && missing.length === 0;
+    const [why = "AWS denies it", fix = allow] = isDecided
+      ? explainDenial(result, action, principal, allow)
+      : [];
     const probe = PROBES[action];
-    if (result && missing.length === 0) {
-      const [why, fix = ""] = explainDenial(result, action, principal, allow);
-      report.judge(check, `allowed${on}`, result.EvalDecision !== "allowed" && `${why}${on}`, fix);
-    } else if (probe)
+    if (isDecided && result.EvalDecision === "allowed") report.right(check, `allowed${on}`);
+    // Asks AWS about a denial too: the policies may name resources of another kind than the simulated one.
+    else if (probe)
       await report.attempt(check, async () => {
         const onError = (error: unknown) => {
           // Any other problem, such as an absent cluster, says nothing about the permission.
-          if (causeOf(error).problem !== "accessDenied") throw new Failure("system", reasonOf(error));
-          return `AWS denies it${on}`;
+          const isDenied = causeOf(error).problem === "accessDenied";
+          if (!isDenied && !isDecided) throw new Failure("system", reasonOf(error));
+          return `${why}${on}`;
         };
-        const isDenied = await probe(aws, context.config).then(() => undefined, onError);
-        report.judge(check, `allowed${on}, as a call without effect shows`, isDenied, allow);
+        const problem = await probe(aws, context.config).then(() => undefined, onError);
+        report.judge(check, `allowed${on}, as a call without effect shows`, problem, fix);
       });
+    else if (isDecided) report.wrong(check, `${why}${on}`, fix);
     else {
-      const why = unanswered || (result ? `it depends on ${missing.join(", ")}` : "IAM gave no result");
-      report.unknown(check, `not checked${on}: ${why}`);
+      const reason = unanswered || (result ? `it depends on ${missing.join(", ")}` : "IAM gave no result");
+      report.unknown(check, `not checked${on}: ${reason}`);
     }
   }
 }
