@@ -9318,6 +9318,24 @@ describe("operator commands", () => {
         },
       ],
       [
+        "a driver that env(1) starts",
+        (i) => {
+          for (const stage of ["config", "prepare", "run", "cleanup"])
+            Object.assign(i.custom, {
+              [`${stage}_exec`]: "/usr/bin/env",
+              [`${stage}_args`]: ["AWS_PROFILE=ci", driver, "--config", "DRIVER_FILE", "custom", stage],
+            });
+        },
+      ],
+      [
+        "a configuration file behind a link",
+        (i) => {
+          fs.symlinkSync(i.world.directory, join(i.world.directory, "link"));
+          for (const stage of ["config", "prepare", "run", "cleanup"])
+            i.custom[`${stage}_args`] = ["--config", join(i.world.directory, "link/fargate.toml"), "custom", stage];
+        },
+      ],
+      [
         "a log driver that needs no execution role",
         both(
           containerOf({ image: "registry.example.com/worker", logConfiguration: { logDriver: "splunk", options: {} } }),
@@ -9358,6 +9376,11 @@ describe("operator commands", () => {
         "a task definition with a range of ports",
         containerOf({ portMappings: [{ containerPortRange: "1-60000" }] }),
         { unknown: ["definition test-task: SSH port"] },
+      ],
+      [
+        "a wrapper script in place of the driver",
+        customOf({ run_exec: "/bin/sh", run_args: ["-c", 'exec fargate --config /etc/f.toml custom run "$@"', "sh"] }),
+        { unknown: ["runner fargate: run"] },
       ],
       [
         "a host that may not ask where tasks start",
@@ -9582,6 +9605,23 @@ describe("operator commands", () => {
         ]);
         expect(unknown).toEqual(["runner"]);
         expect(findings.find(({ check }) => check === "runner")?.detail).toMatch(/cannot be read by this user/);
+      }),
+    );
+
+    test(
+      "doctor prints no value of a variable in config.toml",
+      withInstallation(async (i) => {
+        const values = ["AWS_PROFILE=first-secret", "KEY='second secret'", "TOKEN=third-secret"];
+        i.custom.run_exec = "/usr/bin/env";
+        i.custom.run_args = [values[0], values[2], driver, "--config", "DRIVER_FILE", "custom", "run"];
+        i.custom.cleanup_exec = "/bin/sh";
+        i.custom.cleanup_args = ["-c", `${values.join(" ")} exec fargate custom cleanup`];
+        i.custom.prepare_args = ["custom", "prepare", values[0]];
+        const { stdout, wrong, unknown } = await i.examine();
+        expect(wrong).toMatchObject([{ check: "runner fargate: prepare" }]);
+        expect(unknown).toEqual(["runner fargate: cleanup"]);
+        expect(stdout.toString()).toContain("AWS_PROFILE=... ");
+        expect(stdout.toString()).not.toMatch(/(first|second|third).secret/);
       }),
     );
 

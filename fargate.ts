@@ -5209,6 +5209,19 @@ const stagesOf = ({ custom }: RunnerSection) =>
     return { stage, program: `${custom[`${stage}_exec`] ?? ""}`, words, file, isCall };
   });
 
+/** A path without links, as far as it exists. */
+const realPath = (path: string): string => {
+  try {
+    return fs.realpathSync(path);
+  } catch {
+    return resolve(path);
+  }
+};
+const isSameFile = (a: string, b: string): boolean => realPath(a) === realPath(b);
+/** A command line without the values of variables, as after env(1): they may be secrets. */
+const hideValues = (text: string): string =>
+  withoutSecrets(text).replace(/(^|["'\s])([A-Za-z_]\w*)=("[^"]*"|'[^']*'|[^\s"']*)+/g, "$1$2=...");
+
 /** Checks the sections of GitLab Runner's configuration that call this driver. */
 function checkRunnerConfig(checkup: Checkup, path: string, driverFile: string): void {
   const { report } = checkup;
@@ -5223,7 +5236,9 @@ function checkRunnerConfig(checkup: Checkup, path: string, driverFile: string): 
   const sections = runners.map((runner) => v.parse(RunnerSectionSchema, runner));
   const ours = sections.filter((s) => stagesOf(s).some((of) => /fargate/.test(`${of.program} ${of.words}`)));
   // The other sections may be for other configuration files.
-  const named = sections.filter((section) => stagesOf(section).some(({ file }) => file === driverFile));
+  const named = sections.filter((section) =>
+    stagesOf(section).some(({ file }) => isSameFile(file, driverFile)),
+  );
   const fix = "add the section that fargate init prints, with the runner's token";
   if (ours.length + named.length === 0)
     report.wrong("runner", `no section of ${path} calls this driver`, fix);
@@ -5235,26 +5250,29 @@ function checkRunnerConfig(checkup: Checkup, path: string, driverFile: string): 
 /** Checks one section. Times are in seconds. */
 function checkRunnerSection({ context, report }: Checkup, section: RunnerSection, driverFile: string): void {
   const { name, executor, shell, builds_dir, cache_dir, custom } = section;
-  const judge: Examination["judge"] = (what, ...rest) => report.judge(`runner ${name}: ${what}`, ...rest);
+  const { judge, unknown } = report.of(`runner ${name}`);
   judge("executor", "custom", executor !== "custom" && `it is ${executor}`, 'set executor = "custom"');
   for (const { stage, program, words, file, isCall } of stagesOf(section)) {
     const isOptional = !program && stage === "config";
+    const found = Bun.which(program, { PATH: context.env.PATH });
+    const isDriver = basename(program) === "fargate" || (found && isSameFile(found, process.execPath));
+    const args = hideValues(formatInline(words));
+    const call = hideValues([program, ...words].join(" "));
+    if (found && !isDriver && !(isCall && file)) {
+      unknown(stage, `whether ${call} calls the driver is not known`);
+      continue;
+    }
     const problems: [boolean, string][] = [
       [!program, `${stage}_exec is not set`],
-      [program !== "" && !Bun.which(program, { PATH: context.env.PATH }), `this user cannot run ${program}`],
-      [!isCall, `${stage}_args is ${formatInline(words)}`],
-      [!file.startsWith("/"), `${stage}_args has no --config with an absolute path: ${formatInline(words)}`],
-      [file !== driverFile, `it uses ${file}, not ${driverFile}`],
+      [!found, `this user cannot run ${program}`],
+      [!isCall, `${stage}_args is ${args}`],
+      [!file.startsWith("/"), `${stage}_args has no --config with an absolute path: ${args}`],
+      [!isSameFile(file, driverFile), `it uses ${file}, not ${driverFile}`],
     ];
     const problem = isOptional ? undefined : problems.find(([isWrong]) => isWrong)?.[1];
-    const args = formatInline(["--config", driverFile, "custom", stage]);
-    const fix = `set ${stage}_exec to the path of this program, and ${stage}_args = ${args}`;
-    judge(
-      stage,
-      isOptional ? "not set: only job images need it" : [program, ...words].join(" "),
-      problem,
-      fix,
-    );
+    const wanted = formatInline(["--config", driverFile, "custom", stage]);
+    const fix = `set ${stage}_exec to the path of this program, and ${stage}_args = ${wanted}`;
+    judge(stage, isOptional ? "not set: only job images need it" : call, problem, fix);
   }
   const isOtherShell = shell !== "bash" && shell !== "sh" && `it is ${shell}`;
   judge("shell", `${shell}`, isOtherShell, 'set shell = "bash", or "sh" for images without bash');
