@@ -8464,7 +8464,9 @@ describe("operator commands", () => {
     const canUnshare = spawnSync(UNSHARE[0] as string, [...UNSHARE.slice(1), "true"]).status === 0;
     const cronTable = join(projectRoot, "examples", "cron.d", "fargate-sweep");
     const examples = join(projectRoot, "examples", "systemd");
-    const units = `units=/etc/systemd/system; mkdir -p $units; cp ${examples}/fargate-sweep.* $units`;
+    const useFile = "s,/etc/gitlab-runner/fargate.toml,DRIVER_FILE,";
+    const copyUnits = `units=/etc/systemd/system; mkdir -p $units; cp ${examples}/fargate-sweep.* $units`;
+    const units = `${copyUnits}; sed -i ${useFile} $units/fargate-sweep.service`;
 
     test(
       "doctor finds nothing wrong in a good installation, and changes nothing",
@@ -9529,10 +9531,30 @@ describe("operator commands", () => {
     const NOT_PERMITTED = "unshare(1) is not permitted";
     type Schedule = [what: string, change: string, result: "right" | "wrong", text: RegExp, fix?: RegExp];
     const SCHEDULES: Schedule[] = [
-      ["no schedule", "true", "wrong", /^no timer or cron job of this host runs fargate sweep$/, /docs\/orphans\.md/],
+      [
+        "no schedule",
+        "true",
+        "wrong",
+        /^no timer or cron job of this host runs fargate sweep with \/.*\/fargate\.toml$/,
+        /docs\/orphans\.md/,
+      ],
+      [
+        "a cron job for another configuration file",
+        `mkdir /etc/cron.d; cp ${cronTable} /etc/cron.d`,
+        "wrong",
+        /^no timer or cron job/,
+        /docs\/orphans\.md/,
+      ],
+      [
+        "a script that cron runs every hour",
+        "mkdir /etc/cron.hourly; echo 'for file in /etc/fargate*.toml; do fargate --config $file sweep; done' " +
+          ">/etc/cron.hourly/sweep",
+        "right",
+        /^started by \/etc\/cron\.hourly\/sweep$/,
+      ],
       [
         "the cron job of the examples",
-        `mkdir /etc/cron.d; cp ${cronTable} /etc/cron.d`,
+        `mkdir /etc/cron.d; sed ${useFile} ${cronTable} >/etc/cron.d/fargate-sweep`,
         "right",
         /^started by \/etc\/cron\.d\/fargate-sweep$/,
       ],
@@ -9560,7 +9582,7 @@ describe("operator commands", () => {
     test.each(SCHEDULES)("doctor judges a sweep with %s", async (_, change, result, detail, fix) => {
       if (!canUnshare) return console.log(NOT_PERMITTED);
       await withInstallation(async (i) => {
-        inNamespace(change)(i);
+        inNamespace(change.replaceAll("DRIVER_FILE", join(i.world.directory, "fargate.toml")))(i);
         const { findings, wrong } = await i.examine();
         const finding = { check: "sweep", result, detail: expect.stringMatching(detail) };
         expect(findings).toContainEqual(fix ? { ...finding, fix: expect.stringMatching(fix) } : finding);

@@ -5291,53 +5291,62 @@ function checkRunnerSection({ context, report }: Checkup, section: RunnerSection
 
 /** Files and directories with what cron and systemd start regularly. */
 const SCHEDULES = [
-  ...["/etc/crontab", "/etc/cron.d", "/etc/crontabs", "/var/spool/cron/crontabs", "/var/spool/cron"],
-  ...["/etc/systemd/system", "/usr/lib/systemd/system"],
+  ...["/etc/crontab", "/etc/cron.d", "/etc/cron.hourly", "/etc/cron.daily"],
+  ...["/etc/crontabs", "/var/spool/cron/crontabs", "/var/spool/cron"],
+  ...["/etc/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system"],
 ];
 
-/** Checks that something runs `fargate sweep` regularly: fargate manager, cron or systemd. */
-function checkSweepSchedule({ context: { env }, report }: Checkup) {
-  const check = "sweep";
-  const hidden = new Set<string>();
-  const attempt = <T>(path: string, read: () => T, otherwise: T): T => {
+/** Reads files and directories for a search. What this user may not read is `hidden`. */
+class Searcher {
+  readonly hidden = new Set<string>();
+  #attempt<T>(path: string, read: () => T, otherwise: T): T {
     try {
       return read();
     } catch (error) {
-      if ((error as NodeJS.ErrnoException).code === "EACCES") hidden.add(path);
+      if ((error as NodeJS.ErrnoException).code === "EACCES") this.hidden.add(path);
       return otherwise;
     }
-  };
-  const list = (path: string) =>
-    attempt(
-      path,
-      () => fs.readdirSync(path).map((name) => join(path, name)),
-      fs.existsSync(path) ? [path] : [],
-    );
-  const textOf = (path: string) => attempt(path, () => fs.readFileSync(path, "latin1"), "");
-  const isManager = (path: string) => /(^|\/)fargate\0(.*\0)?manager\0/s.test(textOf(`${path}/cmdline`));
-  if (
-    env.FARGATE_MANAGER ||
-    list("/proc")
-      .filter((path) => /\d$/.test(path))
-      .some(isManager)
-  )
-    return report.right(check, "fargate manager runs it");
-  const files = SCHEDULES.flatMap(list).filter((path) => !path.endsWith(".timer"));
-  const callers = files.filter((path) => /^[^#\n]*fargate\b.*\bsweep\b/m.test(textOf(path)));
-  const timers = callers.filter((path) => path.endsWith(".service")).map((path) => basename(path, "service"));
-  const wants = "/etc/systemd/system/timers.target.wants";
-  const enabled = timers.filter((name) => fs.existsSync(join(wants, `${name}timer`)));
-  const found = [
-    ...callers.filter((path) => !path.endsWith(".service")),
-    ...enabled.map((name) => `${name}timer`),
-  ];
+  }
+  /** The paths in a directory, or that of a file. */
+  list(path: string): string[] {
+    const read = () => fs.readdirSync(path).map((name) => join(path, name));
+    return this.#attempt(path, read, fs.existsSync(path) ? [path] : []);
+  }
+  textOf = (path: string): string => this.#attempt(path, () => fs.readFileSync(path, "latin1"), "");
+}
+
+/** Whether a command line may call the driver with this configuration file: it names it, or no known file. */
+function mayUse(call: string, driverFile: string): boolean {
+  // The shell and systemd expand $ and %.
+  const [, file] = /--config[= ]["']?(\/[^\s"'$%*]+)(?=["'\s])/.exec(call) ?? [];
+  return file === undefined || isSameFile(file, driverFile);
+}
+
+/** Checks that something runs `fargate sweep` regularly: fargate manager, cron or systemd. */
+function checkSweepSchedule({ context: { env }, report }: Checkup, driverFile: string) {
+  const check = "sweep";
+  const processes = new Searcher();
+  const isManager = (path: string) =>
+    /(^|\/)fargate\0(.*\0)?manager\0/s.test(processes.textOf(`${path}/cmdline`));
+  const pids = () => processes.list("/proc").filter((path) => /\d$/.test(path));
+  if (env.FARGATE_MANAGER || pids().some(isManager)) return report.right(check, "fargate manager runs it");
+  const schedules = new Searcher();
+  const callsIn = (path: string) => schedules.textOf(path).match(/^[^#\n]*fargate\b.*\bsweep\b/gm) ?? [];
+  const callers = SCHEDULES.flatMap((path) => schedules.list(path))
+    .filter((path) => !path.endsWith(".timer"))
+    .filter((path) => callsIn(path).some((call) => mayUse(call, driverFile)));
+  const isService = (path: string) => path.endsWith(".service");
+  const timers = callers.filter(isService).map((path) => `${basename(path, "service")}timer`);
+  const isEnabled = (timer: string) => fs.existsSync(join("/etc/systemd/system/timers.target.wants", timer));
+  const found = [...callers.filter((path) => !isService(path)), ...timers.filter(isEnabled)];
   const fix = "set up the timer or the cron job of docs/orphans.md, as the user that runs GitLab Runner";
+  const { hidden } = schedules;
   if (found.length > 0) report.right(check, `started by ${found.join(", ")}`);
   else if (timers[0])
-    report.wrong(check, `${timers[0]}timer is not enabled`, `systemctl enable --now ${timers[0]}timer`);
+    report.wrong(check, `${timers[0]} is not enabled`, `systemctl enable --now ${timers[0]}`);
   else if (hidden.size > 0)
     report.unknown(check, `nothing found, but this user cannot read ${[...hidden].join(", ")}`);
-  else report.wrong(check, "no timer or cron job of this host runs fargate sweep", fix);
+  else report.wrong(check, `no timer or cron job of this host runs fargate sweep with ${driverFile}`, fix);
 }
 
 /** Checks the versions of the programs involved. */
@@ -5369,7 +5378,7 @@ async function checkHost(checkup: Checkup, { driverFile, runnerConfig }: Checked
   const path = resolve(runnerConfig ?? env.CONFIG_FILE ?? defaultConfigFile(env));
   await report.attempt("directory of records", () => checkRecordDirectory(checkup), DIRECTORY_FIX);
   await report.attempt("runner", () => checkRunnerConfig(checkup, path, driverFile), "correct that file");
-  await report.attempt("sweep", () => checkSweepSchedule(checkup));
+  await report.attempt("sweep", () => checkSweepSchedule(checkup, driverFile));
   await report.attempt("version of gitlab-runner", () => checkVersions(checkup));
 }
 
