@@ -9862,7 +9862,8 @@ describe("operator commands", () => {
     test.each(STARTS)("doctor --run explains a task that ECS %s", (_, fault, detail, fix) =>
       withTasks(async (i) => {
         i.aws.inject({ operation: "RunTask", do: fault });
-        const { wrong, code } = await i.examine("--run");
+        const { wrong, code, findings } = await i.examine("--run");
+        if (i.aws.tasks().length === 0) expect(findings.map(({ check }) => check)).not.toContain("task: stopped");
         expect(wrong).toEqual([
           { check: "task", result: "wrong", detail: expect.stringMatching(detail), fix: expect.stringMatching(fix) },
         ]);
@@ -9872,15 +9873,70 @@ describe("operator commands", () => {
       }, {}),
     );
 
+    test("doctor --run does not know whose credentials a session lacks", () =>
+      withTasks(async (i) => {
+        i.container.environment = [];
+        policiesWith(i, (s) => (s.Sid === "DescribeDefinitionsAndNetwork" ? undefined : s));
+        const { unknown, wrong } = await i.examine("--run");
+        expect(unknown).toContain("session: credentials");
+        expect(wrong.map(({ check }) => check)).not.toContain("session: credentials");
+        nothingLeft(i);
+      }, {}));
+
+    /** Holds the first script after prepare, which looks for the shells. */
+    const holdSession = () => {
+      const { promise: held, resolve } = Promise.withResolvers<void>();
+      let execs = 0;
+      const holdExec = () => {
+        if (++execs === 1) return undefined;
+        resolve();
+        return forever;
+      };
+      return { held, holdExec };
+    };
+    const REFUSED: FaultAction = {
+      error: "AccessDeniedException",
+      message: "User: x is not authorized to perform: ecs:StopTask",
+    };
+    test("doctor --run names a task that it may not stop", () =>
+      withTasks(async (i) => {
+        i.aws.inject({ operation: "StopTask", times: 99, do: REFUSED });
+        const { wrong, code } = await i.examine("--run");
+        const arn = i.aws.running()[0]?.taskArn;
+        expect(wrong.filter(({ check }) => check !== "session: gitlab-runner")).toEqual([
+          {
+            check: "task: stopped",
+            result: "wrong",
+            detail: expect.stringMatching(`^${arn} may still be running .*AccessDeniedException`),
+            fix: expect.stringMatching(/^allow ecs:StopTask in the IAM policy .*; stop the task by hand, /),
+          },
+        ]);
+        expect(code).toBe(1);
+        // For sweep.
+        expect(filesLeft(i.world)).toHaveLength(1);
+      }, {}));
+
+    test("doctor --run names a task that it may not stop after SIGTERM", async () => {
+      const { held, holdExec } = holdSession();
+      await withTasks(
+        async (i) => {
+          i.aws.inject({ operation: "StopTask", times: 99, do: REFUSED });
+          const running = start(i.command("--run"), { env: i.env });
+          await held;
+          running.process.kill("SIGTERM");
+          const { code, stderr } = await running.finished;
+          expect(code).toBe(2);
+          expect(stderr).toContain(`${i.aws.running()[0]?.taskArn} may still be running`);
+          expect(stderr).toMatch(/error: stopped by SIGTERM\n$/);
+        },
+        { hosts: embeddedHosts({ misbehaviour: { holdExec } }) },
+      );
+    });
+
     test.each(["RunTask", "DescribeTasks", "the session"])(
       "doctor --run leaves no task after SIGTERM during %s",
       async (moment) => {
-        const { promise: held, resolve } = Promise.withResolvers<void>();
-        const holdExec = () => {
-          if (moment !== "the session") return undefined;
-          resolve();
-          return forever;
-        };
+        const { held, holdExec } = holdSession();
         await withTasks(
           async (i) => {
             const { promise, resolve: release } = Promise.withResolvers<void>();
@@ -9900,7 +9956,7 @@ describe("operator commands", () => {
             expect(finished.stderr).toMatch(/error: stopped by SIGTERM\n$/);
             nothingLeft(i);
           },
-          { hosts: embeddedHosts({ misbehaviour: { holdExec } }) },
+          { hosts: embeddedHosts({ misbehaviour: moment === "the session" ? { holdExec } : {} }) },
         );
       },
     );

@@ -5403,12 +5403,16 @@ function judgeSession(report: Examination, output: string, definition: TaskDefin
   const disk = Number(value("disk"));
   const free = `${(disk / 2 ** 20).toFixed(1)} GiB free`;
   judge("PATH", value("PATH"), !value("PATH") && "it is empty", "set PATH in the worker image");
-  judge("credentials", value("credentials") ? "of the task role" : "none", isLost, passFix);
+  if (definition || value("credentials"))
+    judge("credentials", value("credentials") ? "of the task role" : "none", isLost, passFix);
+  else unknown("credentials", "none; whether there is a task role is not known");
   judge("git", value("git"), !value("git") && "it is not in PATH", "install git in the worker image");
   judge("gitlab-runner", value("gitlab-runner"), lacksRunner, "install it: see docs/worker-images.md");
   if (value("disk")) judge("disk", free, disk < MIN_FREE_DISK && free, ADVICE.pullSpace);
   else unknown("disk", "the image has no df or awk");
 }
+
+const STOP_FIX = "stop the task by hand, or let fargate sweep stop it";
 
 /**
  * Starts a real task as prepare does, logs in, runs `true`, looks at what a session sees, and stops the task
@@ -5448,9 +5452,16 @@ async function tryTask(
   } finally {
     step("stopping the task");
     const since = base.now();
+    const isStarted = report.findings.some(({ check }) => check.startsWith("task: "));
     // Even after a signal: the task costs money.
-    await cleanup({ ...context, log: base.log, signal: new AbortController().signal });
-    report.right("task: stopped", `took ${seconds(since)}`);
+    await cleanup({ ...context, log: base.log, signal: new AbortController().signal }).then(
+      () => isStarted && report.right("task: stopped", `took ${seconds(since)}`),
+      (error) => {
+        const advice = adviceFor(causeOf(error));
+        report.wrong("task: stopped", reasonOf(error), [advice, STOP_FIX].filter(Boolean).join("; "));
+        if (base.signal.aborted) base.log.error("{reason}", { reason: reasonOf(error) }); // without a report
+      },
+    );
   }
 }
 
