@@ -8602,6 +8602,14 @@ describe("operator commands", () => {
         { unknown: ["definition test-task: compatibility"] },
       ],
       [
+        "an ARN of a cluster that does not exist",
+        both(fargateOf({ Cluster: "arn:aws:ecs:us-east-2:111122223333:cluster/none" }), allowAll),
+        "cluster",
+        /:cluster\/none does not exist in us-east-2$/,
+        /aws ecs create-cluster --cluster-name none$/,
+        { unknown: ["definition test-task: compatibility"] },
+      ],
+      [
         "a cluster that does not exist, without the simulator",
         both(fargateOf({ Cluster: "none" }), (i) =>
           policiesWith(i, (s) =>
@@ -9518,6 +9526,16 @@ describe("operator commands", () => {
         expect({ code, unknown: examined.unknown }).toEqual({ code: 0, unknown });
       }, options)();
     });
+
+    test(
+      "doctor shows where a route leads, whatever its target is",
+      withInstallation(async (i) => {
+        routeTo({ DestinationCidrBlock: "0.0.0.0/0", LocalGatewayId: "lgw-1", State: "active" })(i);
+        const { findings } = await i.examine();
+        const check = "subnet subnet-0a1b2c3d: route";
+        expect(findings).toContainEqual({ check, result: "right", detail: "to lgw-1" });
+      }),
+    );
 
     // AWS refuses requests whose time is more than 5 minutes off.
     test("doctor names a clock that is so slow that AWS refuses requests", async () =>

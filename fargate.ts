@@ -4571,8 +4571,14 @@ const CREDENTIAL_SOURCES: Readonly<Record<string, string>> = {
   CREDENTIALS_CODE: "environment variables",
   CREDENTIALS_ENV_VARS: "environment variables",
   CREDENTIALS_ENV_VARS_STS_WEB_ID_TOKEN: "a web identity token",
-  CREDENTIALS_PROFILE: "a profile",
+  CREDENTIALS_PROFILE_STS_WEB_ID_TOKEN: "a profile with a web identity token",
+  CREDENTIALS_PROFILE_SOURCE_PROFILE: "a profile with a role",
+  CREDENTIALS_PROFILE_NAMED_PROVIDER: "a profile with a role",
+  CREDENTIALS_PROFILE_SSO: "a profile with SSO",
+  CREDENTIALS_PROFILE_SSO_LEGACY: "a profile with SSO",
+  CREDENTIALS_PROFILE_LOGIN: "a profile with aws login",
   CREDENTIALS_PROFILE_PROCESS: "the credential_process of a profile",
+  CREDENTIALS_PROFILE: "a profile",
   CREDENTIALS_STS_ASSUME_ROLE: "a profile with a role",
   CREDENTIALS_HTTP: "the container's credentials endpoint",
   CREDENTIALS_IMDS: "the EC2 instance's role",
@@ -4773,7 +4779,9 @@ function checkCluster({ context: { config }, report }: Checkup, cluster: Cluster
   const isAbsent =
     cluster?.status !== "ACTIVE" &&
     `${name} ${cluster ? `is ${cluster.status}` : "does not exist"} in ${Region}`;
-  const create = `correct Cluster or Region, or create it: aws ecs create-cluster --cluster-name ${name}`;
+  const shortName = name.split("/").at(-1);
+  const command = `aws ecs create-cluster --cluster-name ${shortName}`;
+  const create = `correct Cluster or Region, or create it: ${command}`;
   report.judge("cluster", `${cluster?.clusterArn} is ACTIVE`, isAbsent, create);
   if (!cluster || isAbsent) return;
   const { capacityProviders: known = [], defaultCapacityProviderStrategy: byDefault = [] } = cluster;
@@ -4959,8 +4967,9 @@ async function checkRoute(
   if (!table) return report.unknown(check, "its route table does not belong to this account");
   const all = Ipv6Native ? "::/0" : "0.0.0.0/0";
   const route = table.Routes?.find((r) => (r.DestinationIpv6CidrBlock ?? r.DestinationCidrBlock) === all);
-  const { GatewayId, NatGatewayId, TransitGatewayId, NetworkInterfaceId, State } = route ?? {};
-  const target = NatGatewayId ?? TransitGatewayId ?? NetworkInterfaceId ?? GatewayId ?? "another target";
+  const { State, ...fields } = route ?? {};
+  const target =
+    Object.entries(fields).find(([key]) => /(Gateway|Interface|Connection)Id$/.test(key))?.[1] ?? "";
   const isInternet = route && target.startsWith("igw-");
   const where = `the route ${all} of ${table.RouteTableId}`;
   const isGone = State === "blackhole" && `${where} leads to ${target}, which is gone`;
